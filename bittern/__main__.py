@@ -1,0 +1,5 @@
+"""``python -m bittern``."""
+
+from bittern.cli import main
+
+main()

@@ -1,0 +1,119 @@
+"""What the command line shows on stderr while it works; stdout stays free for results."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+NAME_WIDTH = 40
+
+
+@contextmanager
+def layer_rows() -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A callback for ``quantize(on_progress=...)``: one row per layer.
+
+    On a terminal the rows scroll above a bar with elapsed time, remaining time and memory; elsewhere every row is a
+    plain line that carries them itself. Remaining time assumes that the layers to come cost what those done have cost.
+    """
+    console = Console(stderr=True, highlight=False)
+    started = time.monotonic()
+
+    def plain(event: dict[str, Any]) -> None:
+        elapsed = time.monotonic() - started
+        row = f"{layer_row(event)}  {clock(elapsed)} elapsed  {clock(_remaining(event, elapsed))} left  {_memory()}"
+        print(row, file=sys.stderr, flush=True)
+
+    if not console.is_terminal:
+        yield plain
+        return
+    columns = (
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[left]} left  {task.fields[memory]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("layers", total=None, left="-:--", memory=_memory())
+
+        def live(event: dict[str, Any]) -> None:
+            left = clock(_remaining(event, time.monotonic() - started))
+            bar.console.print(layer_row(event), markup=False, no_wrap=True, overflow="ellipsis")
+            bar.update(task, completed=event["index"] + 1, total=event["total"], left=left, memory=_memory())
+
+        yield live
+
+
+@contextmanager
+def byte_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A callback ``(tensor, bytes done, bytes in all)`` that moves a bar on a terminal and is silent elsewhere."""
+    console = Console(stderr=True)
+    with Progress(
+        BarColumn(bar_width=24),
+        TextColumn("{task.percentage:3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}", markup=False),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda tensor, done, total: bar.update(task, description=tensor, completed=done, total=total)
+
+
+def layer_row(event: dict[str, Any]) -> str:
+    """One layer of the manifest as a row: index, layer, shape, bits, method, loss, damping, tokens, seconds."""
+    name = event["layer"]
+    if len(name) > NAME_WIDTH:
+        name = "…" + name[1 - NAME_WIDTH :]
+    out_features, in_features = event["shape"]
+    group = "row" if event["group_size"] == -1 else f"g{event['group_size']}"
+    loss = "-" if event["loss"] is None else f"{event['loss']:.2e}"
+    damp = "-" if event["damp"] is None else f"{event['damp']:g}"
+    fields = [
+        f"{event['index'] + 1:>{len(str(event['total']))}}/{event['total']}",
+        f"{name:<{NAME_WIDTH}}",
+        f"{f'{out_features}x{in_features}':>11}",
+        f"{event['bits']} bits {group:<4}",
+        f"{event['method']:<4}",
+        f"loss {loss:<8}",
+        f"damp {damp:<5}",
+        f"{event['tokens']:>7} tokens",
+        f"{event['seconds']:5.1f} s",
+    ]
+    if event.get("fallback"):
+        fields.append(f"fallback: {event['fallback']}")
+    return "  ".join(fields)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def size(count: float) -> str:
+    """A number of bytes in decimal units."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def _remaining(event: dict[str, Any], elapsed: float) -> float:
+    done = int(event["index"]) + 1
+    return elapsed / done * (int(event["total"]) - done)
+
+
+def _memory() -> str:
+    """The process's peak resident memory."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return f"{size(peak if sys.platform == 'darwin' else peak * 1024)} peak"
