@@ -1,0 +1,363 @@
+"""A checkpoint as a lazy reader from tensor names to tensors, whatever it is stored in.
+
+Sources: a folder of safetensors (one file, or shards and their index), a folder with a legacy
+pytorch_model.bin, a GGUF file, the id of a repository on the Hub.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+import threading
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bittern.errors import BitternError
+from bittern.shards import Stored, TensorInfo, read_elements, read_header
+from bittern.writer import CheckpointWriter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Checkpoint", "CheckpointWriter", "TensorInfo", "open_checkpoint"]
+
+# What travels from a checkpoint to what is made of it, besides config and weights.
+SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges*",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "chat_template*",
+    "additional_chat_templates/*.jinja",
+    "*processor_config.json",
+    "*.py",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "COPYING*",
+    "USE_POLICY*",
+)
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+class Storage(Protocol):
+    """Where a checkpoint's values come from."""
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a tensor, flattened, in memory of their own."""
+
+    def close(self) -> None:
+        """Let go of the files."""
+
+
+class Checkpoint:
+    """A checkpoint whose tensors are read when they are asked for.
+
+    Reading is safe from several threads. Nothing is kept: what is read twice is read from the file twice.
+
+    Attributes:
+        source: what the user named: a path or a Hub id.
+        revision: the resolved commit when it came from the Hub.
+        folder: where its files are; for a GGUF file, the folder that holds it.
+        gguf_file: the name of the GGUF file in ``folder``, else None.
+        config: the parsed config.json (for a GGUF file, what transformers makes of its metadata).
+        tensors: what it holds, in the order of the files.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        folder: Path,
+        config: dict[str, Any],
+        tensors: Mapping[str, TensorInfo],
+        storage: Storage,
+        *,
+        revision: str | None = None,
+        gguf_file: str | None = None,
+    ) -> None:
+        self.source = source
+        self.revision = revision
+        self.folder = folder
+        self.gguf_file = gguf_file
+        self.config = config
+        self.tensors = dict(tensors)
+        self._storage = storage
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor, on the CPU, in its stored dtype.
+
+        Raises:
+            BitternError: when there is no such tensor or its file cannot be read.
+        """
+        info = self._info(name)
+        return self._read(info, 0, info.numel).view(info.shape)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of dimension 0: shape (stop - start, ...)."""
+        info = self._info(name)
+        if not info.shape or not 0 <= start <= stop <= info.shape[0]:
+            raise BitternError(f"{name}: rows {start} to {stop} of a tensor of shape {info.shape}")
+        row = prod(info.shape[1:])
+        return self._read(info, start * row, stop * row).view(stop - start, *info.shape[1:])
+
+    def read_elements(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the flattened tensor: shape (stop - start,)."""
+        info = self._info(name)
+        if not 0 <= start <= stop <= info.numel:
+            raise BitternError(f"{name}: elements {start} to {stop} of a tensor of {info.numel}")
+        return self._read(info, start, stop)
+
+    def copy_side_files(self, folder: Path) -> list[str]:
+        """Copy what belongs to a checkpoint besides config and weights; the names of what was copied.
+
+        Tokenizer, generation config, chat template, processor files, model code, licence. Out of a
+        GGUF file come the tokenizer and its chat template, in transformers' format.
+        """
+        if self.gguf_file is not None:
+            return sorted(Path(path).name for path in self.tokenizer().save_pretrained(folder) if Path(path).exists())
+        copied = []
+        for path in sorted({path for pattern in SIDE_FILES for path in self.folder.glob(pattern) if path.is_file()}):
+            name = path.relative_to(self.folder)
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(contained(self.folder, str(name)), folder / name)
+            copied.append(str(name))
+        return copied
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The checkpoint's tokenizer.
+
+        Raises:
+            BitternError: when it has none that transformers can load.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            options = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+            return AutoTokenizer.from_pretrained(self.folder, **options)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            reason = " ".join(str(error).split())
+            raise BitternError(f"{self.source}: no tokenizer that transformers loads: {reason}") from error
+
+    def close(self) -> None:
+        """Let go of the open files."""
+        self._storage.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _info(self, name: str) -> TensorInfo:
+        if name not in self.tensors:
+            raise BitternError(f"{self.source}: no tensor {name}")
+        return self.tensors[name]
+
+    def _read(self, info: TensorInfo, start: int, stop: int) -> Tensor:
+        try:
+            return self._storage.read(info.name, start, stop)
+        except (OSError, EOFError) as error:
+            raise BitternError(f"{self.source}: reading tensor {info.name}: {error}") from error
+
+
+def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
+    """Open a folder, a GGUF file, or the Hub repository ``org/name`` at ``revision``.
+
+    Only headers are read here. A Hub repository is downloaded into the usual cache first.
+
+    Raises:
+        BitternError: when there is no such source, or it is not a whole and honest checkpoint.
+    """
+    name, path = os.fspath(source), Path(source)
+    if path.exists():
+        if revision is not None:
+            raise BitternError(f"--revision {revision}: only a Hub id has revisions, {name} is a local path")
+        if path.is_dir():
+            return _open_folder(name, path, None)
+        if path.suffix == ".gguf":
+            return _open_gguf(name, path)
+        raise BitternError(f"{name}: expected a folder or a .gguf file")
+    if path.suffix == ".gguf" or not _HUB_ID.fullmatch(name) or name in (".", ".."):
+        raise BitternError(f"{name}: no such folder or .gguf file, and not a Hub id (org/name)")
+    from bittern.hub import download
+
+    folder, commit = download(name, revision)
+    return _open_folder(name, folder, commit)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        BitternError: when the file is missing or holds anything else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BitternError(f"{path}: expected a JSON file: {error}") from error
+    if not isinstance(value, dict):
+        raise BitternError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def contained(folder: Path, name: str) -> Path:
+    """``folder / name`` when the file that it leads to lies inside the folder.
+
+    Links may only lead out as the Hub's cache does it: from snapshots/<commit>/ to blobs/.
+
+    Raises:
+        BitternError: when it lies elsewhere.
+    """
+    inside, path = folder.resolve(), folder / name
+    real = path.resolve()
+    blobs = inside.parent.parent / "blobs" if inside.parent.name == "snapshots" else None
+    plain = not Path(name).is_absolute() and ".." not in Path(name).parts
+    if not plain or not (real.is_relative_to(inside) or real.parent == blobs):
+        raise BitternError(f"{folder}: the file {name} leads out of the folder")
+    return path
+
+
+def _open_folder(source: str, folder: Path, revision: str | None) -> Checkpoint:
+    config = read_json(contained(folder, "config.json"))
+    weights = _weight_file(folder)
+    where = _read_index(folder, weights) if weights.suffix == ".json" else None
+    files = [weights] if where is None else list(dict.fromkeys(where.values()))
+    read = _read_bin if files and files[0].suffix == ".bin" else read_header
+    stored: dict[str, Stored] = {}
+    for file in files:
+        for name, item in read(file).items():
+            if where is not None and name not in where:
+                raise BitternError(f"{file}: holds tensor {name}, which {weights.name} does not list")
+            if where is None or where[name] == file:
+                stored[name] = item
+    for name in where or ():
+        if name not in stored:
+            raise BitternError(f"{weights}: lists tensor {name}, which is not in its file")
+    storage = _BinFiles(stored) if read is _read_bin else _SafetensorsFiles(stored)
+    infos = {name: item.info for name, item in stored.items()}
+    return Checkpoint(source, folder, config, infos, storage, revision=revision)
+
+
+def _open_gguf(source: str, path: Path) -> Checkpoint:
+    from bittern.formats.gguf import open_gguf
+
+    config, tensors, storage = open_gguf(path)
+    return Checkpoint(source, path.parent, config, tensors, storage, gguf_file=path.name)
+
+
+def _weight_file(folder: Path) -> Path:
+    """The file or index that holds a folder's weights, in the order in which transformers looks for them."""
+    usual = ("model.safetensors", "model.safetensors.index.json")
+    legacy = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+    # Artifacts of other quantizers name their only file as they please.
+    own = [path.name for path in folder.glob("*.safetensors.index.json")] or [
+        path.name for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_")
+    ]
+    names = [name for name in (*usual, *(own if len(own) == 1 else ()), *legacy) if (folder / name).is_file()]
+    if not names:
+        found = f"{len(own)} files of safetensors and no index" if own else "none"
+        raise BitternError(
+            f"{folder}: expected model.safetensors, its shards and index, or pytorch_model.bin; found {found}"
+        )
+    return contained(folder, names[0])
+
+
+def _read_index(folder: Path, path: Path) -> dict[str, Path]:
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise BitternError(f"{path}: expected a weight_map from tensor names to file names")
+    suffix = path.name.removesuffix(".index.json").rpartition(".")[2]
+    for name, file in weight_map.items():
+        if not file.endswith("." + suffix):
+            raise BitternError(f"{path}: tensor {name}: expected a .{suffix} file, found {file}")
+    paths = {file: contained(folder, file) for file in dict.fromkeys(weight_map.values())}
+    for file, path_of_file in paths.items():
+        if not path_of_file.is_file():
+            raise BitternError(f"{path}: lists the file {file}, which is missing")
+    return {name: paths[file] for name, file in weight_map.items()}
+
+
+class _SafetensorsFiles:
+    """Reads elements straight from safetensors files, each opened once."""
+
+    def __init__(self, stored: Mapping[str, Stored]) -> None:
+        self._stored = stored
+        self._files: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        item = self._stored[name]
+        with self._lock:
+            if item.path not in self._files:
+                self._files[item.path] = os.open(item.path, os.O_RDONLY)
+            file = self._files[item.path]
+        return read_elements(file, item.offset + start * item.info.dtype.itemsize, item.info.dtype, stop - start)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            os.close(file)
+        self._files.clear()
+
+
+def _load_bin(path: Path) -> dict[str, Tensor]:
+    """The mapped tensors of a file that torch.save wrote; nothing but tensors is ever unpickled."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
+        reason = str(error).split("\n")[0]
+        raise BitternError(f"{path}: expected tensors alone, as torch.save writes them since 1.6: {reason}") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise BitternError(f"{path}: expected a flat dict of tensors")
+    return state
+
+
+def _read_bin(path: Path) -> dict[str, Stored]:
+    return {
+        name: Stored(TensorInfo(name, value.dtype, tuple(value.shape)), path, 0)
+        for name, value in _load_bin(path).items()
+    }
+
+
+class _BinFiles:
+    """Reads elements from legacy pytorch_model.bin files.
+
+    One file is mapped at a time, and mapped anew after every 256 MiB, for the pages that were read stay
+    in the resident set as long as the mapping lives.
+    """
+
+    _MAPPED_BYTES = 256 * 2**20
+
+    def __init__(self, stored: Mapping[str, Stored]) -> None:
+        self._stored = stored
+        self._lock = threading.Lock()
+        self._path: Path | None = None
+        self._state: dict[str, Tensor] = {}
+        self._read_bytes = 0
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        item = self._stored[name]
+        with self._lock:
+            if self._path != item.path or self._read_bytes > self._MAPPED_BYTES:
+                self._state = {}  # unmap before mapping again
+                self._path, self._state, self._read_bytes = item.path, _load_bin(item.path), 0
+            self._read_bytes += (stop - start) * item.info.dtype.itemsize
+            return self._state[name].reshape(-1)[start:stop].clone()
+
+    def close(self) -> None:
+        self._path, self._state = None, {}

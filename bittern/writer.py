@@ -1,0 +1,311 @@
+"""An atomic checkpoint writer whose memory is the tensor at hand.
+
+Everything is written into a temporary sibling of the output, ``.{name}.partial``. In it, weight files
+carry the suffix .partial and there is no config.json, so that no loader opens it after a kill; commit()
+gives them their names, adds index and config.json, and renames the folder onto the output.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from bittern.errors import BitternError
+from bittern.shards import TensorInfo, header_bytes, write_elements
+
+MAX_SHARD_SIZE = 5 * 10**9  # bytes
+_LOCK = ".lock"
+_REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+}
+
+
+def check_output(out: Path, source: Path | None, overwrite: bool) -> None:
+    """Refuse an output that would destroy something; for callers that work long before they write.
+
+    Args:
+        out: the folder to be written.
+        source: the folder or file that is read meanwhile.
+        overwrite: whether an artifact at ``out`` may be replaced.
+
+    Raises:
+        BitternError: when ``out`` exists (without overwrite), is no artifact (with it), or is, holds or
+            lies in the source.
+    """
+    if source is not None:
+        target, origin = out.resolve(), source.resolve()
+        if target == origin or origin.is_relative_to(target) or target.is_relative_to(origin):
+            raise BitternError(f"output {out}: expected a folder apart from the source {source}")
+    if not os.path.lexists(out):
+        return
+    if not overwrite:
+        raise BitternError(f"output {out}: it exists already (--overwrite replaces it)")
+    if out.is_symlink() or not out.is_dir():
+        raise BitternError(f"output {out}: expected a folder to overwrite, found something else")
+    if any(out.iterdir()) and not (out / "config.json").is_file():
+        raise BitternError(f"output {out}: not overwritten, for it holds no config.json and so is no checkpoint")
+
+
+class CheckpointWriter:
+    """Writes planned tensors in any order, from any thread; see the module's text.
+
+    Use it as a context manager: leaving it without :meth:`commit` removes all that was written.
+
+    Attributes:
+        out: the folder that commit() makes.
+        folder: the temporary sibling; side files may be put there.
+    """
+
+    def __init__(
+        self,
+        out: str | os.PathLike[str],
+        plan: Sequence[TensorInfo],
+        *,
+        max_shard_size: int = MAX_SHARD_SIZE,
+        overwrite: bool = False,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """Lay out the shards and reserve their space.
+
+        Args:
+            out: the folder to be made; its parents are made too.
+            plan: every tensor that will be written.
+            max_shard_size: bytes of values in a shard; a larger tensor has a shard of its own.
+            overwrite: replace an artifact that is at ``out``.
+            metadata: further strings for the header of each file.
+
+        Raises:
+            BitternError: see :func:`check_output`; and for a plan that names a tensor twice, too little
+                space, a place that cannot be written, or another bittern that is writing this.
+        """
+        self.out = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow a link at out itself
+        self.folder = self.out.with_name(f".{self.out.name}.partial")
+        self._replaced = self.out.with_name(f".{self.out.name}.replaced")
+        self._plan = {info.name: info for info in plan}
+        self._overwrite = overwrite
+        self._written: dict[str, list[tuple[int, int]]] = {info.name: [] for info in plan}
+        self._mutex = threading.Lock()
+        self._files: list[int] = []
+        self._where: dict[str, tuple[int, int]] = {}  # name -> position in _files, byte offset
+        self._lock_file: int | None = None
+        if len(self._plan) != len(plan):
+            raise BitternError(f"output {out}: the plan names a tensor twice")
+        if max_shard_size < 1:
+            raise BitternError(f"max_shard_size: expected a positive number of bytes, found {max_shard_size}")
+        shards = split(plan, max_shard_size)
+        self._names = shard_names(len(shards))
+        try:
+            with _explained(self.out):
+                self.out.parent.mkdir(parents=True, exist_ok=True)
+                self._acquire()
+                check_output(self.out, None, overwrite)
+                self._check_space(sum(info.nbytes for info in plan))
+                for name, shard in zip(self._names, shards, strict=True):
+                    self._create(name, shard, {"format": "pt", **(metadata or {})})
+        except BaseException:
+            self._discard()
+            raise
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write a whole planned tensor, once.
+
+        Raises:
+            BitternError: when it is not planned so, was written before, or the disk refuses.
+        """
+        info = self._info(name)
+        if tuple(tensor.shape) != info.shape:
+            raise BitternError(f"{name}: expected shape {info.shape}, found {tuple(tensor.shape)}")
+        self.write_elements(name, 0, tensor)
+
+    def write_rows(self, name: str, start: int, tensor: Tensor) -> None:
+        """Write the rows of a planned tensor that begin at ``start`` of dimension 0."""
+        info = self._info(name)
+        if not info.shape or tuple(tensor.shape[1:]) != info.shape[1:]:
+            raise BitternError(f"{name}: expected rows of shape {info.shape[1:]}, found {tuple(tensor.shape[1:])}")
+        self.write_elements(name, start * prod(info.shape[1:]), tensor)
+
+    def write_elements(self, name: str, start: int, tensor: Tensor) -> None:
+        """Write elements of a planned tensor, flattened, that begin at element ``start``."""
+        info, stop = self._info(name), start + tensor.numel()
+        if tensor.dtype != info.dtype:
+            raise BitternError(f"{name}: expected {info.dtype}, found {tensor.dtype}")
+        if not 0 <= start <= stop <= info.numel:
+            raise BitternError(f"{name}: elements {start} to {stop} of a tensor of shape {info.shape}")
+        with self._mutex:
+            if any(start < end and begin < stop for begin, end in self._written[name]):
+                raise BitternError(f"{name}: elements {start} to {stop} are written twice")
+            self._written[name].append((start, stop))
+        shard, offset = self._where[name]
+        with _explained(self.out):
+            write_elements(self._files[shard], offset + start * info.dtype.itemsize, tensor.detach().cpu())
+
+    def write_file(self, name: str, text: str) -> None:
+        """Write a text file beside the weights."""
+        with _explained(self.out):
+            (self.folder / name).write_text(text, encoding="utf-8")
+
+    def commit(self, config: dict[str, Any]) -> None:
+        """Make the output whole and durable, in its place.
+
+        Args:
+            config: becomes config.json.
+
+        Raises:
+            BitternError: when a planned tensor is missing (all or in part) or the disk refuses.
+        """
+        for name, info in self._plan.items():
+            done = sum(stop - start for start, stop in self._written[name])
+            if done != info.numel:
+                raise BitternError(f"{name}: only {done} of {info.numel} elements were written before the commit")
+        with _explained(self.out):
+            for file in self._files:
+                os.fsync(file)
+                os.close(file)
+            self._files.clear()
+            for name in self._names:
+                (self.folder / f"{name}.partial").rename(self.folder / name)
+            if len(self._names) > 1:
+                self.write_file("model.safetensors.index.json", _json(self._index()))
+            self.write_file("config.json", _json(config))
+            for path in [*(path for path in self.folder.rglob("*") if path.is_file()), self.folder]:
+                _fsync(path)
+            self._move_into_place()
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._discard()
+
+    def _info(self, name: str) -> TensorInfo:
+        if name not in self._plan:
+            raise BitternError(f"{name}: this tensor is not in the plan of {self.out}")
+        return self._plan[name]
+
+    def _acquire(self) -> None:
+        """Own the temporary folder, empty: the lock outlives no process, so a stale folder is recognized."""
+        while self._lock_file is None:
+            self.folder.mkdir(exist_ok=True)
+            try:
+                file = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            except FileNotFoundError:
+                continue  # its owner has just removed it
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(file), (self.folder / _LOCK).stat()):
+                    self._lock_file = file
+            except BlockingIOError:
+                raise BitternError(f"output {self.out}: another bittern is writing this") from None
+            except FileNotFoundError:
+                pass  # its owner has finished meanwhile
+            finally:
+                if self._lock_file is None:
+                    os.close(file)
+        for path in self.folder.iterdir():
+            if path.name != _LOCK:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        if self._replaced.exists():  # a kill between the two renames of _move_into_place
+            shutil.rmtree(self._replaced) if self.out.exists() else self._replaced.rename(self.out)
+
+    def _check_space(self, needed: int) -> None:
+        available = shutil.disk_usage(self.folder).free
+        if needed > available:
+            raise BitternError(f"output {self.out}: needs {needed} bytes of disk space, {available} are available")
+
+    def _create(self, name: str, shard: Sequence[TensorInfo], metadata: Mapping[str, str]) -> None:
+        header, offsets = header_bytes(shard, metadata)
+        file = os.open(self.folder / f"{name}.partial", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        self._files.append(file)
+        os.posix_fallocate(file, 0, len(header) + sum(info.nbytes for info in shard))
+        os.pwrite(file, header, 0)
+        for tensor, offset in offsets.items():
+            self._where[tensor] = (len(self._files) - 1, offset)
+
+    def _index(self) -> dict[str, Any]:
+        total = sum(info.nbytes for info in self._plan.values())
+        weight_map = {name: self._names[self._where[name][0]] for name in sorted(self._plan)}
+        return {"metadata": {"total_size": total}, "weight_map": weight_map}
+
+    def _move_into_place(self) -> None:
+        if self._overwrite and self.out.exists():
+            self.out.rename(self._replaced)
+        elif os.path.lexists(self.out):
+            raise BitternError(f"output {self.out}: something has appeared there meanwhile")
+        self.folder.rename(self.out)
+        _fsync(self.out.parent)
+        (self.out / _LOCK).unlink()
+        shutil.rmtree(self._replaced, ignore_errors=True)
+        self._unlock()
+
+    def _discard(self) -> None:
+        for file in self._files:
+            os.close(file)
+        self._files.clear()
+        if self._lock_file is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock_file is not None:
+            os.close(self._lock_file)
+            self._lock_file = None
+
+
+def split(plan: Sequence[TensorInfo], max_shard_size: int) -> list[list[TensorInfo]]:
+    """Fill shards in the plan's order; within each, wider dtypes first so that all values are aligned."""
+    shards: list[list[TensorInfo]] = [[]]
+    size = 0
+    for info in plan:
+        if shards[-1] and size + info.nbytes > max_shard_size:
+            shards.append([])
+            size = 0
+        shards[-1].append(info)
+        size += info.nbytes
+    return [sorted(shard, key=lambda info: -info.dtype.itemsize) for shard in shards]
+
+
+def shard_names(count: int) -> list[str]:
+    """The file names that every loader expects for ``count`` shards."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+
+
+@contextmanager
+def _explained(out: Path) -> Iterator[None]:
+    """Turn what a file system refuses into one line."""
+    try:
+        yield
+    except OSError as error:
+        reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
+        raise BitternError(f"output {out}: cannot be written: {reason}") from error
+
+
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _fsync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
