@@ -1,0 +1,314 @@
+"""Calibration tokens: from a local file, from a dataset on the Hub, or from the model itself.
+
+How windows are chosen, so that anybody can make the same ones:
+
+1. The text is tokenized as one stream without special tokens (rows joined by a blank line).
+2. The stream is cut into windows of ``seqlen`` tokens that do not overlap. When the tokenizer puts
+   BOS before every text by itself, each window is BOS and ``seqlen - 1`` tokens of the stream:
+   position 0 is an attention sink, and its massive activations belong there and nowhere else.
+3. Of the windows, ``nsamples`` are drawn without replacement by
+   ``torch.randperm(windows, generator=torch.Generator().manual_seed(seed))`` and kept in the order
+   of the text. A corpus sorted by topic is thus sampled all over.
+
+However large the source, only about ``POOL`` windows per sample asked for are read and tokenized: a
+larger .txt file in ``nsamples`` pieces spread evenly over it, rows in their order.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bittern.errors import BitternError
+from bittern.tokenizer import check_vocabulary, encode, first_line, leading_bos
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+POOL = 8
+"""Windows read per window used, at ``BYTES_PER_TOKEN``."""
+
+BYTES_PER_TOKEN = 4
+"""What a token of natural text takes; only how much is read depends on it."""
+
+READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
+"""File suffix -> the builder of ``datasets`` that reads it."""
+
+_ROWS_AT_ONCE = 1 << 20  # characters
+_HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[^@]+))?(@(?P<split>.+))?")
+
+
+@dataclass(frozen=True)
+class CalibrationTokens:
+    """What a model is calibrated on.
+
+    Attributes:
+        ids: int64 (samples, seqlen).
+        source: the dataset, as asked for.
+        tokens_asked: ``nsamples * seqlen``.
+        tokens_found: ``ids.numel()``.
+        sha256: of ``ids`` as little-endian int64, row by row.
+        warnings: sentences that the user must see.
+    """
+
+    ids: Tensor
+    source: str
+    tokens_asked: int
+    tokens_found: int
+    sha256: str
+    warnings: tuple[str, ...] = ()
+
+
+def load_tokens(
+    dataset: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+    chat_template: bool = False,
+    text_column: str | None = None,
+    vocab_size: int | None = None,
+    model: PreTrainedModel | Callable[[], PreTrainedModel] | None = None,
+) -> CalibrationTokens:
+    """Token windows to calibrate on; the module's docstring says how they are chosen.
+
+    Args:
+        dataset: a .txt, .jsonl, .json, .parquet or .arrow file; or a dataset on the Hub as
+            ``name[:config][@split]`` (split ``train`` unless named); or ``self``, text that
+            ``model`` writes: sampled at temperature 1 from BOS, never stopped at EOS.
+        tokenizer: the model's own.
+        nsamples: windows wanted. Fewer found is a warning in the result.
+        seqlen: tokens in a window.
+        seed: of the choice of windows, or of the sampling.
+        chat_template: render the column ``messages`` (or ``conversations``) of every row with the
+            tokenizer's chat template.
+        text_column: the column to read; by default ``text``, else the only column of strings.
+        vocab_size: of the model; ids beyond it are an error.
+        model: for ``self`` alone: the model, or a function that loads it.
+
+    Raises:
+        BitternError: no file, no dataset, no column, no whole window, a wrong tokenizer.
+    """
+    if nsamples < 1 or seqlen < 2:
+        raise BitternError(f"nsamples, seqlen: expected at least 1 and 2, found {nsamples} and {seqlen}")
+    if dataset == "self":
+        from transformers import PreTrainedModel
+
+        if chat_template:
+            raise BitternError("--chat-template: needs a dataset with messages, found --dataset self")
+        if model is None:
+            raise BitternError("--dataset self: needs the whole model to write the text, found none")
+        live = model if isinstance(model, PreTrainedModel) else model()
+        ids = _sample(live, tokenizer, nsamples, seqlen, seed)
+    else:
+        texts = read_texts(
+            dataset,
+            budget=POOL * BYTES_PER_TOKEN * nsamples * seqlen,
+            pieces=nsamples,
+            tokenizer=tokenizer if chat_template else None,
+            text_column=text_column,
+        )
+        ids = _choose(_windows(texts, tokenizer, seqlen, dataset), nsamples, seed)
+    if vocab_size is not None:
+        check_vocabulary(ids, tokenizer, vocab_size)
+    warnings: list[str] = []
+    if len(ids) < nsamples:
+        warnings.append(
+            f"{dataset}: {nsamples} x {seqlen} = {nsamples * seqlen} calibration tokens asked for, "
+            f"{len(ids)} x {seqlen} = {ids.numel()} found"
+        )
+    digest = hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest()
+    return CalibrationTokens(ids, dataset, nsamples * seqlen, ids.numel(), digest, tuple(warnings))
+
+
+def read_texts(
+    dataset: str, *, budget: int, pieces: int, tokenizer: PreTrainedTokenizerBase | None, text_column: str | None
+) -> Iterator[str]:
+    """Consecutive texts of a file or of a dataset on the Hub, at least ``budget`` bytes or characters if it has them.
+
+    Args:
+        dataset: as in :func:`load_tokens`, without ``self``.
+        budget: when to stop.
+        pieces: how many places of a .txt file larger than ``budget`` are read.
+        tokenizer: given when rows are conversations for its chat template.
+        text_column: as in :func:`load_tokens`.
+
+    Raises:
+        BitternError: as :func:`load_tokens`.
+    """
+    path = Path(dataset)
+    if path.suffix == ".txt" and tokenizer is not None:
+        raise BitternError(f"--chat-template: needs rows with messages (.jsonl, .json, .parquet, .arrow), found {path}")
+    if path.suffix == ".txt":
+        return _text_pieces(path, budget, pieces)
+    return _joined(_rows(dataset, tokenizer, text_column), budget)
+
+
+def _text_pieces(path: Path, budget: int, pieces: int) -> Iterator[str]:
+    """The whole file when it fits ``budget`` bytes, else ``pieces`` equal parts of that, spread evenly."""
+    if not path.is_file():
+        raise BitternError(f"{path}: expected a text file, found none")
+    size = path.stat().st_size
+    length = size if size <= budget else budget // pieces
+    with path.open("rb") as file:
+        for index in range(1 if size <= budget else pieces):
+            file.seek(index * (size - length) // max(pieces - 1, 1))
+            raw = file.read(length)
+            start = 0  # a piece may begin and end inside a character
+            while index > 0 and start < len(raw) and raw[start] & 0xC0 == 0x80:
+                start += 1
+            try:
+                yield codecs.getincrementaldecoder("utf-8")().decode(raw[start:], final=length == size)
+            except UnicodeDecodeError as error:
+                raise BitternError(f"{path}: expected UTF-8 text, found {first_line(error)}") from error
+
+
+def _joined(rows: Iterable[str], budget: int) -> Iterator[str]:
+    """Rows joined by blank lines into texts worth one call of the tokenizer, until ``budget`` characters."""
+    waiting: list[str] = []
+    size = total = 0
+    for row in rows:
+        waiting.append(row)
+        size, total = size + len(row), total + len(row)
+        if size >= _ROWS_AT_ONCE or total >= budget:
+            yield "\n\n".join(waiting)
+            waiting, size = [], 0
+        if total >= budget:
+            return
+    if waiting:
+        yield "\n\n".join(waiting)
+
+
+def _rows(dataset: str, tokenizer: PreTrainedTokenizerBase | None, text_column: str | None) -> Iterator[str]:
+    """The text of every row."""
+    from datasets.exceptions import DatasetsError
+
+    with tempfile.TemporaryDirectory(prefix="bittern-") as cache:
+        try:
+            for row in _open_rows(dataset, cache):
+                yield _row_text(row, dataset, tokenizer, text_column)
+        except (DatasetsError, OSError, ValueError, KeyError, RuntimeError) as error:
+            hint = "" if Path(dataset).exists() else " (no such file here, so it was looked for on the Hub)"
+            raise BitternError(f"{dataset}: cannot be read as a dataset: {first_line(error)}{hint}") from error
+
+
+def _open_rows(dataset: str, cache: str) -> Iterable[dict[str, Any]]:
+    """Rows in their order, streamed: a large source is neither copied nor downloaded whole."""
+    import datasets
+
+    path = Path(dataset)
+    if path.exists():
+        if path.suffix not in READERS:
+            known = ", ".join([".txt", *READERS])
+            raise BitternError(f"{path}: expected a file of one of the kinds {known}, found {path.suffix or 'none'!r}")
+        file_rows: Iterable[dict[str, Any]] = datasets.load_dataset(
+            READERS[path.suffix], data_files=str(path), split="train", streaming=True, cache_dir=cache
+        )
+        return file_rows
+    parts = _HUB_NAME.fullmatch(dataset)
+    if parts is None or path.suffix in READERS:
+        raise BitternError(f"{dataset}: expected a file or a dataset on the Hub (name[:config][@split]), found neither")
+    streaming = not datasets.config.HF_HUB_OFFLINE  # offline, only the other reader finds an earlier download
+    hub_rows: Iterable[dict[str, Any]] = datasets.load_dataset(
+        parts["name"], parts["config"], split=parts["split"] or "train", streaming=streaming
+    )
+    return hub_rows
+
+
+def _row_text(
+    row: dict[str, Any], dataset: str, tokenizer: PreTrainedTokenizerBase | None, text_column: str | None
+) -> str:
+    columns = ", ".join(row)
+    if tokenizer is not None:
+        messages = row.get("messages") or row.get("conversations")
+        if not messages:
+            raise BitternError(f"{dataset}: --chat-template needs a column 'messages', found columns {columns}")
+        return _render(messages, dataset, tokenizer)
+    if text_column is None:
+        strings = [name for name, value in row.items() if isinstance(value, str)]
+        text_column = "text" if "text" in row else strings[0] if len(strings) == 1 else None
+    if text_column is None or text_column not in row:
+        wanted = text_column or "text"
+        hint = "; --chat-template renders messages" if "messages" in row or "conversations" in row else ""
+        raise BitternError(f"{dataset}: expected a column {wanted!r} of text, found columns {columns}{hint}")
+    value = row[text_column]
+    if value is not None and not isinstance(value, str):
+        raise BitternError(f"{dataset}: expected text in column {text_column!r}, found {type(value).__name__}")
+    return value or ""
+
+
+def _render(messages: list[dict[str, str]], dataset: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """One conversation through the chat template; the ShareGPT keys ``from`` and ``value`` are understood."""
+    roles = {"human": "user", "gpt": "assistant"}
+    if "from" in messages[0]:
+        messages = [{"role": roles.get(m["from"], m["from"]), "content": m["value"]} for m in messages]
+    if not tokenizer.chat_template:
+        raise BitternError(f"--chat-template: the tokenizer {tokenizer.name_or_path!r} has no chat template")
+    from jinja2 import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except TemplateError as error:
+        raise BitternError(f"{dataset}: the chat template refuses a conversation: {first_line(error)}") from error
+    assert isinstance(text, str)
+    bos = tokenizer.bos_token
+    # every window gets its own BOS; one from the template would stand in the middle
+    return text.removeprefix(bos) if bos and leading_bos(tokenizer) is not None else text
+
+
+def _windows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, seqlen: int, dataset: str) -> Tensor:
+    """All windows of the stream, int64 (windows, seqlen)."""
+    bos = leading_bos(tokenizer)
+    stream: list[int] = []
+    for text in texts:
+        stream += encode(tokenizer, text)
+    width = seqlen if bos is None else seqlen - 1
+    count = len(stream) // width
+    if count == 0:
+        raise BitternError(f"{dataset}: expected at least one window of {seqlen} tokens, found {len(stream)} tokens")
+    ids = torch.tensor(stream[: count * width], dtype=torch.int64).view(count, width)
+    return ids if bos is None else torch.cat([torch.full((count, 1), bos), ids], dim=1)
+
+
+def _choose(windows: Tensor, nsamples: int, seed: int) -> Tensor:
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    return windows[order[:nsamples].sort().values]
+
+
+def _sample(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int, batch: int = 32
+) -> Tensor:
+    """Text that the model writes, int64 (nsamples, seqlen), each from BOS (EOS for want of one)."""
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if first is None:
+        raise BitternError("--dataset self: the tokenizer has neither a BOS nor an EOS token to begin with")
+    samples: list[Tensor] = []
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.inference_mode():
+        torch.manual_seed(seed)
+        for start in range(0, nsamples, batch):
+            prompt = torch.full((min(batch, nsamples - start), 1), first, device=model.device)
+            written = model.generate(  # type: ignore[operator]
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                repetition_penalty=1.0,
+                max_new_tokens=seqlen - 1,
+                eos_token_id=None,
+                pad_token_id=first,
+            )
+            samples.append(written.cpu())
+    return torch.cat(samples)

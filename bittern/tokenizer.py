@@ -1,0 +1,50 @@
+"""How text becomes token ids here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from bittern.errors import BitternError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of ``text`` alone: no BOS, no EOS, no length warning."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def leading_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The BOS id if the tokenizer puts it before every text by itself, else None.
+
+    Whether a tokenizer merely *has* a BOS token says nothing: SmolLM2 and Qwen2 have one and never
+    use it, Llama and Gemma always do and degrade without it.
+    """
+    ids: list[int] = tokenizer("a", verbose=False)["input_ids"]
+    return ids[0] if len(ids) > 1 and ids[0] == tokenizer.bos_token_id else None
+
+
+def check_vocabulary(ids: Tensor, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Refuse ids that the model has no embedding for, the mark of a wrong tokenizer.
+
+    Raises:
+        BitternError: naming the tokenizer, the largest id and the size of the model's vocabulary.
+    """
+    largest = int(torch.max(ids))
+    if largest >= vocab_size:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise BitternError(
+            f"tokenizer {tokenizer.name_or_path!r} ({len(tokenizer)} tokens) does not fit the model: token {token!r} "
+            f"has id {largest}, the model's vocabulary has {vocab_size}"
+        )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a foreign exception's message, for an error that must fit on one line."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
