@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bittern.errors import BitternError
 from bittern.shards import Stored, TensorInfo, read_elements, read_header
-from bittern.writer import CheckpointWriter
+from bittern.writer import CheckpointWriter, explained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,6 +97,11 @@ class Checkpoint:
         self.tensors = dict(tensors)
         self._storage = storage
 
+    @property
+    def path(self) -> Path:
+        """What is read: the folder, or the GGUF file."""
+        return self.folder if self.gguf_file is None else self.folder / self.gguf_file
+
     def read(self, name: str) -> Tensor:
         """A whole tensor, on the CPU, in its stored dtype.
 
@@ -128,14 +133,17 @@ class Checkpoint:
         GGUF file come the tokenizer and its chat template, in transformers' format.
         """
         if self.gguf_file is not None:
-            return sorted(Path(path).name for path in self.tokenizer().save_pretrained(folder) if Path(path).exists())
-        copied = []
-        for path in sorted({path for pattern in SIDE_FILES for path in self.folder.glob(pattern) if path.is_file()}):
-            name = path.relative_to(self.folder)
-            (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(contained(self.folder, str(name)), folder / name)
-            copied.append(str(name))
-        return copied
+            tokenizer = self.tokenizer()
+            with explained(folder):
+                return sorted(Path(path).name for path in tokenizer.save_pretrained(folder) if Path(path).exists())
+        paths = {path for pattern in SIDE_FILES for path in self.folder.glob(pattern) if path.is_file()}
+        names = sorted(str(path.relative_to(self.folder)) for path in paths)
+        for name in names:
+            original = contained(self.folder, name)
+            with explained(folder):
+                (folder / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(original, folder / name)
+        return names
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's tokenizer.

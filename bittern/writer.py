@@ -111,7 +111,7 @@ class CheckpointWriter:
         shards = split(plan, max_shard_size)
         self._names = shard_names(len(shards))
         try:
-            with _explained(self.out):
+            with explained(self.out):
                 self.out.parent.mkdir(parents=True, exist_ok=True)
                 self._acquire()
                 check_output(self.out, None, overwrite)
@@ -152,12 +152,12 @@ class CheckpointWriter:
                 raise BitternError(f"{name}: elements {start} to {stop} are written twice")
             self._written[name].append((start, stop))
         shard, offset = self._where[name]
-        with _explained(self.out):
+        with explained(self.out):
             write_elements(self._files[shard], offset + start * info.dtype.itemsize, tensor.detach().cpu())
 
     def write_file(self, name: str, text: str) -> None:
         """Write a text file beside the weights."""
-        with _explained(self.out):
+        with explained(self.out):
             (self.folder / name).write_text(text, encoding="utf-8")
 
     def commit(self, config: dict[str, Any]) -> None:
@@ -173,7 +173,7 @@ class CheckpointWriter:
             done = sum(stop - start for start, stop in self._written[name])
             if done != info.numel:
                 raise BitternError(f"{name}: only {done} of {info.numel} elements were written before the commit")
-        with _explained(self.out):
+        with explained(self.out):
             for file in self._files:
                 os.fsync(file)
                 os.close(file)
@@ -290,8 +290,8 @@ def shard_names(count: int) -> list[str]:
 
 
 @contextmanager
-def _explained(out: Path) -> Iterator[None]:
-    """Turn what a file system refuses into one line."""
+def explained(out: Path) -> Iterator[None]:
+    """Turn what the file system refuses while ``out`` is written into one line."""
     try:
         yield
     except OSError as error:

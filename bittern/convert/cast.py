@@ -1,0 +1,324 @@
+"""A checkpoint in another floating-point dtype, piece by piece.
+
+Memory is a few pieces of 8 MiB whatever the checkpoint's size: each of a few threads reads a piece,
+casts it, measures what the cast cost, and writes it to its place.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bittern.checkpoint import Checkpoint, CheckpointWriter, TensorInfo, open_checkpoint
+from bittern.errors import BitternError
+from bittern.writer import MAX_SHARD_SIZE, check_output
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+_PIECE_BYTES = 8 * 2**20
+_BLOCK = 2**15 - 1  # elements that stay in the cache, just too few for torch to wake its own threads
+_THREADS = 2
+_HEADS = ("lm_head", "embed_out")
+
+
+@dataclass(frozen=True)
+class Cast:
+    """What became of one tensor (or of one piece of it).
+
+    Attributes:
+        name: the tensor.
+        source_dtype: dtype in the source, as in "float32".
+        dtype: dtype in the output; integers keep theirs.
+        max_relative_error: the largest abs(cast - value) / abs(value) over its non-zero values.
+        max_magnitude: the largest abs(value); 0 for what is not floating point.
+        overflowed: values too large for ``dtype``; clamp makes each the largest of its sign.
+        not_finite: values that are NaN or infinite in the source.
+    """
+
+    name: str
+    source_dtype: str
+    dtype: str
+    max_relative_error: float = 0.0
+    max_magnitude: float = 0.0
+    overflowed: int = 0
+    not_finite: int = 0
+
+    def join(self, other: Cast) -> Cast:
+        """The same of two pieces together."""
+        return Cast(
+            self.name,
+            self.source_dtype,
+            self.dtype,
+            max(self.max_relative_error, other.max_relative_error),
+            max(self.max_magnitude, other.max_magnitude),
+            self.overflowed + other.overflowed,
+            self.not_finite + other.not_finite,
+        )
+
+
+@dataclass(frozen=True)
+class ConvertSummary:
+    """What :func:`convert` did.
+
+    Attributes:
+        source: as the caller named it.
+        revision: the commit when it came from the Hub.
+        output: the folder that was made.
+        dtype: "bf16", "fp16" or "fp32".
+        tensors: one entry per tensor written, in the order of the source.
+        tied: tensors left out because the configuration ties them to an equal one.
+        side_files: what was copied besides.
+        source_bytes, output_bytes: bytes of all values.
+        seconds: wall time.
+    """
+
+    source: str
+    revision: str | None
+    output: str
+    dtype: str
+    tensors: tuple[Cast, ...]
+    tied: tuple[str, ...]
+    side_files: tuple[str, ...]
+    source_bytes: int
+    output_bytes: int
+    seconds: float
+
+    @property
+    def worst(self) -> Cast | None:
+        """The tensor with the largest relative error."""
+        return max(self.tensors, key=lambda cast: cast.max_relative_error, default=None)
+
+    @property
+    def clamped(self) -> int:
+        """Values that were clamped, in all tensors."""
+        return sum(cast.overflowed for cast in self.tensors)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything above, ready for JSON."""
+        worst = self.worst
+        return {
+            **asdict(self),
+            "clamped": self.clamped,
+            "max_relative_error": worst.max_relative_error if worst else 0.0,
+            "worst": worst.name if worst else None,
+        }
+
+
+def convert(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    dtype: str = "bf16",
+    clamp: bool = False,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    overwrite: bool = False,
+    revision: str | None = None,
+    on_tensor: Callable[[Cast, int, int], None] | None = None,
+) -> ConvertSummary:
+    """Write the checkpoint ``source`` to the folder ``output`` with its floating-point tensors in ``dtype``.
+
+    Integer and boolean tensors stay as they are; config.json gets the dtype; side files travel along.
+
+    Args:
+        source: a folder, a .gguf file or a Hub id.
+        output: a folder that does not exist yet, unless ``overwrite``.
+        dtype: "bf16", "fp16" or "fp32".
+        clamp: make values that overflow the largest one of ``dtype`` instead of refusing them.
+        max_shard_size: bytes of a shard.
+        overwrite: replace the checkpoint that is at ``output``.
+        revision: of a Hub id.
+        on_tensor: called with each finished tensor, its index and the number of tensors.
+
+    Raises:
+        BitternError: for a source that cannot be read or is quantized, an output that may not or cannot be
+            written, values that are NaN, infinite or (without ``clamp``) too large for ``dtype``.
+    """
+    started = time.monotonic()
+    if dtype not in DTYPES:
+        raise BitternError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype}")
+    with open_checkpoint(source, revision) as checkpoint:
+        _refuse_quantized(checkpoint)
+        check_output(Path(output), checkpoint.path, overwrite)
+        tied = tied_tensors(checkpoint)
+        kept = [info for info in checkpoint.tensors.values() if info.name not in tied]
+        plan = [TensorInfo(info.name, _target(info.dtype, DTYPES[dtype]), info.shape) for info in kept]
+        with CheckpointWriter(output, plan, max_shard_size=max_shard_size, overwrite=overwrite) as writer:
+            side_files = checkpoint.copy_side_files(writer.folder)
+            casts = []
+            for cast in _cast_all(checkpoint, writer, plan, clamp):
+                _refuse_values(cast, clamp)
+                casts.append(cast)
+                if on_tensor is not None:
+                    on_tensor(cast, len(casts) - 1, len(plan))
+            writer.commit(_with_dtype(checkpoint.config, _name(DTYPES[dtype])))
+    return ConvertSummary(
+        source=os.fspath(source),
+        revision=checkpoint.revision,
+        output=os.fspath(output),
+        dtype=dtype,
+        tensors=tuple(casts),
+        tied=tuple(tied),
+        side_files=tuple(side_files),
+        source_bytes=sum(info.nbytes for info in kept),
+        output_bytes=sum(info.nbytes for info in plan),
+        seconds=time.monotonic() - started,
+    )
+
+
+def cast_values(values: Tensor, dtype: torch.dtype, name: str = "") -> tuple[Tensor, Cast]:
+    """Cast a 1-D floating-point tensor and measure what it cost.
+
+    What overflows becomes the largest value of its sign and is counted.
+    """
+    result = torch.empty(values.numel(), dtype=dtype)
+    measured = torch.float64 if values.dtype == torch.float64 else torch.float32
+    limit = torch.finfo(dtype).max
+    cast = Cast(name, _name(values.dtype), _name(dtype))
+    for block, out in zip(values.split(_BLOCK), result.split(_BLOCK), strict=True):
+        exact = block.to(measured)
+        out.copy_(exact)
+        low, high = (value.item() for value in torch.aminmax(exact))
+        magnitude = max(-low, high)
+        if not magnitude < float("inf"):  # a NaN is what aminmax returns for a block that holds one
+            cast = cast.join(Cast("", "", "", not_finite=int((~exact.isfinite()).sum())))
+            continue
+        overflowed = 0
+        if magnitude > limit:
+            overflowed = int(out.isinf().sum())
+            out.clamp_(-limit, limit)
+        error = 0.0 if values.dtype == dtype else _relative_error(exact, out)
+        cast = cast.join(Cast("", "", "", error, magnitude, overflowed))
+    return result, cast
+
+
+def tied_tensors(checkpoint: Checkpoint) -> list[str]:
+    """Output heads that the configuration ties to the embedding and that equal it, so need not be stored.
+
+    Such a head and the embedding are read once more for this, up to the first difference.
+    """
+    heads = [name for name in checkpoint.tensors if name.removesuffix(".weight").rpartition(".")[2] in _HEADS]
+    if not heads or not _ties_embeddings(checkpoint.config):
+        return []
+    return [
+        head for head in heads if any(_equal(checkpoint, head, name) for name in checkpoint.tensors if name != head)
+    ]
+
+
+def _cast_all(checkpoint: Checkpoint, writer: CheckpointWriter, plan: list[TensorInfo], clamp: bool) -> Iterator[Cast]:
+    """Cast and write every tensor of the plan; yields each one's outcome, in order."""
+
+    def move(info: TensorInfo, start: int, stop: int) -> Cast:
+        values = checkpoint.read_elements(info.name, start, stop)
+        if not values.is_floating_point():
+            cast = Cast(info.name, _name(values.dtype), _name(values.dtype))
+        else:
+            values, cast = cast_values(values, info.dtype, info.name)
+        writer.write_elements(info.name, start, values)
+        return cast
+
+    def pieces() -> Iterator[tuple[TensorInfo, int, int]]:
+        for info in plan:
+            step = _PIECE_BYTES // checkpoint.tensors[info.name].dtype.itemsize
+            for start in range(0, max(info.numel, 1), step):
+                yield info, start, min(start + step, info.numel)
+
+    joined: Cast | None = None
+    for cast in _in_order(move, pieces()):
+        if joined is not None and joined.name != cast.name:
+            yield joined
+            joined = None
+        joined = cast if joined is None else joined.join(cast)
+    if joined is not None:
+        yield joined
+
+
+def _in_order(
+    move: Callable[[TensorInfo, int, int], Cast], work: Iterable[tuple[TensorInfo, int, int]]
+) -> Iterator[Cast]:
+    """Do pieces of work on a few threads, a few ahead; yields the results in order."""
+    pending: deque[Future[Cast]] = deque()
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for item in work:
+            pending.append(pool.submit(move, *item))
+            if len(pending) > 2 * _THREADS:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _relative_error(exact: Tensor, cast: Tensor) -> float:
+    """The largest abs(cast / exact - 1), with nothing lost where both are zero."""
+    ratio = cast.to(exact.dtype).div_(exact)
+    low, high = (value.item() for value in torch.aminmax(ratio))
+    if low != low:  # 0 / 0
+        ratio = ratio.masked_fill_(exact == 0, 1)
+        low, high = (value.item() for value in torch.aminmax(ratio))
+    return max(1 - low, high - 1)
+
+
+def _refuse_values(cast: Cast, clamp: bool) -> None:
+    if cast.not_finite:
+        raise BitternError(f"{cast.name}: expected finite values, found {cast.not_finite} that are NaN or Inf")
+    if cast.overflowed and not clamp:
+        raise BitternError(
+            f"{cast.name}: its largest magnitude {cast.max_magnitude:g} does not fit {cast.dtype}; --clamp would change"
+            f" {cast.overflowed} values, --dtype bf16 would hold them"
+        )
+
+
+def _refuse_quantized(checkpoint: Checkpoint) -> None:
+    for key in ("quantization_config", "quantization"):
+        if checkpoint.config.get(key) is not None:
+            raise BitternError(f"{checkpoint.source}: expected floating-point weights, found a quantized model ({key})")
+    for name in checkpoint.tensors:
+        if name.endswith(".qweight"):
+            raise BitternError(f"{checkpoint.source}: expected floating-point weights, found quantized ones ({name})")
+
+
+def _ties_embeddings(config: dict[str, Any]) -> bool:
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict) and "tie_word_embeddings" in part:
+            return bool(part["tie_word_embeddings"])
+    from transformers import CONFIG_MAPPING  # heavy, and needed only where config.json leaves it to the default
+
+    kind = config.get("model_type")
+    return kind in CONFIG_MAPPING and bool(getattr(CONFIG_MAPPING[kind](), "tie_word_embeddings", False))
+
+
+def _equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
+    one, other = checkpoint.tensors[first], checkpoint.tensors[second]
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    step = _PIECE_BYTES // one.dtype.itemsize
+    return all(
+        torch.equal(*(checkpoint.read_elements(name, start, min(start + step, one.numel)) for name in (first, second)))
+        for start in range(0, one.numel, step)
+    )
+
+
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """A copy of a configuration that states ``dtype`` at the top and wherever a part of it states one."""
+    result = dict(config)
+    for key, value in config.items():
+        if isinstance(value, dict):
+            result[key] = _with_dtype(value, dtype) if "dtype" in value or "torch_dtype" in value else value
+        elif key == "torch_dtype":
+            result[key] = dtype
+    return result | {"dtype": dtype}
+
+
+def _target(source: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+    return dtype if source.is_floating_point else source
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
