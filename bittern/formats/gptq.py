@@ -1,0 +1,389 @@
+"""GPTQ safetensors: the layout that AutoGPTQ began and GPTQModel, vLLM, SGLang and transformers read.
+
+Per layer, with K = in_features, N = out_features, G groups and b bits:
+
+========  ==================  =======  ===============================================
+tensor    shape               dtype
+========  ==================  =======  ===============================================
+qweight   [ceil(K*b/32), N]   int32    codes, packed along K
+qzeros    [G, ceil(N*b/32)]   int32    zeros, packed along N; ``gptq`` stores zero - 1
+scales    [G, N]              float16
+g_idx     [K]                 int32    group of each column
+========  ==================  =======  ===============================================
+
+Packing is a little-endian bit stream without gaps: value i has bits [i*b, i*b + b). At 3 bits two of
+every 32 values straddle words. Checked against GPTQModel 7.7, see docs/formats.md.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bittern import __version__
+from bittern.checkpoint import TensorInfo
+from bittern.errors import BitternError
+from bittern.weight import BITS, QuantSpec, QuantWeight
+
+V1 = "gptq"  # stores zero - 1
+V2 = "gptq_v2"  # stores zero
+SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
+_WORD = 32
+# vLLM looks a fused layer up in ``dynamic`` by its own name; it exists when all of its parts share a grid.
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+@dataclass(frozen=True)
+class GPTQConfig:
+    """What the quantization config of an artifact says about its layers.
+
+    Attributes:
+        bits, group_size, sym: the grid of layers that ``dynamic`` does not name.
+        desc_act: whether columns were stored under a permuted ``g_idx``.
+        checkpoint_format: "gptq" or "gptq_v2".
+        quantizer: who made it, such as ("gptqmodel:7.7.0",); empty when it does not say.
+        dynamic: (pattern, overrides) in order, the first match counts; None skips the layer.
+    """
+
+    bits: int
+    group_size: int
+    sym: bool
+    desc_act: bool
+    checkpoint_format: str
+    quantizer: tuple[str, ...]
+    dynamic: tuple[tuple[str, Mapping[str, Any] | None], ...]
+
+    def spec(self, layer: str) -> QuantSpec | None:
+        """The grid of a layer, None for one that is not quantized.
+
+        Raises:
+            BitternError: for bits or a group size that bittern does not have.
+        """
+        overrides: Mapping[str, Any] | None = {}
+        for pattern, values in self.dynamic:
+            if re.match(pattern, layer):
+                overrides = values
+                break
+        if overrides is None:
+            return None
+        grid = {"bits": self.bits, "group_size": self.group_size, "sym": self.sym}
+        return QuantSpec(**{key: overrides.get(key, value) for key, value in grid.items()})
+
+
+def names(layer: str) -> dict[str, str]:
+    """Suffix -> tensor name of one packed layer."""
+    return {suffix: f"{layer}.{suffix}" for suffix in SUFFIXES}
+
+
+def packed_layers(tensors: Iterable[str]) -> list[str]:
+    """The packed layers among the tensor names of a checkpoint, in its order."""
+    return [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
+
+
+def plan(layer: str, out_features: int, in_features: int, spec: QuantSpec) -> list[TensorInfo]:
+    """Names, dtypes and shapes of the tensors that :func:`pack` will return for a layer.
+
+    Raises:
+        BitternError: for a shape or a group size that the format's readers do not take.
+    """
+    _check_shape(out_features, in_features, spec, layer)
+    groups = spec.groups(in_features)
+    shapes = {
+        "qweight": (torch.int32, (in_features * spec.bits // _WORD, out_features)),
+        "qzeros": (torch.int32, (groups, out_features * spec.bits // _WORD)),
+        "scales": (torch.float16, (groups, out_features)),
+        "g_idx": (torch.int32, (in_features,)),
+    }
+    return [TensorInfo(name, *shapes[suffix]) for suffix, name in names(layer).items()]
+
+
+def pack(weight: QuantWeight, *, checkpoint_format: str) -> dict[str, Tensor]:
+    """The tensors of one layer, by suffix. Nothing is rounded: :func:`unpack` gives the same weight.
+
+    Args:
+        weight: its scales must be exact in float16.
+        checkpoint_format: "gptq" (v1) or "gptq_v2".
+
+    Raises:
+        BitternError: for shapes that the format's readers do not take, codes or zeros out of range, a
+            zero of 0 in v1, or scales that float16 does not hold.
+    """
+    spec = weight.spec
+    _check_shape(weight.out_features, weight.in_features, spec, "weight")
+    for name, values in (("codes", weight.codes), ("zeros", weight.zeros)):
+        if int(values.max()) > spec.max_code:
+            raise BitternError(
+                f"{name}: expected at most {spec.max_code} at {spec.bits} bits, found {int(values.max())}"
+            )
+    scales = weight.scales.to(torch.float16)
+    if not bool(torch.isfinite(scales).all()) or not torch.equal(scales.to(weight.scales.dtype), weight.scales):
+        raise BitternError("scales: expected finite values that float16 holds exactly, found others")
+    zeros = weight.zeros
+    if _is_v1(checkpoint_format):
+        if int(zeros.min()) == 0:
+            raise BitternError(f"zeros: {V1!r} cannot store a zero of 0 that all readers agree on; write {V2!r}")
+        zeros = zeros - 1
+    return {
+        "qweight": pack_rows(weight.codes.T.contiguous(), spec.bits),
+        "qzeros": pack_rows(zeros, spec.bits).T.contiguous(),
+        "scales": scales.T.contiguous(),
+        "g_idx": weight.group_index().to(torch.int32),
+    }
+
+
+def unpack(tensors: Mapping[str, Tensor], *, in_features: int, checkpoint_format: str, sym: bool) -> QuantWeight:
+    """Read one layer back.
+
+    Bits and group size follow from the shapes. A whole-row group comes back as group_size -1.
+
+    Args:
+        tensors: suffix -> tensor; a missing ``g_idx`` means columns in order, as in the oldest files.
+        in_features: K, which the shapes alone do not fix at 3 bits.
+        checkpoint_format: "gptq" (v1) or "gptq_v2".
+        sym: whether the config calls the layer symmetric.
+
+    Raises:
+        BitternError: when dtypes, shapes or values contradict each other or the arguments. Of v1, a
+            stored zero of all ones is refused too: its writers and readers disagree on what it is.
+    """
+    for suffix in ("qweight", "qzeros", "scales"):
+        if suffix not in tensors or tensors[suffix].ndim != 2:
+            raise BitternError(f"{suffix}: expected a tensor of two dimensions, found {_describe(tensors.get(suffix))}")
+    qweight, qzeros, scales = tensors["qweight"], tensors["qzeros"], tensors["scales"]
+    for suffix in ("qweight", "qzeros"):
+        if tensors[suffix].dtype != torch.int32:
+            raise BitternError(f"{suffix}: expected int32, found {tensors[suffix].dtype}")
+    if not scales.is_floating_point() or not bool(torch.isfinite(scales).all()):
+        raise BitternError(f"scales: expected finite floats, found {scales.dtype} with others")
+    out_features = qweight.shape[1]
+    bits = _infer_bits(qweight.shape[0], in_features)
+    groups = scales.shape[0]
+    expected = {"qzeros": (groups, _words(out_features, bits)), "scales": (groups, out_features)}
+    for suffix, shape in expected.items():
+        if tuple(tensors[suffix].shape) != shape or groups == 0:
+            raise BitternError(f"{suffix}: expected shape {shape}, found {tuple(tensors[suffix].shape)}")
+    group_size, g_idx = _infer_groups(tensors.get("g_idx"), in_features, groups)
+
+    zeros = unpack_rows(qzeros.T.contiguous(), bits, out_features)
+    spec = QuantSpec(bits, group_size, sym)
+    if _is_v1(checkpoint_format):
+        if int(zeros.max()) == spec.max_code:
+            raise BitternError(
+                f"qzeros: found a stored {spec.max_code}, which readers of {V1!r} decode in different ways; "
+                f"save the artifact as {V2!r} with the tool that made it"
+            )
+        zeros = zeros + 1
+    if sym and not bool((zeros == spec.mid_code).all()):
+        wrong = int(zeros[zeros != spec.mid_code][0])
+        raise BitternError(
+            f"qzeros: expected {spec.mid_code} everywhere in a symmetric {checkpoint_format!r} layer, found {wrong}"
+        )
+    return QuantWeight(
+        codes=unpack_rows(qweight, bits, in_features).T.contiguous(),
+        scales=scales.T.contiguous() if scales.dtype == torch.float16 else scales.T.to(torch.float32).contiguous(),
+        zeros=zeros,
+        spec=spec,
+        g_idx=g_idx,
+    )
+
+
+def config(
+    spec: QuantSpec, *, checkpoint_format: str, layers: Mapping[str, QuantSpec | None], damp_percent: float = 0.01
+) -> dict[str, Any]:
+    """The object for ``quantization_config`` in config.json and for quantize_config.json.
+
+    Args:
+        spec: the grid of most layers.
+        checkpoint_format: "gptq" or "gptq_v2".
+        layers: every matrix by its checkpoint name, with its grid or None when it was left as it is.
+        damp_percent: the damping asked for, between 0 and 1.
+
+    Raises:
+        BitternError: for an asymmetric grid in "gptq", or a damp_percent out of range.
+    """
+    kept = {name: grid for name, grid in layers.items() if grid is not None}
+    if _is_v1(checkpoint_format) and not all(grid.sym for grid in (spec, *kept.values())):
+        raise BitternError(f"checkpoint_format: asymmetric layers need {V2!r}, found {V1!r}")
+    if not 0 < damp_percent < 1:
+        raise BitternError(f"damp_percent: expected a value between 0 and 1, found {damp_percent}")
+    result: dict[str, Any] = {
+        "quant_method": "gptq",
+        "bits": spec.bits,
+        "group_size": spec.group_size,
+        "desc_act": False,
+        "sym": spec.sym,
+        "lm_head": "lm_head" in kept,
+        "checkpoint_format": checkpoint_format,
+        "format": checkpoint_format,
+        "damp_percent": damp_percent,
+        "true_sequential": True,
+        "static_groups": True,  # grids are frozen before the solver moves a weight
+        "pack_dtype": "int32",
+        "meta": {"quantizer": [f"bittern:{__version__}"]},
+    }
+    inner = {name: grid for name, grid in layers.items() if name != "lm_head"}
+    if any(grid != spec for grid in inner.values()):
+        result["dynamic"] = _dynamic(spec, inner)
+        result["modules_in_block_to_quantize"] = [_kept_modules(inner)]
+    return result
+
+
+def read_config(found: Mapping[str, Any]) -> GPTQConfig:
+    """Understand the quantization config of an artifact, whoever made it.
+
+    Args:
+        found: the ``quantization_config`` of config.json, or the whole of quantize_config.json.
+
+    Raises:
+        BitternError: naming the key, for anything but GPTQ tensors packed in 32-bit words.
+    """
+    method = found.get("quant_method", found.get("method", "gptq"))
+    if method != "gptq":
+        raise BitternError(f"quantization_config: quant_method: expected 'gptq', found {method!r}")
+    # AutoGPTQ before 0.7 wrote neither of them; newer tools write both.
+    checkpoint_format = found.get("checkpoint_format", found.get("format", V1))
+    if found.get("is_marlin_format", False):
+        checkpoint_format = "marlin"
+    _is_v1(checkpoint_format)
+    if found.get("pack_dtype", "int32") != "int32":
+        raise BitternError(f"quantization_config: pack_dtype: expected 'int32', found {found['pack_dtype']!r}")
+    for key, kind in {"bits": int, "group_size": int, "sym": bool, "desc_act": bool}.items():
+        if type(found.get(key, kind())) is not kind or (key == "bits" and key not in found):
+            raise BitternError(f"quantization_config: {key}: expected {kind.__name__}, found {found.get(key)!r}")
+    quantizer = (found.get("meta") or {}).get("quantizer") or ()
+    return GPTQConfig(
+        bits=found["bits"],
+        group_size=found.get("group_size", 128),
+        sym=found.get("sym", True),
+        desc_act=found.get("desc_act", False),
+        checkpoint_format=checkpoint_format,
+        quantizer=(quantizer,) if isinstance(quantizer, str) else tuple(quantizer),
+        dynamic=tuple(_patterns(found.get("dynamic") or {})),
+    )
+
+
+def _patterns(dynamic: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str, Any] | None]]:
+    for key, values in dynamic.items():
+        pattern = key.removeprefix("+:").removeprefix("-:")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise BitternError(f"quantization_config: dynamic: {key!r} is no regular expression: {error}") from error
+        yield pattern, None if key.startswith("-:") else values
+
+
+def _dynamic(spec: QuantSpec, layers: Mapping[str, QuantSpec | None]) -> dict[str, dict[str, Any]]:
+    """One pattern for the layers of one module that share a grid other than ``spec``."""
+    shared: dict[tuple[str, QuantSpec | None], list[str]] = {}
+    for name, grid in layers.items():
+        if grid != spec:
+            parent, _, leaf = name.rpartition(".")
+            shared.setdefault((parent, grid), []).append(leaf)
+    result: dict[str, dict[str, Any]] = {}
+    for (parent, grid), leaves in shared.items():
+        leaves += [fused for fused, parts in _FUSED.items() if set(parts) <= set(leaves)]
+        ends = "|".join(re.escape(leaf) for leaf in leaves)
+        pattern = f"^{re.escape(parent + '.') if parent else ''}({ends})$"
+        if grid is None:
+            result[f"-:{pattern}"] = {}
+        else:
+            result[f"+:{pattern}"] = {"bits": grid.bits, "group_size": grid.group_size, "sym": grid.sym}
+    return result
+
+
+def _kept_modules(layers: Mapping[str, QuantSpec | None]) -> list[str]:
+    """The quantized layers as name endings: relative to the block where every block agrees."""
+    relative = {name: re.sub(r"^.*?\.\d+\.", "", name) for name in layers}
+    skipped = {relative[name] for name, grid in layers.items() if grid is None}
+    kept = (name for name, grid in layers.items() if grid is not None)
+    return list(dict.fromkeys(name if relative[name] in skipped else relative[name] for name in kept))
+
+
+def pack_rows(values: Tensor, bits: int) -> Tensor:
+    """Pack along dimension 0: uint8 (n, m), each below ``2 ** bits`` -> int32 (ceil(n * bits / 32), m)."""
+    count, width = values.shape
+    blocks = -(-count // _WORD)
+    if count % _WORD:
+        values = torch.cat([values, values.new_zeros(blocks * _WORD - count, width)])
+    lanes = values.view(blocks, _WORD, width)
+    words = torch.zeros(blocks, bits, width, dtype=torch.int32, device=values.device)
+    for lane in range(_WORD):
+        word, shift = divmod(lane * bits, _WORD)
+        value = lanes[:, lane].to(torch.int32)
+        words[:, word] |= value << shift
+        if shift + bits > _WORD:  # the rest of a value that straddles two words
+            words[:, word + 1] |= value >> (_WORD - shift)
+    return words.view(blocks * bits, width)[: _words(count, bits)]
+
+
+def unpack_rows(words: Tensor, bits: int, count: int) -> Tensor:
+    """The inverse of :func:`pack_rows`: int32 (ceil(count * bits / 32), m) -> uint8 (count, m)."""
+    height, width = words.shape
+    blocks = -(-count // _WORD)
+    if height != blocks * bits:
+        words = torch.cat([words, words.new_zeros(blocks * bits - height, width)])
+    words = words.view(blocks, bits, width)
+    lanes = torch.empty(blocks, _WORD, width, dtype=torch.uint8, device=words.device)
+    mask = 2**bits - 1
+    for lane in range(_WORD):
+        word, shift = divmod(lane * bits, _WORD)
+        value = words[:, word] >> shift  # keeps the sign, which the mask cuts off
+        if shift + bits > _WORD:
+            value = value & (2 ** (_WORD - shift) - 1) | words[:, word + 1] << (_WORD - shift)
+        lanes[:, lane] = value & mask
+    return lanes.view(blocks * _WORD, width)[:count]
+
+
+def _check_shape(out_features: int, in_features: int, spec: QuantSpec, what: str) -> None:
+    if out_features % _WORD or in_features % _WORD or not out_features or not in_features:
+        raise BitternError(
+            f"{what}: GPTQ needs in_features and out_features divisible by 32, found {in_features} and {out_features}"
+        )
+    if in_features % spec.columns_per_group(in_features):
+        raise BitternError(f"{what}: group_size {spec.group_size} does not divide in_features {in_features}")
+
+
+def _is_v1(checkpoint_format: str) -> bool:
+    if checkpoint_format not in (V1, V2):
+        raise BitternError(f"checkpoint_format: expected {V1!r} or {V2!r}, found {checkpoint_format!r}")
+    return checkpoint_format == V1
+
+
+def _words(count: int, bits: int) -> int:
+    return -(-count * bits // _WORD)
+
+
+def _infer_bits(height: int, in_features: int) -> int:
+    for bits in BITS:
+        if _words(in_features, bits) == height:
+            return bits
+    options = ", ".join(f"{_words(in_features, bits)} ({bits} bits)" for bits in BITS)
+    raise BitternError(f"qweight: expected one of {options} rows for {in_features} input features, found {height}")
+
+
+def _infer_groups(g_idx: Tensor | None, in_features: int, groups: int) -> tuple[int, Tensor | None]:
+    """The group size, and the g_idx unless columns are in order."""
+    if g_idx is None:
+        if in_features % groups:
+            raise BitternError(f"scales: {groups} groups do not divide {in_features} columns, and there is no g_idx")
+        return (-1 if groups == 1 else in_features // groups), None
+    if tuple(g_idx.shape) != (in_features,) or g_idx.dtype not in (torch.int32, torch.int64):
+        raise BitternError(f"g_idx: expected int32 of shape ({in_features},), found {_describe(g_idx)}")
+    if int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
+        raise BitternError(f"g_idx: expected groups 0 to {groups - 1}, found {int(g_idx.min())} to {int(g_idx.max())}")
+    if groups == 1:
+        return -1, None
+    group_size = int(torch.bincount(g_idx.long()).max())
+    if -(-in_features // group_size) != groups:
+        raise BitternError(f"g_idx: puts {group_size} columns in one of the {groups} groups of {in_features} columns")
+    in_order = torch.arange(in_features, device=g_idx.device) // group_size
+    return group_size, None if torch.equal(g_idx.long(), in_order) else g_idx.to(torch.int32)
+
+
+def _describe(tensor: Tensor | None) -> str:
+    return "none" if tensor is None else f"{tensor.dtype} of shape {tuple(tensor.shape)}"
