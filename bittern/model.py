@@ -1,0 +1,390 @@
+"""Any transformers decoder, without a file per architecture.
+
+A model is built with its parameters on the meta device; parameters are then read from a checkpoint
+by piece, so a caller decides how much of the model is in memory. The weights that activations are
+multiplied with are described by :class:`Matrix`, whether the architecture keeps them in
+``nn.Linear``, in transformers' ``Conv1D`` or as one expert of a fused three-dimensional parameter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from bittern.errors import BitternError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from bittern.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where a checkpoint keeps some rows of a parameter.
+
+    Rows are those of the parameter flattened to two dimensions (all but the last one merged).
+
+    Attributes:
+        name: the tensor's name in the architecture's original checkpoints.
+        source: its name in the checkpoint at hand; the same unless a prefix is missing there.
+        start, stop: the rows ``[start, stop)``.
+    """
+
+    name: str
+    source: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One two-dimensional weight, seen as (out_features, in_features).
+
+    Attributes:
+        parameter: name of the parameter in the live model.
+        expert: index into the first dimension of a fused three-dimensional parameter, else None.
+        transposed: the parameter stores (in_features, out_features), as Conv1D and gpt-oss do.
+        parts: the checkpoint layers that it is made of, as (layer name, first output row, end row).
+            Mixtral's live ``gate_up_proj`` of one expert is the two layers ``w1`` and ``w3``.
+    """
+
+    parameter: str
+    expert: int | None
+    transposed: bool
+    out_features: int
+    in_features: int
+    parts: tuple[tuple[str, int, int], ...]
+
+    @property
+    def module(self) -> str:
+        """The live module that holds the parameter."""
+        return self.parameter.rpartition(".")[0]
+
+    @property
+    def label(self) -> str:
+        """How messages name it."""
+        return self.module if self.expert is None else f"{self.parameter}.{self.expert}"
+
+
+def build(config: dict[str, Any], dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> PreTrainedModel:
+    """Build a causal language model with its parameters on meta and its buffers computed.
+
+    Args:
+        config: the parsed config.json; a ``quantization_config`` in it is ignored.
+        dtype: dtype of the parameters.
+        attention: transformers attention implementation; architectures that do not have it use
+            their own ("eager").
+
+    Raises:
+        BitternError: for an architecture that transformers does not know.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = config.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise BitternError(f"config.json: model_type {model_type!r} is not an architecture that transformers knows")
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    model_config = CONFIG_MAPPING[model_type].from_dict(plain)
+    with _parameters_on_meta(), no_init_weights():
+        try:
+            model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation=attention)
+        except ValueError as error:
+            if "attention implementation" not in str(error) and "attn_implementation" not in str(error):
+                raise BitternError(f"config.json: {model_type} is no causal language model: {error}") from error
+            model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation="eager")
+    model.tie_weights()
+    if model._can_set_experts_implementation():
+        # Only this implementation reads one expert at a time, by index.
+        model.set_experts_implementation("eager")
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Move every parameter to meta as it is registered.
+
+    ``torch.device("meta")`` would take the computed buffers (rotary frequencies, ALiBi slopes)
+    along, which no checkpoint holds.
+    """
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and parameter.device.type != "meta":
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The decoder blocks and their prefix, such as ``model.layers``.
+
+    Among the lists of ``num_hidden_layers`` modules, the one with most parameters.
+    """
+    count = model.config.get_text_config(decoder=True).num_hidden_layers  # type: ignore[operator, union-attr]
+    lists = [
+        (sum(p.numel() for p in module.parameters()), name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    if not lists:
+        raise BitternError(f"{type(model).__name__}: no list of {count} blocks found")
+    _, name, module = max(lists, key=lambda item: item[0])
+    return name, module
+
+
+def tied_names(model: PreTrainedModel) -> set[str]:
+    """Parameters that only repeat another one and that no checkpoint needs to hold."""
+    return set(model.all_tied_weights_keys)
+
+
+def weight_map(model: PreTrainedModel, available: Iterable[str]) -> dict[str, tuple[Piece, ...]]:
+    """Find every parameter and persistent buffer of a model in a checkpoint.
+
+    Transformers renames and fuses tensors when it loads (Mixtral's experts) and undoes that when it
+    saves. That undoing is run here once, on row numbers in place of weights, and so tells which
+    checkpoint tensor holds which rows, for any architecture.
+
+    Args:
+        model: a model of :func:`build`.
+        available: names of the tensors in the checkpoint. A missing or an additional base prefix
+            (``transformer.``) is understood, and so are the live names themselves.
+
+    Returns:
+        Live name -> pieces in row order. Tied parameters are left out.
+
+    Raises:
+        BitternError: naming a tensor that the checkpoint lacks, or an architecture whose stored form
+            is not made of whole rows.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    present = set(available)
+    tied = tied_names(model)
+    numbers: dict[str, Tensor] = {}
+    owners: list[tuple[int, str]] = []
+    total = 0
+    for name, tensor in model.state_dict().items():
+        if name in tied:
+            continue
+        shape = tuple(tensor.shape) if tensor.ndim < 2 else (*tensor.shape[:-1], 1)
+        rows = torch.Size(shape).numel()
+        numbers[name] = torch.arange(total, total + rows).view(shape)
+        owners.append((total, name))
+        total += rows
+    starts = torch.tensor([start for start, _ in owners])
+
+    pieces: dict[str, list[Piece]] = {name: [] for name in numbers}
+    for stored, rows_of in revert_weight_conversion(model, dict(numbers)).items():
+        flat = rows_of.flatten()
+        first, last = int(flat[0]), int(flat[-1])
+        start, owner = owners[int(torch.searchsorted(starts, first, right=True)) - 1]
+        if last - first + 1 != flat.numel() or not bool((flat.diff() == 1).all()):
+            raise BitternError(f"{stored}: {model.config.model_type} checkpoints rearrange its rows")
+        pieces[owner].append(Piece(stored, stored, first - start, last - start + 1))
+
+    return {
+        name: _locate(sorted(found, key=lambda piece: piece.start), name, numbers[name].numel(), present, model)
+        for name, found in pieces.items()
+    }
+
+
+def _locate(
+    pieces: list[Piece], live: str, rows: int, present: set[str], model: PreTrainedModel
+) -> tuple[Piece, ...]:
+    """Give each piece the name that the checkpoint at hand uses."""
+    prefix = f"{model.base_model_prefix}."
+
+    def stored_as(name: str) -> str | None:
+        for candidate in (name, name.removeprefix(prefix), prefix + name):
+            if candidate in present or f"{candidate.removesuffix('.weight')}.qweight" in present:
+                return candidate
+        return None
+
+    located = [(piece, stored_as(piece.name)) for piece in pieces]
+    missing = [piece.name for piece, source in located if source is None]
+    if not missing:
+        return tuple(Piece(p.name, source, p.start, p.stop) for p, source in located if source is not None)
+    fused = stored_as(live)
+    if fused is None and len(pieces) > 1:
+        # Experts that share one checkpoint tensor are packed one by one under that tensor's name.
+        fused = live if f"{live}.0.qweight" in present else None
+    elif fused is None and f"{missing[0].removesuffix('.weight')}.0.qweight" in present:
+        return tuple(pieces)
+    if fused is None:
+        raise BitternError(f"{missing[0]}: the checkpoint has no such tensor, and {live} of the model needs it")
+    return (Piece(live, fused, 0, rows),)
+
+
+def matrices(model: PreTrainedModel, prefix: str, sources: dict[str, tuple[Piece, ...]]) -> list[Matrix]:
+    """The matrices of one block in the order in which the block defines them.
+
+    Args:
+        model: a model of :func:`build`.
+        prefix: the block's name, such as ``model.layers.0``.
+        sources: the result of :func:`weight_map`.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    found: list[Matrix] = []
+    for name, module in model.get_submodule(prefix).named_modules(prefix=prefix):
+        if isinstance(module, nn.Linear | Conv1D):
+            transposed = isinstance(module, Conv1D)
+            shape = tuple(module.weight.shape)
+            rows, columns = (shape[1], shape[0]) if transposed else shape
+            parameter = f"{name}.weight"
+            pieces = sources[parameter]
+            parts = (
+                ((_layer(pieces[0].name), 0, rows),)
+                if len(pieces) == 1
+                else tuple((_layer(piece.name), piece.start, piece.stop) for piece in pieces)
+            )
+            found.append(Matrix(parameter, None, transposed, rows, columns, parts))
+        elif hasattr(module, "is_transposed"):
+            for leaf, parameter_ in module.named_parameters(recurse=False):
+                if parameter_.ndim == 3:
+                    found += _experts(f"{name}.{leaf}", tuple(parameter_.shape), bool(module.is_transposed), sources)
+    return found
+
+
+def _layer(tensor: str) -> str:
+    return tensor.removesuffix(".weight")
+
+
+def _experts(
+    parameter: str, shape: tuple[int, ...], transposed: bool, sources: dict[str, tuple[Piece, ...]]
+) -> list[Matrix]:
+    """The experts of a fused parameter of shape (experts, out, in), or (experts, in, out)."""
+    experts, height, width = shape
+    rows, columns = (width, height) if transposed else (height, width)
+    found = []
+    for expert in range(experts):
+        first, end = expert * height, (expert + 1) * height
+        inside = [p for p in sources[parameter] if p.start < end and p.stop > first]
+        if len(inside) == 1 and inside[0].stop - inside[0].start > height:
+            parts: tuple[tuple[str, int, int], ...] = ((f"{_layer(inside[0].name)}.{expert}", 0, rows),)
+        elif transposed and len(inside) > 1:
+            raise BitternError(f"{parameter}: its experts are stored transposed and in several tensors each")
+        elif transposed:
+            parts = ((_layer(inside[0].name), 0, rows),)
+        else:
+            parts = tuple((_layer(p.name), p.start - first, p.stop - first) for p in inside)
+        found.append(Matrix(parameter, expert, transposed, rows, columns, parts))
+    return found
+
+
+def get_weight(model: nn.Module, matrix: Matrix) -> Tensor:
+    """A view of the matrix, (out_features, in_features)."""
+    weight = model.get_parameter(matrix.parameter)
+    selected = weight if matrix.expert is None else weight[matrix.expert]
+    return selected.T if matrix.transposed else selected
+
+
+def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a tensor in the place of a parameter or of a persistent buffer."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._buffers[leaf] = tensor
+
+
+def read_tensor(
+    checkpoint: Checkpoint, pieces: tuple[Piece, ...], shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """Read one parameter from its pieces and convert it to ``dtype``.
+
+    Raises:
+        BitternError: when the checkpoint's shape is not the model's, or a value is NaN or infinite.
+    """
+    height = torch.Size(shape[:-1]).numel() if len(shape) > 1 else torch.Size(shape).numel()
+    width = shape[-1:] if len(shape) > 1 else ()
+    result = torch.empty((height, *width), dtype=dtype)
+    for piece in pieces:
+        tensor = checkpoint.read(piece.source)
+        expected = (piece.stop - piece.start, *width)
+        if tensor.numel() != torch.Size(expected).numel() or (tensor.ndim == len(shape) and len(pieces) == 1 and tensor.shape != torch.Size(shape)):
+            raise BitternError(f"{piece.source}: config.json asks for shape {shape}, found {tuple(tensor.shape)}")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise BitternError(f"{piece.source}: holds NaN or infinite weights")
+        result[piece.start : piece.stop] = tensor.reshape(expected)
+    return result.view(shape)
+
+
+def load_tensors(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    sources: dict[str, tuple[Piece, ...]],
+    names: Iterable[str],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Read parameters and persistent buffers by their live names; integer tensors keep their dtype."""
+    state = model.state_dict()
+    for name in names:
+        target = state[name]
+        wanted = dtype if target.is_floating_point() else target.dtype
+        tensor = read_tensor(checkpoint, sources[name], tuple(target.shape), wanted)
+        set_tensor(model, name, tensor.to(device))
+
+
+def drop_tensors(model: nn.Module, names: Iterable[str]) -> None:
+    """Free tensors that :func:`load_tensors` read; they are on meta again."""
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        tensor = module._parameters.get(leaf)
+        if tensor is not None:
+            set_tensor(model, name, tensor.to("meta"))
+
+
+def load_dense(
+    checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """The whole model of an unquantized checkpoint, in memory."""
+    model = build(checkpoint.config, dtype)
+    sources = weight_map(model, checkpoint.tensors)
+    load_tensors(model, checkpoint, sources, sources, dtype, device)
+    model.tie_weights()
+    return model.to(device)
+
+
+def unexpected_tensors(model: PreTrainedModel, sources: dict[str, tuple[Piece, ...]], available: Iterable[str]) -> list[str]:
+    """Checkpoint tensors that the model has no place for and that transformers does not know to be useless."""
+    used = {piece.source for pieces in sources.values() for piece in pieces}
+    prefix = f"{model.base_model_prefix}."
+    ties = tied_names(model)
+    computed = {name for name, _ in model.named_buffers()}
+    known = used | ties | computed | {name.removeprefix(prefix) for name in ties | computed}
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    # Old checkpoints hold buffers that are computed today.
+    ignored.append(re.compile(r"rotary_emb\.inv_freq$|attn\.(masked_)?bias$|attention\.(masked_)?bias$"))
+    return [name for name in available if name not in known and not any(p.search(name) for p in ignored)]
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that ``cpu``, ``cuda`` or ``auto`` (CUDA where there is one) stands for.
+
+    Raises:
+        BitternError: for another name, and for ``cuda`` on a machine without.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise BitternError(f"device: expected auto, cpu or cuda, found {name!r}")
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise BitternError("device: cuda was asked for, torch finds no CUDA device")
+    return torch.device("cuda" if name != "cpu" and available else "cpu")

@@ -1,0 +1,166 @@
+"""GPTQ as an LDL' sweep: each column takes over the rounding errors of the columns before it.
+
+Sources: Frantar et al. 2022 (GPTQ); Chee et al. 2023 (QuIP), whose LDLQ form is the same rounding.
+With ``H + lambda I = U D U'``, U unit upper triangular, and columns taken in order,
+
+    v_j  = w_j - sum_{i<j} (w^_i - w_i) U_ij,    w^_j = Q(v_j),
+
+and the layer loss ``tr((W^ - W) H (W^ - W)')`` is ``sum_j D_j |w^_j - v_j|^2``. One Cholesky
+factorization of H replaces the usual Cholesky, inversion and second Cholesky.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bittern.errors import BitternError
+from bittern.quantize.grid import min_max_grid, search_grid
+from bittern.weight import QuantSpec, QuantWeight
+
+BLOCK_SIZE = 64
+"""Columns solved between two matrix products; it changes the speed, not the result."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """``H[order][:, order] + damping I = U D U'``.
+
+    Attributes:
+        order: int64 (in_features,), columns by falling activity: the most active are solved while
+            the most columns are left to take over their error.
+        upper: U, unit upper triangular (in_features, in_features).
+        pivots: D (in_features,).
+        diagonal: of H without damping and in the original order (in_features,).
+        damping: what was added to the diagonal.
+        fallback: what had to be done beyond a plain fp32 Cholesky; None if nothing.
+    """
+
+    order: Tensor
+    upper: Tensor
+    pivots: Tensor
+    diagonal: Tensor
+    damping: float
+    fallback: str | None
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A quantized matrix and how far it is from the original on the calibration inputs.
+
+    Attributes:
+        weight: the result.
+        loss: (out_features,), damped squared output error of each row.
+        norm: (out_features,), damped squared output of each row; ``loss / norm`` is relative.
+    """
+
+    weight: QuantWeight
+    loss: Tensor
+    norm: Tensor
+
+
+def factorize(hessian: Tensor, damp_percent: float = 0.01, act_order: bool = True) -> Factor:
+    """Order and factorize a Hessian.
+
+    Args:
+        hessian: fp32 or fp64 (in_features, in_features), symmetric, the mean of x x'.
+        damp_percent: damping as a share of the mean of the diagonal.
+        act_order: whether to reorder columns at all.
+
+    Raises:
+        BitternError: for NaN or infinite entries.
+    """
+    if not bool(torch.isfinite(hessian).all()):
+        raise BitternError("hessian: holds NaN or infinite entries")
+    diagonal = hessian.diagonal().clone()
+    # All inputs zero: any positive damping turns the sweep into round-to-nearest.
+    damping = damp_percent * float(diagonal.mean()) or 1.0
+    columns = torch.arange(len(diagonal), device=hessian.device)
+    order = diagonal.argsort(descending=True, stable=True) if act_order else columns
+    damped = hessian[order][:, order]
+    damped.diagonal().add_(damping)
+    root, fallback = _upper_root(damped, damping)
+    pivots = root.diagonal().clone()
+    return Factor(order, root / pivots, pivots.square(), diagonal, damping, fallback)
+
+
+def _upper_root(matrix: Tensor, floor: float) -> tuple[Tensor, str | None]:
+    """Upper triangular R with ``R R' = matrix``, and what it took."""
+    lower, info = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+    if int(info) == 0:
+        return lower.flip(0, 1), None
+    wide = matrix.double()
+    lower, info = torch.linalg.cholesky_ex(wide.flip(0, 1))
+    if int(info) == 0:
+        return lower.flip(0, 1).to(matrix.dtype), "factorized in fp64"
+    values, vectors = torch.linalg.eigh(wide)
+    raised = int((values < floor).sum())
+    wide = (vectors * values.clamp_min(floor)) @ vectors.T
+    lower = torch.linalg.cholesky((wide + wide.T).flip(0, 1) / 2)
+    return lower.flip(0, 1).to(matrix.dtype), f"{raised} eigenvalues raised to the damping"
+
+
+def gptq(weight: Tensor, factor: Factor, spec: QuantSpec, block_size: int = BLOCK_SIZE) -> Solution:
+    """Quantize a matrix for the inputs that a factor describes.
+
+    Args:
+        weight: (out_features, in_features); its rows are solved independently, so matrices that
+            share their input may be stacked.
+        factor: of the input's Hessian.
+        spec: the grid; ``group_size`` divides ``in_features``.
+        block_size: see :data:`BLOCK_SIZE`.
+
+    Returns:
+        The result with columns and groups in their original order: nothing at run time pays for
+        the order in which they were solved.
+    """
+    scales, zeros = search_grid(weight.float(), spec, factor.diagonal.float())
+    codes, loss = _sweep(weight, factor, scales, zeros, spec, block_size)
+    ordered = weight[:, factor.order]
+    norm = ((ordered @ factor.upper).square() * factor.pivots).sum(1)
+    return Solution(QuantWeight(codes, scales.half(), zeros, spec), loss, norm)
+
+
+def _sweep(
+    weight: Tensor, factor: Factor, scales: Tensor, zeros: Tensor, spec: QuantSpec, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """Codes uint8 (out, in) and the loss of each row. Works on transposed, so contiguous, columns."""
+    columns = factor.order.tolist()
+    per_group = spec.columns_per_group(len(columns))
+    originals = weight.T[factor.order].contiguous()
+    steps_t, zeros_t = scales.T.to(weight.dtype).contiguous(), zeros.T.to(weight.dtype).contiguous()
+    errors = torch.empty_like(originals)
+    codes = torch.empty(originals.shape, dtype=torch.uint8, device=weight.device)
+    loss = torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device)
+    for start in range(0, len(columns), block_size):
+        block = slice(start, min(start + block_size, len(columns)))
+        upper = factor.upper[block, block]
+        targets = originals[block] - factor.upper[:start, block].T @ errors[:start]
+        for j in range(block.stop - start):
+            target = targets[j]
+            if j:
+                target = target - errors[start : start + j].T @ upper[:j, j]
+            group = columns[start + j] // per_group
+            scale, zero = steps_t[group], zeros_t[group]
+            code = (target / scale).round_().add_(zero).clamp_(0, spec.max_code)
+            codes[columns[start + j]] = code
+            rounded = code.sub_(zero).mul_(scale)
+            loss.addcmul_(rounded - target, rounded - target, value=float(factor.pivots[start + j]))
+            torch.sub(rounded, originals[start + j], out=errors[start + j])
+    return codes.T.contiguous(), loss
+
+
+def round_to_nearest(weight: Tensor, spec: QuantSpec) -> QuantWeight:
+    """Round each weight to the nearest point of its group's min-max grid; no data, no error feedback.
+
+    Args:
+        weight: (out_features, in_features).
+        spec: the grid; ``group_size`` divides ``in_features``.
+    """
+    weight = weight.float()
+    scales, zeros = min_max_grid(weight, spec)
+    grouped = weight.view(*scales.shape, -1)
+    codes = (grouped / scales.unsqueeze(2)).round_().add_(zeros.unsqueeze(2)).clamp_(0, spec.max_code)
+    return QuantWeight(codes.to(torch.uint8).view(weight.shape), scales.half(), zeros, spec)

@@ -1,0 +1,201 @@
+"""Second moments of the inputs of every matrix in a block.
+
+GPTQ needs ``H = E[x x']`` over the calibration tokens for each matrix. Matrices that read the same
+tensor (q, k and v; gate and up) share one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from bittern.errors import BitternError
+from bittern.model import Matrix
+from bittern.replay import BlockCall
+
+SYRK_PANEL = 512
+"""Columns per product of the symmetric update; a matrix this wide is still one efficient GEMM."""
+
+
+@dataclass
+class Inputs:
+    """What some matrices of a block read.
+
+    Attributes:
+        matrices: the readers.
+        hessian: fp32 (in_features, in_features), the mean of x x' over ``tokens``.
+        tokens: rows seen; experts of a mixture see different numbers.
+        prior: weight in [0, 1] of the block's other experts in ``hessian``; see :func:`shrink_experts`.
+    """
+
+    matrices: list[Matrix]
+    hessian: Tensor
+    tokens: int
+    prior: float = 0.0
+
+
+class Accumulator:
+    """The running sum of x x' of one input, upper panels only."""
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        self.total = torch.zeros(features, features, device=device)
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """Add rows ``x`` of shape (..., features)."""
+        x = x.detach().reshape(-1, x.shape[-1]).float()
+        for start in range(0, x.shape[1], SYRK_PANEL):
+            panel = slice(start, start + SYRK_PANEL)
+            self.total[panel, start:].addmm_(x[:, panel].T, x[:, start:])
+        self.tokens += x.shape[0]
+
+    def mean(self) -> Tensor:
+        """E[x x'], whole and symmetric."""
+        mean = self.total.triu_().div_(max(self.tokens, 1))
+        return mean + mean.triu(1).T
+
+
+def collect(
+    model: nn.Module,
+    block: nn.Module,
+    matrices: Sequence[Matrix],
+    hidden: Sequence[Tensor],
+    calls: Sequence[BlockCall],
+) -> list[Inputs]:
+    """Run a block over all batches and gather the inputs of its matrices.
+
+    Args:
+        model: the model that the matrices' names start from.
+        block: the block, in memory.
+        matrices: those to gather; the block's others are left alone.
+        hidden: per batch, fp32 (batch, positions, hidden_size).
+        calls: per batch, how to call the block.
+
+    Returns:
+        One entry per distinct input, in the order in which the block reads them. Matrices that no
+        token reached share nothing: their entry has ``tokens == 0``.
+
+    Raises:
+        BitternError: naming the matrix and the sample of a NaN or infinite activation.
+    """
+    recorder = _Recorder(model, matrices)
+    with torch.no_grad(), recorder:
+        for state, call in zip(hidden, calls, strict=True):
+            recorder.begin(state.shape[0])
+            call.run(block, state)
+    return recorder.inputs()
+
+
+class _Recorder(TorchFunctionMode):
+    """Sees what each matrix is multiplied with.
+
+    ``nn.Linear`` and ``Conv1D`` are seen by hooks. An expert has no module of its own: an operand that
+    shares storage with a fused parameter names its expert by its offset.
+    """
+
+    def __init__(self, model: nn.Module, matrices: Sequence[Matrix]) -> None:
+        super().__init__()
+        self.modules = {m.module: m for m in matrices if m.expert is None}
+        self.experts: dict[tuple[str, int], Matrix] = {
+            (m.parameter, m.expert): m for m in matrices if m.expert is not None
+        }
+        fused = {m.parameter: model.get_parameter(m.parameter) for m in self.experts.values()}
+        self.storages = {p.untyped_storage().data_ptr(): (name, p[0].numel()) for name, p in fused.items()}
+        self.leaders: dict[str, list[Matrix]] = {}
+        self.followers: set[str] = set()
+        self.sums: dict[str | tuple[str, int], Accumulator] = {}
+        self.seen: list[tuple[Tensor, str]] = []
+        self.first_sample, self.samples = 0, 0
+        self.handles = [
+            model.get_submodule(name).register_forward_pre_hook(self._hook(name)) for name in self.modules
+        ]
+
+    def begin(self, samples: int) -> None:
+        """Announce a batch."""
+        self.first_sample, self.samples = self.first_sample + self.samples, samples
+        self.seen = []
+
+    def _hook(self, name: str) -> Any:
+        def before(_: nn.Module, args: tuple[Any, ...]) -> None:
+            self._linear(name, args[0])
+
+        return before
+
+    def _linear(self, name: str, x: Tensor) -> None:
+        if name in self.followers:
+            return
+        if name not in self.leaders:
+            # The tensors in `seen` are held on purpose: a freed one's identity may come back.
+            leader = next((other for tensor, other in self.seen if tensor is x), None)
+            if leader is not None:
+                self.leaders[leader].append(self.modules[name])
+                self.followers.add(name)
+                return
+            self.leaders[name] = [self.modules[name]]
+        self.seen.append((x, name))
+        self._add(name, self.modules[name], x)
+
+    def _add(self, key: str | tuple[str, int], matrix: Matrix, x: Tensor) -> None:
+        if key not in self.sums:
+            self.sums[key] = Accumulator(matrix.in_features, x.device)
+        self.sums[key].add(x)
+        if not bool(torch.isfinite(self.sums[key].total.diagonal()).all()):
+            last = self.first_sample + self.samples - 1
+            where = f"samples {self.first_sample} to {last}"
+            if x.ndim > 2 and x.shape[0] == self.samples:
+                bad = (~torch.isfinite(x.flatten(1)).all(1)).nonzero().flatten()
+                # The sum of squares may overflow where no single activation does.
+                where = f"sample {self.first_sample + int(bad[0])}" if len(bad) else where
+            raise BitternError(f"{matrix.label}: NaN or infinite input activations in calibration {where}")
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.storages and len(args) >= 2 and getattr(func, "__name__", "") in ("linear", "matmul", "__matmul__"):
+            weight = args[1]
+            if isinstance(weight, Tensor) and weight.ndim == 2:
+                name, size = self.storages.get(weight.untyped_storage().data_ptr(), ("", 1))
+                matrix = self.experts.get((name, weight.storage_offset() // size))
+                if matrix is not None and matrix.expert is not None:
+                    self._add((name, matrix.expert), matrix, args[0])
+        return func(*args, **(kwargs or {}))
+
+    def __exit__(self, *error: Any) -> None:
+        for handle in self.handles:
+            handle.remove()
+        super().__exit__(*error)
+
+    def inputs(self) -> list[Inputs]:
+        """Everything seen, then what no token reached."""
+        found = []
+        for key, accumulator in self.sums.items():
+            readers = self.leaders[key] if isinstance(key, str) else [self.experts[key]]
+            found.append(Inputs(readers, accumulator.mean(), accumulator.tokens))
+        reached = {matrix for inputs in found for matrix in inputs.matrices}
+        unreached = [m for m in (*self.modules.values(), *self.experts.values()) if m not in reached]
+        found += [Inputs([m], torch.zeros(m.in_features, m.in_features), 0) for m in unreached]
+        return shrink_experts(found)
+
+
+def shrink_experts(found: list[Inputs]) -> list[Inputs]:
+    """Lend an expert that saw few tokens the statistics of the experts beside it.
+
+    The Hessian of an expert with n tokens becomes ``(n H + d H_all) / (n + d)``, d being its input
+    width: with fewer tokens than dimensions its own is singular. ``prior`` records d / (n + d).
+    """
+    by_parameter: dict[str, list[Inputs]] = {}
+    for inputs in found:
+        if inputs.matrices[0].expert is not None:
+            by_parameter.setdefault(inputs.matrices[0].parameter, []).append(inputs)
+    for group in by_parameter.values():
+        total = sum(inputs.tokens for inputs in group)
+        if total == 0:
+            continue
+        pooled = sum((inputs.hessian * (inputs.tokens / total) for inputs in group), torch.zeros(()))
+        for inputs in group:
+            inputs.prior = inputs.matrices[0].in_features / (inputs.tokens + inputs.matrices[0].in_features)
+            inputs.hessian = torch.lerp(inputs.hessian, pooled.to(inputs.hessian), inputs.prior)
+    return found

@@ -1,0 +1,116 @@
+"""Capture what a decoder feeds its blocks, and run the blocks one at a time.
+
+The rest of the model then need not be in memory. Nothing here knows an architecture: the model's own
+forward prepares masks and position embeddings, and its blocks are asked to record instead of compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bittern.errors import BitternError
+
+
+@dataclass
+class BlockCall:
+    """The arguments of one block for one batch, without the hidden state."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The block's output for a hidden state of shape (batch, positions, hidden_size)."""
+        output = block(hidden, *self.args, **self.kwargs)
+        return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+
+
+class _AllBlocksSeen(Exception):
+    """Ends the model's forward after the last block: norm and lm_head need not exist."""
+
+
+def capture(model: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> tuple[Tensor, list[BlockCall]]:
+    """Run a model up to its first block and record how it calls each one.
+
+    Args:
+        model: embeddings and buffers must be in memory, the blocks may be on meta.
+        blocks: the decoder blocks of the model.
+        ids: int64 (batch, positions).
+
+    Returns:
+        The hidden state before the first block, and one call per block.
+
+    Raises:
+        BitternError: for a model that changes the hidden state between its blocks.
+    """
+    for as_tuple in (False, True):
+        recorded = _record(model, blocks, ids, as_tuple)
+        if recorded is not None:
+            return recorded
+    raise BitternError(f"{type(model).__name__}: changes the hidden state between its blocks, which is not supported")
+
+
+def _record(
+    model: nn.Module, blocks: nn.ModuleList, ids: Tensor, as_tuple: bool
+) -> tuple[Tensor, list[BlockCall]] | None:
+    """One recording; None when blocks do not receive what the block before them returned.
+
+    Some architectures return a tuple from their blocks and index it, which only shows by trying.
+    """
+    calls: list[BlockCall] = []
+    hidden_states: list[Tensor] = []
+
+    def record(*args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+        if not args:
+            args = (kwargs.pop("hidden_states"),)
+        hidden_states.append(args[0])
+        calls.append(BlockCall(args[1:], kwargs))
+        if len(calls) == len(blocks) or args[0] is not hidden_states[0]:
+            raise _AllBlocksSeen
+        return (args[0],) if as_tuple else args[0]
+
+    with _replaced_forward(blocks, record), torch.no_grad():
+        try:
+            model(ids, use_cache=False)
+        except _AllBlocksSeen:
+            pass
+        except (TypeError, IndexError, ValueError, RuntimeError, AttributeError):
+            if not calls:
+                raise
+            return None
+    if len(calls) != len(blocks) or hidden_states[-1] is not hidden_states[0]:
+        return None
+    return hidden_states[0], calls
+
+
+@contextmanager
+def _replaced_forward(blocks: nn.ModuleList, forward: Callable[..., Any]) -> Iterator[None]:
+    for block in blocks:
+        block.forward = forward
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def share_equal(new: Any, old: Any) -> Any:
+    """``new``, with every tensor that equals its counterpart in ``old`` replaced by that one.
+
+    Masks and position embeddings are the same for every batch: this keeps one copy of them.
+    """
+    if isinstance(new, Tensor) and isinstance(old, Tensor):
+        same = new.shape == old.shape and new.dtype == old.dtype and torch.equal(new, old)
+        return old if same else new
+    if isinstance(new, BlockCall) and isinstance(old, BlockCall):
+        return BlockCall(share_equal(new.args, old.args), share_equal(new.kwargs, old.kwargs))
+    if isinstance(new, dict) and isinstance(old, dict):
+        return {key: share_equal(value, old.get(key)) for key, value in new.items()}
+    if type(new) in (tuple, list) and type(old) is type(new) and len(new) == len(old):
+        return type(new)(share_equal(a, b) for a, b in zip(new, old, strict=True))
+    return new

@@ -1,0 +1,132 @@
+"""What the integers mean: the one definition that methods, formats and kernels share.
+
+``W[o, i] = scales[o, g(i)] * (codes[o, i] - zeros[o, g(i)])``
+
+A method produces a :class:`QuantWeight`, a format packs and unpacks it, a kernel consumes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bittern.errors import BitternError
+
+BITS = (2, 3, 4, 8)
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """The grid of one matrix.
+
+    Attributes:
+        bits: 2, 3, 4 or 8.
+        group_size: input columns that share a scale and a zero; -1 is the whole row.
+        sym: zeros fixed at ``2 ** (bits - 1)``. Scales may be negative either way.
+
+    Raises:
+        BitternError: for any other value.
+    """
+
+    bits: int
+    group_size: int = 128
+    sym: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise BitternError(f"bits: expected one of 2, 3, 4, 8, found {self.bits}")
+        if self.group_size != -1 and self.group_size < 1:
+            raise BitternError(f"group_size: expected -1 or a positive number, found {self.group_size}")
+
+    @property
+    def max_code(self) -> int:
+        """The largest code and zero, ``2 ** bits - 1``."""
+        return 2**self.bits - 1
+
+    @property
+    def mid_code(self) -> int:
+        """The zero of a symmetric grid, ``2 ** (bits - 1)``."""
+        return 2 ** (self.bits - 1)
+
+    def columns_per_group(self, in_features: int) -> int:
+        """Columns that share a scale in a matrix of ``in_features`` columns."""
+        return in_features if self.group_size == -1 else self.group_size
+
+    def groups(self, in_features: int) -> int:
+        """Number of groups in a row of ``in_features`` columns; the last one may be short."""
+        return -(-in_features // self.columns_per_group(in_features))
+
+
+@dataclass(frozen=True)
+class QuantWeight:
+    """One quantized matrix.
+
+    Attributes:
+        codes: uint8 (out_features, in_features), each at most ``spec.max_code``.
+        scales: float16 or float32 (out_features, groups); sign is free.
+        zeros: uint8 (out_features, groups), each at most ``spec.max_code``.
+        spec: the grid.
+        g_idx: int32 (in_features,), the group of each column; None means ``i // group_size``.
+            Only artifacts made elsewhere with act-order have one.
+
+    Raises:
+        BitternError: when shapes and dtypes do not fit each other.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    spec: QuantSpec
+    g_idx: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        out_features, in_features = self.codes.shape
+        expected = (out_features, self.spec.groups(in_features))
+        for name, tensor in (("scales", self.scales), ("zeros", self.zeros)):
+            if tuple(tensor.shape) != expected:
+                raise BitternError(f"{name}: expected shape {expected}, found {tuple(tensor.shape)}")
+        for name, tensor in (("codes", self.codes), ("zeros", self.zeros)):
+            if tensor.dtype != torch.uint8:
+                raise BitternError(f"{name}: expected uint8, found {tensor.dtype}")
+
+    @property
+    def out_features(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.codes.shape[1]
+
+    def group_index(self) -> Tensor:
+        """The group of each column, int64 (in_features,)."""
+        if self.g_idx is not None:
+            return self.g_idx.long()
+        columns = torch.arange(self.in_features, device=self.codes.device)
+        return columns // self.spec.columns_per_group(self.in_features)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight as floats, (out_features, in_features)."""
+        even = self.in_features % self.scales.shape[1] == 0
+        g_idx = self.g_idx if self.g_idx is not None or even else self.group_index()
+        return dequantize(self.codes, self.scales, self.zeros, g_idx, dtype)
+
+
+def dequantize(
+    codes: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor | None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Evaluate the formula of this module on bare tensors (shapes as in :class:`QuantWeight`).
+
+    Arithmetic is done in ``dtype``; codes minus zeros is exact in any of fp32, fp16 and bf16.
+    """
+    out_features, in_features = codes.shape
+    groups = scales.shape[1]
+    if g_idx is None and in_features % groups == 0:
+        grouped = codes.view(out_features, groups, in_features // groups).to(dtype)
+        grouped = grouped.sub_(zeros.to(dtype).unsqueeze(2)).mul_(scales.to(dtype).unsqueeze(2))
+        return grouped.view(out_features, in_features)
+    if g_idx is None:
+        raise BitternError(f"{groups} groups do not divide {in_features} columns and no g_idx says which is whose")
+    columns = g_idx.long()
+    return (codes.to(dtype) - zeros.to(dtype)[:, columns]).mul_(scales.to(dtype)[:, columns])
