@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from bittern.report import peak_memory
+
+if TYPE_CHECKING:
+    from bittern.convert.cast import Cast
 
 NAME_WIDTH = 40
 
@@ -51,20 +55,18 @@ def layer_rows() -> Iterator[Callable[[dict[str, Any]], None]]:
 
 
 @contextmanager
-def byte_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A callback ``(tensor, bytes done, bytes in all)`` that moves a bar on a terminal and is silent elsewhere."""
+def tensor_bar() -> Iterator[Callable[[Cast, int, int], None]]:
+    """A callback for ``convert(on_tensor=...)``: a bar on a terminal, nothing elsewhere."""
     console = Console(stderr=True)
-    with Progress(
+    columns = (
         BarColumn(bar_width=24),
-        TextColumn("{task.percentage:3.0f}%"),
+        MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("{task.description}", markup=False),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as bar:
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
-        yield lambda tensor, done, total: bar.update(task, description=tensor, completed=done, total=total)
+        yield lambda cast, index, total: bar.update(task, description=cast.name, completed=index + 1, total=total)
 
 
 def layer_row(event: dict[str, Any]) -> str:
@@ -114,6 +116,4 @@ def _remaining(event: dict[str, Any], elapsed: float) -> float:
 
 
 def _memory() -> str:
-    """The process's peak resident memory."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return f"{size(peak if sys.platform == 'darwin' else peak * 1024)} peak"
+    return f"{size(peak_memory())} peak"

@@ -1,0 +1,112 @@
+"""Imports run downwards only (docs/architecture.md)."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "bittern"
+
+BASE = {"errors", "weight", "shards"}
+MODEL = {*BASE, "formats", "hub", "checkpoint", "writer", "tokenizer", "model", "replay"}
+ALLOWED = {
+    "errors": set[str](),
+    "weight": {"errors"},
+    "shards": {"errors"},
+    "hub": {"errors"},
+    "writer": BASE,
+    "checkpoint": {*BASE, "hub", "writer", "formats"},
+    "formats": BASE,
+    "tokenizer": {*BASE, "checkpoint"},
+    "model": {*BASE, "checkpoint", "formats", "tokenizer"},
+    "replay": {*BASE, "model"},
+    "report": {*BASE},
+    "convert": {*BASE, "hub", "checkpoint", "writer", "formats"},
+    "quantize": {*MODEL, "report", "quantize"},
+    "runtime": {*MODEL, "runtime"},
+    "evaluate": {*MODEL, "runtime"},
+    "inspect": {*BASE, "hub", "checkpoint", "formats", "model"},
+    "progress": {"errors"},
+}
+"""Part of the package -> the parts it may import. cli and demo may import everything; nobody imports them."""
+ABOVE = {"__init__", "__main__", "cli", "demo"}
+
+
+def part(path: Path) -> str:
+    """The part of the package that a file belongs to: its top-level module or folder."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of all modules that a file imports, anywhere in it; ``from a import b`` counts as a and a.b."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are written in full"
+            found |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def files() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_file_imports_only_what_lies_below_it(path: Path) -> None:
+    here = part(path)
+    if here in ABOVE:
+        return
+    assert here in ALLOWED, f"{path.name}: say in this test and in docs/architecture.md where it stands"
+    known = {part(file) for file in files()}
+    inside = {name.split(".")[1] for name in imports(path) if name.startswith("bittern.")} & known
+    assert inside - {here} <= ALLOWED[here]
+
+
+def test_the_rules_have_no_circle() -> None:
+    def below(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, f"circle: {' -> '.join((*path, name))}"
+        for other in ALLOWED.get(name, set()) - {name}:
+            below(other, (*path, name))
+
+    for name in ALLOWED:
+        below(name, ())
+
+
+def test_the_weight_knows_torch_alone() -> None:
+    foreign = {name.split(".")[0] for name in imports(PACKAGE / "weight.py")} - set(sys.stdlib_module_names)
+    assert foreign == {"torch", "bittern"}
+
+
+def test_only_one_module_uses_the_hub() -> None:
+    users = [path for path in files() if any(name.split(".")[0] == "huggingface_hub" for name in imports(path))]
+    assert users == [PACKAGE / "hub.py"]
+
+
+def test_only_the_command_line_prints_and_exits() -> None:
+    talkers = set()
+    for path in files():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "sys.exit", "exit", "click.echo"):
+                talkers.add(path.relative_to(PACKAGE).as_posix())
+    assert talkers <= {"cli.py", "progress.py", "demo/train.py"}
+
+
+def test_nothing_heavy_is_imported_for_help() -> None:
+    code = "import sys, bittern, bittern.cli; print([n for n in ('torch', 'transformers', 'datasets') if n in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["convert", "quantize", "load"])
+def test_the_public_functions_are_functions_whatever_was_imported_before(name: str) -> None:
+    # Two of them are named as the packages they live in, and importing a package binds its name.
+    code = f"import bittern.convert.cast, bittern.quantize.pipeline, bittern.runtime.load; print(bittern.{name}.__module__)"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert shown.stdout.strip().startswith("bittern.")
