@@ -10,7 +10,7 @@ from torch import Tensor
 from bittern.errors import BitternError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -27,6 +27,28 @@ def leading_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """
     ids: list[int] = tokenizer("a", verbose=False)["input_ids"]
     return ids[0] if len(ids) > 1 and ids[0] == tokenizer.bos_token_id else None
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """Tokens that a model was made for; None where its config sets no limit (ALiBi, state spaces)."""
+    text = config.get_text_config(decoder=True)
+    for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        value = getattr(text, key, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def check_windows(ids: Tensor, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """Refuse windows, (windows, seqlen), that a model cannot take: too long, or of another tokenizer.
+
+    Raises:
+        BitternError: naming the length or the token.
+    """
+    longest = context_length(config)
+    if longest is not None and ids.shape[1] > longest:
+        raise BitternError(f"seqlen: expected at most {longest}, the model's context length, found {ids.shape[1]}")
+    check_vocabulary(ids, tokenizer, config.get_text_config(decoder=True).vocab_size)
 
 
 def check_vocabulary(ids: Tensor, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:

@@ -1,0 +1,180 @@
+"""What a checkpoint is worth: perplexity on text, and how far it is from the model it was made of."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from bittern.errors import BitternError
+from bittern.tokenizer import check_windows, encode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CHUNK = 256
+"""Positions whose log-probabilities are held in fp32 at once."""
+
+_BYTES_PER_TOKEN = 16  # generous: natural text has 3 to 5 bytes a token
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """The outcome of :func:`evaluate`.
+
+    Attributes:
+        perplexity: ``exp(nll)``.
+        nll: mean negative log-likelihood in nats per scored token.
+        windows: windows of text.
+        tokens: scored tokens: all but the first of each window.
+        kl: mean KL(base || model) in nats per scored token; None without a base.
+        top1_agreement: share of scored tokens whose most likely token is the base's; None without a base.
+        warnings: sentences that the user must see.
+    """
+
+    perplexity: float
+    nll: float
+    windows: int
+    tokens: int
+    kl: float | None = None
+    top1_agreement: float | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def text_windows(
+    path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase, *, seqlen: int, windows: int | None = None
+) -> Tensor:
+    """The first non-overlapping windows of a text, int64 (windows, seqlen), without BOS.
+
+    The text is tokenized as one stream. Fewer windows than asked for come back when it is short.
+
+    Args:
+        path: a UTF-8 text file.
+        tokenizer: the model's own.
+        seqlen: tokens in a window, at least 2.
+        windows: how many; None for all.
+
+    Raises:
+        BitternError: no such file, not UTF-8, or shorter than one window.
+    """
+    path = Path(path)
+    if seqlen < 2 or (windows is not None and windows < 1):
+        raise BitternError(f"seqlen, windows: expected at least 2 and 1, found {seqlen} and {windows}")
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(None if windows is None else windows * seqlen * _BYTES_PER_TOKEN)
+    except OSError as error:
+        raise BitternError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise BitternError(f"{path}: expected UTF-8 text, found {error}") from error
+    ids = encode(tokenizer, text)
+    count = len(ids) // seqlen
+    if count == 0:
+        raise BitternError(f"{path}: expected at least one window of {seqlen} tokens, found {len(ids)} tokens")
+    count = count if windows is None else min(count, windows)
+    return torch.tensor(ids[: count * seqlen], dtype=torch.int64).view(count, seqlen)
+
+
+def evaluate_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | os.PathLike[str],
+    *,
+    seqlen: int = 1024,
+    windows: int | None = 64,
+    against: PreTrainedModel | None = None,
+    batch_size: int = 1,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> EvalResult:
+    """:func:`evaluate` on the first windows of a text file.
+
+    Raises:
+        BitternError: as :func:`text_windows` and :func:`evaluate`; windows longer than the model's context; a
+            tokenizer that does not fit the model.
+    """
+    ids = text_windows(path, tokenizer, seqlen=seqlen, windows=windows)
+    check_windows(ids, tokenizer, model.config)
+    result = evaluate(model, ids, against=against, batch_size=batch_size, on_progress=on_progress)
+    if windows is None or len(ids) == windows:
+        return result
+    warning = f"{path}: {windows} windows of {seqlen} tokens asked for, {len(ids)} found"
+    return replace(result, warnings=(warning,))
+
+
+@torch.inference_mode()
+def evaluate(
+    model: PreTrainedModel,
+    windows: Tensor,
+    *,
+    against: PreTrainedModel | None = None,
+    batch_size: int = 1,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> EvalResult:
+    """Perplexity of ``model`` on token windows, and its distance to ``against``.
+
+    Every window stands alone and its first token is not scored. Both models must be in memory. Their
+    logits of one batch are held in the models' dtype; log-probabilities are fp32, a chunk of positions
+    at a time, and sums fp64.
+
+    Args:
+        model: any causal language model, in eval mode.
+        windows: int64 (windows, seqlen).
+        against: the base, with the same vocabulary.
+        batch_size: windows per forward pass.
+        on_progress: called with the windows done and their number.
+
+    Raises:
+        BitternError: logits that are not numbers (naming the window), or two different vocabularies.
+    """
+    total = torch.zeros(3, dtype=torch.float64)  # nll, kl, agreements
+    for start in range(0, len(windows), batch_size):
+        ids = windows[start : start + batch_size]
+        logits = _logits(model, ids)
+        base = None if against is None else _logits(against, ids)
+        if base is not None and base.shape != logits.shape:
+            raise BitternError(
+                f"--against: expected a vocabulary of {logits.shape[-1]} tokens as in the model, found {base.shape[-1]}"
+            )
+        sums = _window_sums(logits, base, ids)
+        if not bool(torch.isfinite(sums).all()):
+            window = start + int((~torch.isfinite(sums)).any(dim=1).nonzero()[0])
+            raise BitternError(f"window {window}: the model's logits give no finite likelihood (NaN or Inf)")
+        total += sums.sum(dim=0)
+        if on_progress is not None:
+            on_progress(start + len(ids), len(windows))
+    tokens = windows.shape[0] * (windows.shape[1] - 1)
+    nll, kl, agreement = (total / tokens).tolist()
+    perplexity = math.exp(nll) if nll < 700 else math.inf
+    if against is None:
+        return EvalResult(perplexity, nll, len(windows), tokens)
+    return EvalResult(perplexity, nll, len(windows), tokens, kl, agreement)
+
+
+def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Logits that predict ids[:, 1:], (windows, seqlen - 1, vocabulary), in the model's dtype."""
+    logits: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
+    return logits[:, :-1]
+
+
+def _window_sums(logits: Tensor, base: Tensor | None, ids: Tensor) -> Tensor:
+    """Sums over the scored tokens of each window: nll, KL(base || model), agreements; fp64 (windows, 3)."""
+    sums = torch.zeros(len(ids), 3, dtype=torch.float64)
+    targets = ids[:, 1:].to(logits.device)
+    for start in range(0, logits.shape[1], CHUNK):
+        piece = slice(start, start + CHUNK)
+        logp = logits[:, piece].float().log_softmax(dim=-1)
+        sums[:, 0] -= logp.gather(2, targets[:, piece, None]).double().sum(dim=(1, 2)).cpu()
+        if base is not None:
+            base_logp = base[:, piece].to(logp.device).float().log_softmax(dim=-1)
+            sums[:, 2] += (logp.argmax(-1) == base_logp.argmax(-1)).sum(dim=1).cpu()
+            p = base_logp.exp()
+            # tokens that the base masks with -inf count nothing; 0 * inf would be NaN
+            terms = p.mul(base_logp.sub_(logp)).masked_fill_(p == 0, 0)
+            sums[:, 1] += terms.sum(dim=-1).double().sum(dim=1).cpu()
+    return sums
