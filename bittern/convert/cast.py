@@ -122,7 +122,7 @@ def convert(
     max_shard_size: int = MAX_SHARD_SIZE,
     overwrite: bool = False,
     revision: str | None = None,
-    on_tensor: Callable[[Cast, int, int], None] | None = None,
+    on_tensor: Callable[[str, int, int], None] | None = None,
 ) -> ConvertSummary:
     """Write the checkpoint ``source`` to the folder ``output`` with its floating-point tensors in ``dtype``.
 
@@ -136,7 +136,7 @@ def convert(
         max_shard_size: bytes of a shard.
         overwrite: replace the checkpoint that is at ``output``.
         revision: of a Hub id.
-        on_tensor: called with each finished tensor, its index and the number of tensors.
+        on_tensor: called after each tensor with its name, the bytes read so far and in all.
 
     Raises:
         BitternError: for a source that cannot be read or is quantized, an output that may not or cannot be
@@ -153,12 +153,13 @@ def convert(
         plan = [TensorInfo(info.name, _target(info.dtype, DTYPES[dtype]), info.shape) for info in kept]
         with CheckpointWriter(output, plan, max_shard_size=max_shard_size, overwrite=overwrite) as writer:
             side_files = checkpoint.copy_side_files(writer.folder)
-            casts = []
-            for cast in _cast_all(checkpoint, writer, plan, clamp):
+            casts, done, total = [], 0, sum(info.nbytes for info in kept)
+            for cast in _cast_all(checkpoint, writer, plan):
                 _refuse_values(cast, clamp)
                 casts.append(cast)
+                done += checkpoint.tensors[cast.name].nbytes
                 if on_tensor is not None:
-                    on_tensor(cast, len(casts) - 1, len(plan))
+                    on_tensor(cast.name, done, total)
             writer.commit(_with_dtype(checkpoint.config, _name(DTYPES[dtype])))
     return ConvertSummary(
         source=os.fspath(source),
@@ -168,7 +169,7 @@ def convert(
         tensors=tuple(casts),
         tied=tuple(tied),
         side_files=tuple(side_files),
-        source_bytes=sum(info.nbytes for info in kept),
+        source_bytes=total,
         output_bytes=sum(info.nbytes for info in plan),
         seconds=time.monotonic() - started,
     )
@@ -183,8 +184,9 @@ def cast_values(values: Tensor, dtype: torch.dtype, name: str = "") -> tuple[Ten
     measured = torch.float64 if values.dtype == torch.float64 else torch.float32
     limit = torch.finfo(dtype).max
     cast = Cast(name, _name(values.dtype), _name(dtype))
-    for block, out in zip(values.split(_BLOCK), result.split(_BLOCK), strict=True):
-        exact = block.to(measured)
+    for start in range(0, values.numel(), _BLOCK):
+        exact = values[start : start + _BLOCK].to(measured)
+        out = result[start : start + _BLOCK]
         out.copy_(exact)
         low, high = (value.item() for value in torch.aminmax(exact))
         magnitude = max(-low, high)
@@ -213,7 +215,7 @@ def tied_tensors(checkpoint: Checkpoint) -> list[str]:
     ]
 
 
-def _cast_all(checkpoint: Checkpoint, writer: CheckpointWriter, plan: list[TensorInfo], clamp: bool) -> Iterator[Cast]:
+def _cast_all(checkpoint: Checkpoint, writer: CheckpointWriter, plan: list[TensorInfo]) -> Iterator[Cast]:
     """Cast and write every tensor of the plan; yields each one's outcome, in order."""
 
     def move(info: TensorInfo, start: int, stop: int) -> Cast:
@@ -290,7 +292,7 @@ def _ties_embeddings(config: dict[str, Any]) -> bool:
             return bool(part["tie_word_embeddings"])
     from transformers import CONFIG_MAPPING  # heavy, and needed only where config.json leaves it to the default
 
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     return kind in CONFIG_MAPPING and bool(getattr(CONFIG_MAPPING[kind](), "tie_word_embeddings", False))
 
 
