@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from bittern import __version__
-from bittern.checkpoint import TensorInfo
 from bittern.errors import BitternError
+from bittern.shards import TensorInfo
 from bittern.weight import BITS, QuantSpec, QuantWeight
 
 V1 = "gptq"  # stores zero - 1
