@@ -30,7 +30,9 @@ ALLOWED = {
     "quantize": {*MODEL, "report", "quantize"},
     "runtime": {*MODEL, "runtime"},
     "evaluate": {*MODEL, "runtime"},
-    "inspect": {*BASE, "hub", "checkpoint", "formats", "model"},
+    "tasks": {*MODEL},
+    "consumers": {*BASE, "formats"},
+    "inspect": {*BASE, "checkpoint", "formats", "tokenizer", "consumers"},
     "progress": {"errors"},
 }
 """Part of the package -> the parts it may import. cli and demo may import everything; nobody imports them."""
