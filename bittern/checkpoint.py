@@ -134,8 +134,11 @@ class Checkpoint:
         """
         if self.gguf_file is not None:
             tokenizer = self.tokenizer()
-            with explained(folder):
-                return sorted(Path(path).name for path in tokenizer.save_pretrained(folder) if Path(path).exists())
+            try:
+                saved = tokenizer.save_pretrained(folder)
+            except Exception as error:  # the tokenizers library raises nothing narrower, on a full disk too
+                raise BitternError(f"output {folder}: the tokenizer cannot be written: {_line(error)}") from error
+            return sorted(Path(path).name for path in saved if Path(path).exists())
         paths = {path for pattern in SIDE_FILES for path in self.folder.glob(pattern) if path.is_file()}
         names = sorted(str(path.relative_to(self.folder)) for path in paths)
         for name in names:
@@ -154,11 +157,10 @@ class Checkpoint:
         from transformers import AutoTokenizer
 
         try:
-            options = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
-            return AutoTokenizer.from_pretrained(self.folder, **options)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = " ".join(str(error).split())
-            raise BitternError(f"{self.source}: no tokenizer that transformers loads: {reason}") from error
+            options: dict[str, Any] = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False, **options)
+        except Exception as error:  # the tokenizers library raises nothing narrower
+            raise BitternError(f"{self.source}: no tokenizer that transformers loads: {_line(error)}") from error
 
     def close(self) -> None:
         """Let go of the open files."""
@@ -239,6 +241,10 @@ def contained(folder: Path, name: str) -> Path:
     if not plain or not (real.is_relative_to(inside) or real.parent == blobs):
         raise BitternError(f"{folder}: the file {name} leads out of the folder")
     return path
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _open_folder(source: str, folder: Path, revision: str | None) -> Checkpoint:

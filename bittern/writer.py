@@ -295,7 +295,7 @@ def explained(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
+        reason = _REASONS.get(error.errno or 0, f"{error.strerror or error}: {error.filename}")
         raise BitternError(f"output {out}: cannot be written: {reason}") from error
 
 

@@ -215,7 +215,7 @@ def test_reads_legacy_files_one_and_sharded(tmp_path: Path) -> None:
     one, two = {"a": base.t(), "b": torch.arange(5)}, {"c": torch.rand(3).bfloat16(), "half": base[3:]}
     torch.save(one | two, make(tmp_path / "one") / "pytorch_model.bin")
     folder = make(tmp_path / "sharded")
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, tensors in enumerate((one, two)):
         torch.save(tensors, folder / f"pytorch_model-{number}.bin")
         weight_map |= dict.fromkeys(tensors, f"pytorch_model-{number}.bin")
@@ -345,7 +345,7 @@ def write_gguf(path: Path, weights: dict[str, Tensor], architecture: str = "llam
     alphabet = [chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 256))] + [
         chr(256 + code) for code in range(68)
     ]
-    tokens = ["<unk>", "<s>", "</s>", *alphabet]
+    tokens = ["<unk>", "<s>", "</s>", *alphabet, "ab"]
     tokens += [f"<extra{number}>" for number in range(LLAMA["vocab_size"] - len(tokens))]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
@@ -393,7 +393,7 @@ def test_reads_a_gguf_llama(tmp_path: Path) -> None:
         assert checkpoint.config["tie_word_embeddings"] is False
         (tmp_path / "side").mkdir()
         assert "tokenizer.json" in checkpoint.copy_side_files(tmp_path / "side")
-        assert checkpoint.tokenizer()("a", add_special_tokens=False)["input_ids"] == [3 + ord("a") - 33]
+        assert checkpoint.tokenizer()("cab", add_special_tokens=False)["input_ids"] == [3 + ord("c") - 33, 3 + 256]
 
 
 def test_a_gguf_reads_as_transformers_loads_it(tmp_path: Path) -> None:
