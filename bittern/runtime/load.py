@@ -1,0 +1,221 @@
+"""A checkpoint folder, quantized or not, as a transformers model ready to run."""
+
+from __future__ import annotations
+
+import json
+import os
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import nn
+
+from bittern.checkpoint import Checkpoint, open_checkpoint
+from bittern.errors import BitternError
+from bittern.formats.gptq import GPTQConfig, names, packed_layers, read_config, unpack
+from bittern.model import (
+    Matrix,
+    Piece,
+    blocks,
+    build,
+    load_tensors,
+    matrices,
+    pick_device,
+    read_tensor,
+    unexpected_tensors,
+    weight_map,
+)
+from bittern.runtime import attention
+from bittern.runtime.linear import PackedExperts, PackedMatrix, QuantLinear
+from bittern.weight import QuantWeight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """Load an artifact of bittern, GPTQModel or AutoGPTQ, or a plain checkpoint.
+
+    The result is a normal transformers model in evaluation mode: ``generate``, pipelines and lm-eval
+    work on it. Layers that the checkpoint holds packed stay packed (:class:`QuantLinear`,
+    :class:`PackedExperts`) and are dequantized when they are used.
+
+    Args:
+        path: a folder, a GGUF file or a Hub id.
+        device: "cpu", "cuda" or "auto" (CUDA where there is one).
+        dtype: of what is not packed, and of the arithmetic. Default: float32 on a CPU, what config.json
+            says on CUDA.
+        revision: of a Hub id.
+
+    Raises:
+        BitternError: for an unknown architecture or format, and naming any tensor that is missing,
+            unexpected or of the wrong shape.
+    """
+    target = pick_device(device)
+    with open_checkpoint(path, revision) as checkpoint:
+        if dtype is None:
+            dtype = _stored_dtype(checkpoint.config) if target.type == "cuda" else torch.float32
+        model = build(checkpoint.config, dtype)
+        sources = weight_map(model, checkpoint.tensors)
+        layers = _packed_matrices(model, sources, checkpoint)
+        _check_tensors(model, sources, layers, checkpoint)
+        if layers:
+            quantization = _quantization_config(checkpoint)
+            for _, same in groupby(layers, key=lambda matrix: matrix.parameter):
+                _place(model, list(same), checkpoint, quantization, dtype, target)
+        replaced = {matrix.parameter for matrix in layers}
+        load_tensors(model, checkpoint, sources, (name for name in sources if name not in replaced), dtype, target)
+        model.tie_weights()
+        model.to(target)  # type: ignore[arg-type]
+        _finish(model, checkpoint, packed=bool(layers))
+    return model
+
+
+def _stored_dtype(config: dict[str, Any]) -> torch.dtype:
+    stored = config.get("dtype", config.get("torch_dtype"))
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(str(stored), torch.float32)
+
+
+def _packed_matrices(
+    model: PreTrainedModel, sources: dict[str, tuple[Piece, ...]], checkpoint: Checkpoint
+) -> list[Matrix]:
+    """The matrices of the model that the checkpoint holds packed, those of one parameter side by side.
+
+    A parameter of which only some rows or experts are packed counts with all of them.
+    """
+    packed = set(packed_layers(checkpoint.tensors))
+    if not packed:
+        return []
+    here = {name: tuple(Piece(p.source, p.source, p.start, p.stop) for p in pieces) for name, pieces in sources.items()}
+    prefix, modules = blocks(model)
+    places = [f"{prefix}.{index}" for index in range(len(modules))]
+    output = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    head = next((name for name, module in model.named_modules() if module is output), None)
+    if head is not None and f"{head}.weight" in here:
+        places.append(head)
+    found = [matrix for place in places for matrix in matrices(model, place, here)]
+    parameters = {matrix.parameter for matrix in found for layer, _, _ in matrix.parts if layer in packed}
+    return [matrix for matrix in found if matrix.parameter in parameters]
+
+
+def _check_tensors(
+    model: PreTrainedModel, sources: dict[str, tuple[Piece, ...]], layers: list[Matrix], checkpoint: Checkpoint
+) -> None:
+    """Every tensor of the checkpoint has a place; what the model lacks was found by weight_map."""
+    used = {part for matrix in layers for part, _, _ in matrix.parts}
+    # AutoGPTQ gave every layer a bias, zeros where the model has none.
+    known = {name for layer in used for name in (*names(layer).values(), f"{layer}.bias")}
+    unexpected = unexpected_tensors(model, sources, (name for name in checkpoint.tensors if name not in known))
+    if unexpected:
+        more = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
+        raise BitternError(
+            f"{unexpected[0]}{more}: the checkpoint holds it, but a {model.config.model_type} model has no place for it"
+        )
+
+
+def _quantization_config(checkpoint: Checkpoint) -> GPTQConfig:
+    found = checkpoint.config.get("quantization_config")
+    file = checkpoint.folder / "quantize_config.json"
+    if found is None and file.is_file():  # AutoGPTQ before transformers knew the format
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise BitternError(f"{file}: no valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise BitternError(
+            f"{checkpoint.source}: holds packed layers, but neither config.json nor quantize_config.json "
+            "has a quantization config"
+        )
+    return read_config(found)
+
+
+def _place(
+    model: PreTrainedModel,
+    same: list[Matrix],
+    checkpoint: Checkpoint,
+    quantization: GPTQConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Put packed layers in the place of one parameter: a Linear's, a Conv1D's or a fused one of experts."""
+    first = same[0]
+    filled = [
+        QuantLinear([_part(matrix, part, checkpoint, quantization, dtype).to(device) for part in matrix.parts])
+        for matrix in same
+    ]
+    if first.expert is not None:
+        owner, leaf = model.get_submodule(first.module), first.parameter.rpartition(".")[2]
+        del owner._parameters[leaf]
+        owner.add_module(leaf, PackedExperts(filled, first.transposed))
+        return
+    layer = filled[0]
+    bias = model.get_submodule(first.module).bias
+    stored = f"{first.parts[0][0]}.bias"
+    if bias is None and stored in checkpoint.tensors:
+        values = checkpoint.read(stored)
+        bias = nn.Parameter(values.to(device, dtype), requires_grad=False) if bool(values.any()) else None
+    layer.register_parameter("bias", bias)  # type: ignore[arg-type]
+    model.set_submodule(first.module, layer)
+
+
+def _part(
+    matrix: Matrix, part: tuple[str, int, int], checkpoint: Checkpoint, quantization: GPTQConfig, dtype: torch.dtype
+) -> PackedMatrix | nn.Linear:
+    """Rows of a matrix that are one layer of the checkpoint, packed there or not."""
+    layer, start, stop = part
+    if f"{layer}.qweight" in checkpoint.tensors:
+        weight = _read_packed(layer, matrix.in_features, checkpoint, quantization)
+        if weight.out_features != stop - start:
+            raise BitternError(f"{layer}: expected {stop - start} output features, found {weight.out_features}")
+        return PackedMatrix(weight, dtype)
+    name = f"{layer}.weight" if f"{layer}.weight" in checkpoint.tensors else layer
+    shape = (stop - start, matrix.in_features)
+    dense = nn.Linear(matrix.in_features, stop - start, bias=False, device="meta")
+    values = read_tensor(checkpoint, (Piece(name, name, 0, stop - start),), shape, dtype)
+    dense.weight = nn.Parameter(values, requires_grad=False)
+    return dense
+
+
+def _read_packed(layer: str, in_features: int, checkpoint: Checkpoint, quantization: GPTQConfig) -> QuantWeight:
+    tensors = {suffix: checkpoint.read(name) for suffix, name in names(layer).items() if name in checkpoint.tensors}
+    said = quantization.spec(layer)
+    try:
+        weight = unpack(
+            tensors,
+            in_features=in_features,
+            checkpoint_format=quantization.checkpoint_format,
+            sym=quantization.sym if said is None else said.sym,
+        )
+    except BitternError as error:
+        raise BitternError(f"{layer}.{error}") from error
+    if said is not None and said.bits != weight.spec.bits:
+        raise BitternError(f"{layer}.qweight: config.json says {said.bits} bits, its shape {weight.spec.bits}")
+    return weight
+
+
+def _finish(model: PreTrainedModel, checkpoint: Checkpoint, packed: bool) -> None:
+    """What from_pretrained would also set, and what a packed model must not do."""
+    from transformers import GenerationConfig
+
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing:
+        raise BitternError(f"{missing[0]}: the checkpoint has no values for it")
+    attention.use(model)
+    model.name_or_path = model.config._name_or_path = checkpoint.source
+    if (checkpoint.folder / "generation_config.json").is_file():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+        except (OSError, ValueError) as error:
+            raise BitternError(f"{checkpoint.folder}/generation_config.json: {error}") from error
+    if packed:
+        model.save_pretrained = _refuse_to_save  # type: ignore[method-assign]
+
+
+def _refuse_to_save(*args: Any, **kwargs: Any) -> NoReturn:
+    raise BitternError("save_pretrained: the layers of this model are packed; copy the folder it was loaded from")
