@@ -33,7 +33,7 @@ class Factor:
             the most columns are left to take over their error.
         upper: U, unit upper triangular (in_features, in_features).
         pivots: D (in_features,).
-        diagonal: of H without damping and in the original order (in_features,).
+        diagonal: of H with damping, in the original order (in_features,); not negative.
         damping: what was added to the diagonal.
         fallback: what had to be done beyond a plain fp32 Cholesky; None if nothing.
     """
@@ -76,14 +76,14 @@ def factorize(hessian: Tensor, damp_percent: float = 0.01, act_order: bool = Tru
         raise BitternError("hessian: holds NaN or infinite entries")
     diagonal = hessian.diagonal().clone()
     # All inputs zero: any positive damping turns the sweep into round-to-nearest.
-    damping = damp_percent * float(diagonal.mean()) or 1.0
+    damping = damp_percent * float(diagonal.clamp_min(0).mean()) or 1.0
     columns = torch.arange(len(diagonal), device=hessian.device)
     order = diagonal.argsort(descending=True, stable=True) if act_order else columns
     damped = hessian[order][:, order]
     damped.diagonal().add_(damping)
     root, fallback = _upper_root(damped, damping)
     pivots = root.diagonal().clone()
-    return Factor(order, root / pivots, pivots.square(), diagonal, damping, fallback)
+    return Factor(order, root / pivots, pivots.square(), diagonal.clamp_min(0) + damping, damping, fallback)
 
 
 def _upper_root(matrix: Tensor, floor: float) -> tuple[Tensor, str | None]:

@@ -7,6 +7,7 @@ tensor (q, k and v; gate and up) share one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,8 +88,13 @@ def collect(
     with torch.no_grad(), recorder:
         for state, call in zip(hidden, calls, strict=True):
             recorder.begin(state.shape[0])
-            call.run(block, state)
+            with suppress(_AllSeen):
+                call.run(block, state)
     return recorder.inputs()
+
+
+class _AllSeen(Exception):
+    """Ends a block's forward when its last input is known: the output, a quarter of the work, is not needed."""
 
 
 class _Recorder(TorchFunctionMode):
@@ -111,12 +117,15 @@ class _Recorder(TorchFunctionMode):
         self.sums: dict[str | tuple[str, int], Accumulator] = {}
         self.seen: list[tuple[Tensor, str]] = []
         self.first_sample, self.samples = 0, 0
+        self.last: str | None = None
         self.handles = [
             model.get_submodule(name).register_forward_pre_hook(self._hook(name)) for name in self.modules
         ]
 
     def begin(self, samples: int) -> None:
         """Announce a batch."""
+        if self.seen and not self.experts and self.leaders.keys() | self.followers == self.modules.keys():
+            self.last = self.seen[-1][1]
         self.first_sample, self.samples = self.first_sample + self.samples, samples
         self.seen = []
 
@@ -139,6 +148,8 @@ class _Recorder(TorchFunctionMode):
             self.leaders[name] = [self.modules[name]]
         self.seen.append((x, name))
         self._add(name, self.modules[name], x)
+        if name == self.last:
+            raise _AllSeen
 
     def _add(self, key: str | tuple[str, int], matrix: Matrix, x: Tensor) -> None:
         if key not in self.sums:

@@ -1,0 +1,156 @@
+"""Every architecture that docs/architectures.md lists, as a tiny random model, through the whole job."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import bittern
+from bittern.formats.gptq import names, packed_layers, unpack
+
+SMALL = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+GPT = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 64}
+GROUPED = {"num_key_value_heads": 2}
+WIDE = {**GROUPED, "head_dim": 16}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": GROUPED,
+    "mistral": GROUPED,
+    "qwen2": GROUPED,
+    "qwen3": WIDE,
+    "gemma2": WIDE,
+    "gemma3_text": WIDE,
+    "phi": {},
+    "phi3": GROUPED,
+    "gpt2": GPT,
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    "gpt_neox": {},
+    "bloom": {"n_layer": 3, "n_head": 4},
+    "gptj": {**GPT, "rotary_dim": 8},
+    "falcon": {},
+    "mixtral": {**GROUPED, "num_local_experts": 4},
+    "qwen3_moe": {**WIDE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "gpt_bigcode": GPT,
+    "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 3, "max_seq_len": 64},
+    "stablelm": GROUPED,
+    "cohere": GROUPED,
+    "olmoe": {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v3": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 32,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 24,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 16,
+        "first_k_dense_replace": 1,
+    },
+    "gpt_oss": {**WIDE, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "mamba": {"state_size": 4},
+    "lfm2": GROUPED,
+    "granitemoe": {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "nemotron": GROUPED,
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A calibration file: enough words for a few windows."""
+    words = ["stone", "river", "amber", "quiet", "lantern", "seven", "harbour", "moss", "copper", "winter"]
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(len(words), (4000,), generator=generator).tolist()
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(" ".join(words[i] for i in picks), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(text: Path) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["<s>", "</s>", "<pad>", "<unk>"])
+    tokenizer.train([str(text)], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def make_source(family: str, folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    config = AutoConfig.for_model(family, **{**SMALL, **FAMILIES[family]})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 and "norm" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def dequantized(artifact: Path, source: Path, folder: Path) -> Path:
+    """The artifact as a plain checkpoint, made without bittern's loader: transformers is the oracle."""
+    stored = load_file(artifact / "model.safetensors")
+    originals = load_file(source / "model.safetensors")
+    config = json.loads((artifact / "config.json").read_text())
+    checkpoint_format = config.pop("quantization_config")["checkpoint_format"]
+    plain: dict[str, torch.Tensor] = {}
+    packed = packed_layers(stored)
+    for layer in packed:
+        tensors = {suffix: stored.pop(name) for suffix, name in names(layer).items()}
+        weight = unpack(
+            tensors, in_features=tensors["g_idx"].numel(), checkpoint_format=checkpoint_format, sym=True
+        ).dequantize()
+        original = originals.get(f"{layer}.weight")
+        if original is not None:
+            plain[f"{layer}.weight"] = weight if original.shape == weight.shape else weight.T
+            continue
+        fused, _, expert = layer.rpartition(".")
+        name = fused if fused in originals else f"{fused}.weight"
+        target = plain.setdefault(name, torch.zeros_like(originals[name]))
+        target[int(expert)] = weight if target.shape[1:] == weight.shape else weight.T
+    plain.update({name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in stored.items()})
+    folder.mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in plain.items()}, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
+    assert set(plain) == set(originals)
+    return folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_quantized_family_computes_what_its_codes_say(
+    family: str, tmp_path: Path, text: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    source = make_source(family, tmp_path / "source", tokenizer)
+    manifest = bittern.quantize(
+        source, tmp_path / "out", bits=4, group_size=32, dataset=str(text), nsamples=6, seqlen=32, batch_size=4, seed=1
+    )
+    plain = dequantized(tmp_path / "out", source, tmp_path / "plain")
+    oracle = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
+    model = bittern.load(tmp_path / "out", device="cpu")
+    ids = torch.randint(4, 200, (2, 24), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        expected, found = oracle(ids).logits, model(ids).logits
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-3)
+    # The comparison would be empty if nothing had been packed.
+    matrices = [n for n, t in load_file(source / "model.safetensors").items() if t.ndim > 1 and "layers" in n or "h." in n]
+    assert len(manifest["layers"]) >= 3 and matrices
+    assert all(record["tokens"] > 0 or record["fallback"] for record in manifest["layers"])
