@@ -110,7 +110,7 @@ def plain_consumers(stored_as: str) -> list[Verdict]:
 def gptq_consumers(layout: GptqLayout) -> list[Verdict]:
     """Who opens a GPTQ artifact."""
     rules: dict[str, tuple[Callable[[GptqLayout], str | None], str]] = {
-        "bittern": (lambda _: None, "bittern run, bittern.load"),
+        "bittern": (lambda _: None, "any bits, group size and column order"),
         "transformers": (_transformers, "with optimum and gptqmodel installed"),
         "GPTQModel": (_gptqmodel, "GPTQModel.load"),
         "vLLM": (_vllm, "--quantization gptq or its Marlin kernels"),

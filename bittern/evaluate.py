@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bittern.errors import BitternError
-from bittern.tokenizer import check_windows, encode
+from bittern.tokenizer import check_vocabulary, context_length, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,7 +35,6 @@ class EvalResult:
         tokens: scored tokens: all but the first of each window.
         kl: mean KL(base || model) in nats per scored token; None without a base.
         top1_agreement: share of scored tokens whose most likely token is the base's; None without a base.
-        warnings: sentences that the user must see.
     """
 
     perplexity: float
@@ -44,7 +43,6 @@ class EvalResult:
     tokens: int
     kl: float | None = None
     top1_agreement: float | None = None
-    warnings: tuple[str, ...] = ()
 
 
 def text_windows(
@@ -52,7 +50,8 @@ def text_windows(
 ) -> Tensor:
     """The first non-overlapping windows of a text, int64 (windows, seqlen), without BOS.
 
-    The text is tokenized as one stream. Fewer windows than asked for come back when it is short.
+    The text is tokenized as one stream. Fewer windows than asked for come back when it is short: the
+    caller says so.
 
     Args:
         path: a UTF-8 text file.
@@ -81,30 +80,16 @@ def text_windows(
     return torch.tensor(ids[: count * seqlen], dtype=torch.int64).view(count, seqlen)
 
 
-def evaluate_text(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    path: str | os.PathLike[str],
-    *,
-    seqlen: int = 1024,
-    windows: int | None = 64,
-    against: PreTrainedModel | None = None,
-    batch_size: int = 1,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> EvalResult:
-    """:func:`evaluate` on the first windows of a text file.
+def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: Tensor) -> None:
+    """Refuse windows, (windows, seqlen), that a model cannot take: too long, or of another tokenizer.
 
     Raises:
-        BitternError: as :func:`text_windows` and :func:`evaluate`; windows longer than the model's context; a
-            tokenizer that does not fit the model.
+        BitternError: naming the length or the token.
     """
-    ids = text_windows(path, tokenizer, seqlen=seqlen, windows=windows)
-    check_windows(ids, tokenizer, model.config)
-    result = evaluate(model, ids, against=against, batch_size=batch_size, on_progress=on_progress)
-    if windows is None or len(ids) == windows:
-        return result
-    warning = f"{path}: {windows} windows of {seqlen} tokens asked for, {len(ids)} found"
-    return replace(result, warnings=(warning,))
+    longest = context_length(model.config)
+    if longest is not None and windows.shape[1] > longest:
+        raise BitternError(f"seqlen: expected at most {longest}, the model's context length, found {windows.shape[1]}")
+    check_vocabulary(windows, tokenizer, model.config.get_text_config(decoder=True).vocab_size)
 
 
 @torch.inference_mode()

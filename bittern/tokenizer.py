@@ -39,18 +39,6 @@ def context_length(config: PretrainedConfig) -> int | None:
     return None
 
 
-def check_windows(ids: Tensor, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
-    """Refuse windows, (windows, seqlen), that a model cannot take: too long, or of another tokenizer.
-
-    Raises:
-        BitternError: naming the length or the token.
-    """
-    longest = context_length(config)
-    if longest is not None and ids.shape[1] > longest:
-        raise BitternError(f"seqlen: expected at most {longest}, the model's context length, found {ids.shape[1]}")
-    check_vocabulary(ids, tokenizer, config.get_text_config(decoder=True).vocab_size)
-
-
 def check_vocabulary(ids: Tensor, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
     """Refuse ids that the model has no embedding for, the mark of a wrong tokenizer.
 
