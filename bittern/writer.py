@@ -223,7 +223,7 @@ class CheckpointWriter:
             if path.name != _LOCK:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         if self._replaced.exists():  # a kill between the two renames of _move_into_place
-            shutil.rmtree(self._replaced) if self.out.exists() else self._replaced.rename(self.out)
+            _remove_checkpoint(self._replaced) if self.out.exists() else self._replaced.rename(self.out)
 
     def _check_space(self, needed: int) -> None:
         available = shutil.disk_usage(self.folder).free
@@ -252,7 +252,8 @@ class CheckpointWriter:
         self.folder.rename(self.out)
         _fsync(self.out.parent)
         (self.out / _LOCK).unlink()
-        shutil.rmtree(self._replaced, ignore_errors=True)
+        if self._replaced.exists():
+            _remove_checkpoint(self._replaced)
         self._unlock()
 
     def _discard(self) -> None:
@@ -297,6 +298,11 @@ def explained(out: Path) -> Iterator[None]:
     except OSError as error:
         reason = _REASONS.get(error.errno or 0, f"{error.strerror or error}: {error.filename}")
         raise BitternError(f"output {out}: cannot be written: {reason}") from error
+
+
+def _remove_checkpoint(folder: Path) -> None:
+    (folder / "config.json").unlink(missing_ok=True)  # first, so that a half-removed folder opens nowhere
+    shutil.rmtree(folder)
 
 
 def _json(value: dict[str, Any]) -> str:

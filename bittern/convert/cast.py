@@ -259,7 +259,7 @@ def _in_order(
 
 def _relative_error(exact: Tensor, cast: Tensor) -> float:
     """The largest abs(cast / exact - 1), with nothing lost where both are zero."""
-    ratio = cast.to(exact.dtype).div_(exact)
+    ratio = torch.div(cast.to(exact.dtype), exact)  # not in place: to() may return cast itself
     low, high = (value.item() for value in torch.aminmax(ratio))
     if low != low:  # 0 / 0
         ratio = ratio.masked_fill_(exact == 0, 1)
