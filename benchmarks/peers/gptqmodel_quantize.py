@@ -1,0 +1,53 @@
+"""Quantize a model with GPTQModel; runs inside GPTQModel's own environment, see ../peers.py.
+
+Everything that is not an argument here stays at GPTQModel's default. Standard output ends with one JSON line:
+{"load_seconds", "quantize_seconds", "save_seconds"}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from gptqmodel import GPTQModel, QuantizeConfig
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="folder of the checkpoint")
+    parser.add_argument("output", help="folder of the artifact")
+    parser.add_argument("--calibration", type=Path, required=True, help="JSON file: a list of lists of token ids")
+    parser.add_argument("--bits", type=int, required=True)
+    parser.add_argument("--group-size", type=int, required=True)
+    parser.add_argument("--asym", action="store_true")
+    parser.add_argument("--desc-act", action="store_true")
+    arguments = parser.parse_args()
+
+    options: dict[str, bool] = {}
+    if arguments.asym:
+        options["sym"] = False
+    if arguments.desc_act:
+        options["desc_act"] = True
+    samples = json.loads(arguments.calibration.read_text())
+    calibration = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in samples]
+
+    started = time.perf_counter()
+    config = QuantizeConfig(bits=arguments.bits, group_size=arguments.group_size, **options)
+    model = GPTQModel.load(arguments.model, config, device="cpu")
+    loaded = time.perf_counter()
+    model.quantize(calibration)
+    quantized = time.perf_counter()
+    model.save(arguments.output)
+    saved = time.perf_counter()
+    seconds = {
+        "load_seconds": loaded - started,
+        "quantize_seconds": quantized - loaded,
+        "save_seconds": saved - quantized,
+    }
+    print(json.dumps(seconds), flush=True)
+
+
+if __name__ == "__main__":
+    main()
