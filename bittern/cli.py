@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
+import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +19,26 @@ import click
 
 from bittern import __version__
 from bittern.errors import BitternError
+from bittern.options import (
+    DTYPE,
+    Command,
+    device_option,
+    group_size,
+    json_option,
+    layer_bits,
+    load_options,
+    output_options,
+    regex,
+)
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from bittern.runtime.generate import GenerationOptions, GenerationResult
+
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+NEW_TOKENS = 256
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -67,66 +81,10 @@ def _verbosity(context: click.Context, _: click.Parameter, verbose: bool) -> Non
         return
     warnings.simplefilter("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
-class GroupSize(click.ParamType):
-    """``N``, ``-1`` for the whole row, or ``auto``."""
-
-    name = "N|-1|auto"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        if isinstance(value, int) or value == "auto":
-            return value
-        if not re.fullmatch(r"-1|0*[1-9]\d*", value):
-            self.fail(f"expected a positive number, -1 for the whole row, or auto, found {value!r}", param, ctx)
-        return int(value)
-
-
-class ByteSize(click.ParamType):
-    """A number with an optional unit: ``5GB``, ``500MB``, ``1.5GiB``."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value)
-        if not match or match[2].upper() not in UNITS or float(match[1]) == 0:
-            self.fail(f"expected a size such as 5GB, 500MB or 2GiB, found {value!r}", param, ctx)
-        return int(float(match[1]) * UNITS[match[2].upper()])
-
-
-class Regex(click.ParamType):
-    """A regular expression over layer names."""
-
-    name = "regex"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        try:
-            re.compile(value)
-        except re.error as error:
-            self.fail(f"expected a regular expression, found {value!r}: {error}", param, ctx)
-        return str(value)
-
-
-class LayerBits(click.ParamType):
-    """``REGEX=bits:N``, what --layer takes."""
-
-    name = "regex=bits:n"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int]:
-        if isinstance(value, tuple):
-            return value
-        match = re.fullmatch(r"(.+)=bits:([2348])", value)
-        if not match:
-            self.fail(f"expected REGEX=bits:N with N one of 8, 4, 3, 2, found {value!r}", param, ctx)
-        return Regex().convert(match[1], param, ctx), int(match[2])
-
-
-Command = Callable[..., None]
 
 
 def _command(function: Command) -> click.Command:
@@ -135,24 +93,6 @@ def _command(function: Command) -> click.Command:
         "--verbose", is_flag=True, expose_value=False, callback=_verbosity, help="Tracebacks, and what libraries say."
     )
     return commands.command(name=function.__name__.rstrip("_"))(verbose(function))
-
-
-def _output_options(function: Command) -> Command:
-    """The options of the commands that write a checkpoint."""
-    for option in (
-        click.option("--revision", help="Branch, tag or commit of a Hub id."),
-        click.option("--overwrite", is_flag=True, help="Replace an existing output."),
-        click.option("--max-shard-size", type=ByteSize(), default="5GB", show_default=True, help="Largest weight file."),
-        click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write."),
-    ):
-        function = option(function)
-    return function
-
-
-_device = click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to compute."
-)
-_json = click.option("--json", "as_json", is_flag=True, help="One line of JSON on stdout.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -166,48 +106,335 @@ def commands() -> None:
 
 @_command
 @click.argument("source")
-@_output_options
-@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16", show_default=True)
+@output_options
+@click.option("--dtype", type=DTYPE, default="bf16", show_default=True)
 @click.option("--clamp", is_flag=True, help="Clamp what fp16 cannot hold, and say how many values that were.")
-@_json
+@json_option
 def convert(source: str, as_json: bool, **options: Any) -> None:
     """Write SOURCE in another dtype."""
     from bittern.convert.cast import convert as cast
-    from bittern.progress import byte_bar
+    from bittern.progress import share_bar, size
 
-    with byte_bar() as on_tensor:
-        summary = cast(source, on_tensor=on_tensor, **options)
+    with share_bar("converting") as advance:
+        summary = cast(source, on_tensor=lambda _, done, total: advance(done, total), **options)
+    if as_json:
+        print(json.dumps(summary.to_dict()))
+        return
+    print(
+        f"{summary.output}: {len(summary.tensors)} tensors in {summary.dtype},"
+        f" {size(summary.source_bytes)} -> {size(summary.output_bytes)}, {summary.seconds:.1f} s"
+    )
+    if summary.worst is not None:
+        print(f"largest relative error: {summary.worst.max_relative_error:.2e} in {summary.worst.name}")
+    for cast_tensor in summary.tensors:
+        if cast_tensor.overflowed:
+            print(f"clamped {cast_tensor.overflowed} values of {cast_tensor.name}")
 
 
 @_command
 @click.argument("source")
-@_output_options
+@output_options
 @click.option("--bits", type=click.Choice([8, 4, 3, 2]), default=4, show_default=True)
 @click.option(
     "--group-size",
-    type=GroupSize(),
+    type=group_size,
+    metavar="N|-1|auto",
     default=128,
     show_default=True,
-    help="Input columns that share a scale; -1 is the whole row, auto the largest of 128, 64, 32 that fits every layer.",
+    help="Input columns that share a scale; -1: the whole row; auto: the largest of 128, 64, 32 that fits every layer.",
 )
-@click.option("--sym/--asym", default=True, show_default=True, help="Zero in the middle of the grid, or where it is best.")
+@click.option(
+    "--sym/--asym", default=True, show_default=True, help="Zero in the middle of the grid, or where it is best."
+)
 @click.option("--method", type=click.Choice(["gptq", "rtn"]), default="gptq", show_default=True)
-@click.option("--dataset", metavar="D", help="Calibration text: a Hub dataset, a .txt/.jsonl/.parquet/.arrow file, or self.")
+@click.option(
+    "--dataset",
+    metavar="D",
+    help="Calibration text: a Hub dataset, a .txt/.jsonl/.parquet/.arrow file, or self.  [default: allenai/c4:en]",
+)
 @click.option("--nsamples", type=click.IntRange(min=1), default=128, show_default=True, help="Calibration windows.")
 @click.option("--seqlen", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens in a window.")
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--damp-percent", type=float, default=0.01, show_default=True, help="Damping over the mean diagonal of H.")
-@click.option("--layer", "layers", type=LayerBits(), multiple=True, help="Other bits for layers whose name matches.")
-@click.option("--skip", type=Regex(), multiple=True, help="Leave layers whose name matches unquantized.")
-@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="Dtype of what is not quantized.")
+@click.option(
+    "--damp-percent", type=float, default=0.01, show_default=True, help="Damping over the mean diagonal of H."
+)
+@click.option(
+    "--layer",
+    "layers",
+    type=layer_bits,
+    metavar="REGEX=bits:N",
+    multiple=True,
+    help="Other bits for layers whose name matches.",
+)
+@click.option("--skip", type=regex, metavar="REGEX", multiple=True, help="Leave layers whose name matches unquantized.")
+@click.option("--dtype", type=DTYPE, help="Dtype of what is not quantized.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Windows at a time.")
 @click.option("--chat-template", is_flag=True, help="Render the dataset's messages with the model's template.")
-@_device
+@device_option
 def quantize(source: str, output: Path, **options: Any) -> None:
     """Quantize SOURCE with GPTQ, or by rounding to nearest."""
-    from bittern.progress import layer_rows
+    from bittern.progress import layer_rows, size
     from bittern.quantize.pipeline import quantize as run_pipeline
 
+    # What was not given is left to the function, the one place that knows its defaults.
     chosen = {name: value for name, value in options.items() if value is not None}
     with layer_rows() as on_progress:
         manifest = run_pipeline(source, output, on_progress=on_progress, **chosen)
+    for note in manifest["notes"]:
+        print(f"note: {note}", file=sys.stderr)
+    measured = manifest["measured"]
+    print(
+        f"{output}: {len(manifest['layers'])} layers quantized, {len(manifest['kept'])} kept,"
+        f" {measured['seconds']:.1f} s, {size(measured['peak_memory_bytes'])} peak memory"
+    )
+
+
+@_command
+@click.argument("model")
+@click.option("--prompt", help="Text to continue. Without it: stdin, or a chat when stdin is a terminal.")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), help=f"[default: {NEW_TOKENS}, or what the context holds]"
+)
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", type=click.IntRange(min=1), help="Sample among the K likeliest tokens.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Sample among the likeliest of this mass.")
+@click.option("--repetition-penalty", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True)
+@click.option("--stop", multiple=True, help="End before this text. Repeatable.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-sequence token.")
+@load_options
+@json_option
+def run(
+    model: str,
+    prompt: str | None,
+    device: str,
+    dtype: str | None,
+    revision: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Continue a prompt, or chat, with MODEL: an artifact or an unquantized checkpoint."""
+    from bittern.report import peak_memory
+    from bittern.runtime.generate import GenerationOptions
+
+    choices = GenerationOptions(**options)
+    chat = prompt is None and sys.stdin.isatty() and not as_json
+    if prompt is None and not chat:
+        prompt = sys.stdin.read().rstrip("\n")
+    if prompt == "":
+        raise BitternError("--prompt: expected text, found none there nor on stdin")
+    started = time.monotonic()
+    live, tokenizer = _load(model, device, dtype, revision)
+    load_seconds = time.monotonic() - started
+    if chat:
+        _chat(live, tokenizer, choices)
+        return
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    result = _generate(live, tokenizer, ids, choices, _silent if as_json else _stream)
+    if not as_json:
+        print()
+        return
+    figures = {
+        "text": result.text,
+        "prompt_tokens": result.prompt_tokens,
+        "new_tokens": result.new_tokens,
+        "load_seconds": load_seconds,
+        "prefill_tokens_per_second": result.prefill_tokens_per_second,
+        "decode_tokens_per_second": result.decode_tokens_per_second,
+        "peak_memory_bytes": peak_memory(),
+    }
+    print(json.dumps(figures))
+
+
+def _load(
+    source: str, device: str, dtype: str | None = None, revision: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model and its tokenizer."""
+    from bittern.checkpoint import open_checkpoint
+    from bittern.convert.cast import DTYPES
+    from bittern.runtime.load import load
+
+    with open_checkpoint(source, revision) as checkpoint:
+        tokenizer = checkpoint.tokenizer()
+    return load(source, device=device, dtype=DTYPES[dtype] if dtype else None, revision=revision), tokenizer
+
+
+def _generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Tensor,
+    options: GenerationOptions,
+    on_text: Callable[[str], None],
+) -> GenerationResult:
+    """Generate; without --max-new-tokens, what the context holds, and NEW_TOKENS at most."""
+    from dataclasses import replace
+
+    from bittern.runtime.generate import generate
+    from bittern.tokenizer import context_length
+
+    if options.max_new_tokens is None:
+        limit = context_length(model.config)
+        room = NEW_TOKENS if limit is None else max(1, min(NEW_TOKENS, limit - ids.shape[-1]))
+        options = replace(options, max_new_tokens=room)
+    return generate(model, tokenizer, ids, options, on_text)
+
+
+def _stream(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _silent(text: str) -> None:
+    """Text that only the result carries."""
+
+
+def _chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: GenerationOptions) -> None:
+    """Answer what is typed until the end of input, with the model's chat template where it has one."""
+    import readline  # noqa: F401  (input() edits lines once it is imported)
+
+    from bittern.runtime.generate import chat_prompt
+
+    template = tokenizer.chat_template is not None
+    if not template:
+        print("note: this model has no chat template; each line is continued as plain text", file=sys.stderr)
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            print()
+            return
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line})
+        ids = chat_prompt(tokenizer, messages) if template else tokenizer(line, return_tensors="pt")["input_ids"]
+        result = _generate(model, tokenizer, ids, options, _stream)
+        print()
+        messages.append({"role": "assistant", "content": result.text})
+
+
+@_command
+@click.argument("model")
+@click.option("--text", type=click.Path(path_type=Path), help="Text to predict.")
+@click.option("--seqlen", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens in a window.")
+@click.option("--windows", type=click.IntRange(min=1), default=64, show_default=True, help="Windows, from the start.")
+@click.option("--against", metavar="BASE", help="Also KL divergence to this model, and top-1 agreement with it.")
+@click.option("--tasks", type=click.Path(path_type=Path), multiple=True, help="File of requests. Repeatable.")
+@click.option("--limit", type=click.IntRange(min=1), help="Questions of a task, from the first.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Windows at a time.")
+@load_options
+@json_option
+def eval_(
+    model: str,
+    text: Path | None,
+    seqlen: int,
+    windows: int,
+    against: str | None,
+    tasks: tuple[Path, ...],
+    limit: int | None,
+    batch_size: int,
+    as_json: bool,
+    **place: Any,
+) -> None:
+    """Perplexity of MODEL on a text, its distance to a base, and multiple-choice tasks."""
+    from dataclasses import asdict
+
+    from bittern.evaluate import check_fit, evaluate, text_windows
+    from bittern.progress import share_bar
+    from bittern.tasks import evaluate_task
+
+    if text is None and not tasks:
+        raise click.UsageError("expected --text, --tasks or both")
+    if against is not None and text is None:
+        raise click.UsageError("--against compares on a text: expected --text")
+    live, tokenizer = _load(model, **place)
+    found: dict[str, Any] = {}
+    if text is not None:
+        ids = text_windows(text, tokenizer, seqlen=seqlen, windows=windows)
+        check_fit(live, tokenizer, ids)
+        if len(ids) < windows:
+            print(f"note: {text}: {windows} windows asked for, {len(ids)} found", file=sys.stderr)
+        base = None if against is None else _load(against, **{**place, "revision": None})[0]
+        with share_bar("windows") as on_progress:
+            found = asdict(evaluate(live, ids, against=base, batch_size=batch_size, on_progress=on_progress))
+    answers = []
+    for file in tasks:
+        with share_bar(file.name) as on_progress:
+            answers.append(asdict(evaluate_task(live, tokenizer, file, limit=limit, on_progress=on_progress)))
+    if as_json:
+        print(json.dumps({"model": model, **found, "tasks": answers}))
+        return
+    for figures in ([found] if found else []) + answers:
+        print(
+            "\n".join(
+                f"{name.replace('_', ' '):<20} {_figure(value)}" for name, value in figures.items() if value is not None
+            )
+        )
+
+
+@_command
+@click.argument("path")
+@click.option("--revision", help="Branch, tag or commit of a Hub id.")
+@json_option
+def inspect(path: str, revision: str | None, as_json: bool) -> None:
+    """What is in a checkpoint, from its headers alone."""
+    from bittern.inspect import inspect as look
+
+    found = look(path, revision)
+    if as_json:
+        print(json.dumps(found))
+        return
+    for name, value in found.items():
+        if name != "loads":
+            print(f"{name.replace('_', ' '):<20} {_line(value)}")
+    for verdict in found["loads"]:
+        print(
+            f"{verdict['consumer']:<20} {'loads it' if verdict['loads'] else 'does not load it'}: {verdict['reason']}"
+        )
+
+
+def _line(value: Any) -> str:
+    """Anything from JSON on one line, for people."""
+    if isinstance(value, dict):
+        items = [f"{name} {_line(item)}" for name, item in value.items()]
+        return ", ".join(items[:8] + ([f"and {len(items) - 8} more"] if len(items) > 8 else []))
+    if isinstance(value, list):
+        return ", ".join(map(_line, value))
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+@_command
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="A new folder that keeps the artifacts.")
+def demo(output: Path | None) -> None:
+    """Quantize the embedded model at 8, 4, 3 and 2 bits and show what each keeps. Needs no network."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from bittern.demo.demo import run_demo
+    from bittern.progress import size
+
+    result = run_demo(output, lambda line: print(line, file=sys.stderr, flush=True))
+    table = Table("model", "method", *_NUMBERS, box=None, pad_edge=False)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for row in result.rows:
+        table.add_row(
+            f"{row.bits} bits",
+            row.method,
+            size(row.size_bytes),
+            f"{row.bits_per_weight:.2f}",
+            f"{row.perplexity:.3f}",
+            f"{row.kl:.4f}",
+            f"{row.accuracy:.1%}",
+        )
+    Console().print(table)
+    print(f'\nThe 4-bit artifact goes on from "{result.prompt}":\n{result.prompt}{result.written}')
+    print(f"\n{result.seconds:.0f} s")
+
+
+_NUMBERS = ("size", "bits/weight", "perplexity", "KL to fp32", "answers right")
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -6,15 +6,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from bittern.report import peak_memory
-
-if TYPE_CHECKING:
-    from bittern.convert.cast import Cast
 
 NAME_WIDTH = 40
 
@@ -28,10 +25,19 @@ def layer_rows() -> Iterator[Callable[[dict[str, Any]], None]]:
     """
     console = Console(stderr=True, highlight=False)
     started = time.monotonic()
+    first: list[float] = []
+
+    def left(event: dict[str, Any]) -> str:
+        now = time.monotonic()
+        done = int(event["index"])
+        if not done:
+            first.append(now)
+            return "-:--"
+        return clock((now - first[0]) / done * (int(event["total"]) - done - 1))
 
     def plain(event: dict[str, Any]) -> None:
-        elapsed = time.monotonic() - started
-        row = f"{layer_row(event)}  {clock(elapsed)} elapsed  {clock(_remaining(event, elapsed))} left  {_memory()}"
+        elapsed = clock(time.monotonic() - started)
+        row = f"{layer_row(event)}  {elapsed} elapsed  {left(event)} left  {size(peak_memory())} peak"
         print(row, file=sys.stderr, flush=True)
 
     if not console.is_terminal:
@@ -41,32 +47,27 @@ def layer_rows() -> Iterator[Callable[[dict[str, Any]], None]]:
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[left]} left  {task.fields[memory]}"),
+        TextColumn("{task.fields[left]} left  {task.fields[memory]} peak"),
     )
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("layers", total=None, left="-:--", memory=_memory())
+        task = bar.add_task("layers", total=None, left="-:--", memory=size(peak_memory()))
 
         def live(event: dict[str, Any]) -> None:
-            left = clock(_remaining(event, time.monotonic() - started))
             bar.console.print(layer_row(event), markup=False, no_wrap=True, overflow="ellipsis")
-            bar.update(task, completed=event["index"] + 1, total=event["total"], left=left, memory=_memory())
+            done = event["index"] + 1
+            bar.update(task, completed=done, total=event["total"], left=left(event), memory=size(peak_memory()))
 
         yield live
 
 
 @contextmanager
-def tensor_bar() -> Iterator[Callable[[Cast, int, int], None]]:
-    """A callback for ``convert(on_tensor=...)``: a bar on a terminal, nothing elsewhere."""
+def share_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A callback ``(done, total)``: a bar on a terminal, nothing elsewhere."""
     console = Console(stderr=True)
-    columns = (
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}", markup=False),
-    )
+    columns = (TextColumn(what, markup=False), BarColumn(bar_width=24), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda cast, index, total: bar.update(task, description=cast.name, completed=index + 1, total=total)
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def layer_row(event: dict[str, Any]) -> str:
@@ -108,12 +109,3 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}"
         count /= 1000
     return f"{count:.2f} GB"
-
-
-def _remaining(event: dict[str, Any], elapsed: float) -> float:
-    done = int(event["index"]) + 1
-    return elapsed / done * (int(event["total"]) - done)
-
-
-def _memory() -> str:
-    return f"{size(peak_memory())} peak"

@@ -33,7 +33,8 @@ ALLOWED = {
     "tasks": {*MODEL},
     "consumers": {*BASE, "formats"},
     "inspect": {*BASE, "checkpoint", "formats", "tokenizer", "consumers"},
-    "progress": {"errors"},
+    "progress": {*BASE, "convert", "report"},
+    "options": {"errors"},
 }
 """Part of the package -> the parts it may import. cli and demo may import everything; nobody imports them."""
 ABOVE = {"__init__", "__main__", "cli", "demo"}

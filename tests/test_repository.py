@@ -76,7 +76,10 @@ def test_the_constraints_pin_every_dependency_exactly() -> None:
     pins = dict(line.split("==") for line in lines)
     assert "torch" in pins and "+" not in pins["torch"]
     project = tomllib.loads(read("pyproject.toml"))["project"]
-    wanted = [*project["dependencies"], *(need for extra in project["optional-dependencies"].values() for need in extra)]
+    wanted = [
+        *project["dependencies"],
+        *(need for extra in project["optional-dependencies"].values() for need in extra),
+    ]
     names = {re.split(r"[<>=]", need)[0].lower().replace("_", "-") for need in wanted}
     assert names <= {pin.lower().replace("_", "-") for pin in pins}
 
@@ -104,7 +107,9 @@ def test_the_commands_and_options_of_the_readme_exist() -> None:
     assert set(re.findall(r"^\| `bittern ([a-z]+)", README, re.MULTILINE)) == set(commands.commands)
     assert written <= set(commands.commands) | {"in"}
     options = {name for command in commands.commands.values() for param in command.params for name in param.opts}
-    options |= {name for command in commands.commands.values() for param in command.params for name in param.secondary_opts}
+    options |= {
+        name for command in commands.commands.values() for param in command.params for name in param.secondary_opts
+    }
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README)) <= options | {"--help"}
 
 
