@@ -9,7 +9,7 @@ multiplied with are described by :class:`Matrix`, whether the architecture keeps
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -89,23 +89,25 @@ def build(config: dict[str, Any], dtype: torch.dtype = torch.float32, attention:
     from transformers.initialization import no_init_weights
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type"))
     if model_type not in CONFIG_MAPPING:
         raise BitternError(f"config.json: model_type {model_type!r} is not an architecture that transformers knows")
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     model_config = CONFIG_MAPPING[model_type].from_dict(plain)
+    make: Callable[..., PreTrainedModel] = AutoModelForCausalLM.from_config
     with _parameters_on_meta(), no_init_weights():
         try:
-            model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation=attention)
+            model = make(model_config, dtype=dtype, attn_implementation=attention)
         except ValueError as error:
             if "attention implementation" not in str(error) and "attn_implementation" not in str(error):
                 raise BitternError(f"config.json: {model_type} is no causal language model: {error}") from error
-            model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation="eager")
+            model = make(model_config, dtype=dtype, attn_implementation="eager")
     model.tie_weights()
     if model._can_set_experts_implementation():
         # Only this implementation reads one expert at a time, by index.
         model.set_experts_implementation("eager")
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    return model
 
 
 @contextmanager
@@ -122,7 +124,7 @@ def _parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
@@ -202,9 +204,7 @@ def weight_map(model: PreTrainedModel, available: Iterable[str]) -> dict[str, tu
     }
 
 
-def _locate(
-    pieces: list[Piece], live: str, rows: int, present: set[str], model: PreTrainedModel
-) -> tuple[Piece, ...]:
+def _locate(pieces: list[Piece], live: str, rows: int, present: set[str], model: PreTrainedModel) -> tuple[Piece, ...]:
     """Give each piece the name that the checkpoint at hand uses."""
     prefix = f"{model.base_model_prefix}."
 
@@ -316,12 +316,13 @@ def read_tensor(
     result = torch.empty((height, *width), dtype=dtype)
     for piece in pieces:
         tensor = checkpoint.read(piece.source)
-        expected = (piece.stop - piece.start, *width)
-        if tensor.numel() != torch.Size(expected).numel() or (tensor.ndim == len(shape) and len(pieces) == 1 and tensor.shape != torch.Size(shape)):
-            raise BitternError(f"{piece.source}: config.json asks for shape {shape}, found {tuple(tensor.shape)}")
+        rows = (piece.stop - piece.start, *width)
+        expected = shape if len(pieces) == 1 else rows
+        if tuple(tensor.shape) != expected:
+            raise BitternError(f"{piece.source}: config.json asks for shape {expected}, found {tuple(tensor.shape)}")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise BitternError(f"{piece.source}: holds NaN or infinite weights")
-        result[piece.start : piece.stop] = tensor.reshape(expected)
+        result[piece.start : piece.stop] = tensor.reshape(rows)
     return result.view(shape)
 
 
@@ -352,6 +353,14 @@ def drop_tensors(model: nn.Module, names: Iterable[str]) -> None:
             set_tensor(model, name, tensor.to("meta"))
 
 
+def move_buffers(model: nn.Module, device: torch.device | str) -> None:
+    """Move the computed buffers (rotary frequencies, masks); parameters stay where they are."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device.type != "meta":
+                module._buffers[name] = buffer.to(device)
+
+
 def load_dense(
     checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
@@ -360,10 +369,13 @@ def load_dense(
     sources = weight_map(model, checkpoint.tensors)
     load_tensors(model, checkpoint, sources, sources, dtype, device)
     model.tie_weights()
-    return model.to(device)
+    move_buffers(model, device)
+    return model
 
 
-def unexpected_tensors(model: PreTrainedModel, sources: dict[str, tuple[Piece, ...]], available: Iterable[str]) -> list[str]:
+def unexpected_tensors(
+    model: PreTrainedModel, sources: dict[str, tuple[Piece, ...]], available: Iterable[str]
+) -> list[str]:
     """Checkpoint tensors that the model has no place for and that transformers does not know to be useless."""
     used = {piece.source for pieces in sources.values() for piece in pieces}
     prefix = f"{model.base_model_prefix}."

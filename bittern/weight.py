@@ -43,12 +43,12 @@ class QuantSpec:
     @property
     def max_code(self) -> int:
         """The largest code and zero, ``2 ** bits - 1``."""
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
     @property
     def mid_code(self) -> int:
         """The zero of a symmetric grid, ``2 ** (bits - 1)``."""
-        return 2 ** (self.bits - 1)
+        return 1 << (self.bits - 1)
 
     def columns_per_group(self, in_features: int) -> int:
         """Columns that share a scale in a matrix of ``in_features`` columns."""

@@ -129,7 +129,9 @@ def dequantized(artifact: Path, source: Path, folder: Path) -> Path:
         target[int(expert)] = weight if target.shape[1:] == weight.shape else weight.T
     plain.update({name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in stored.items()})
     folder.mkdir()
-    save_file({name: tensor.contiguous() for name, tensor in plain.items()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in plain.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
     (folder / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
     assert set(plain) == set(originals)
     return folder

@@ -15,11 +15,15 @@ from bittern.weight import QuantSpec
 SPECS = [QuantSpec(bits, group_size, sym) for bits in (2, 3, 4, 8) for group_size in (16, -1) for sym in (True, False)]
 
 
-def problem(rows: int = 12, columns: int = 64, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+def problem(
+    rows: int = 12, columns: int = 64, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
     """A weight and the Hessian of correlated inputs of uneven size."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(columns, columns, generator=generator, dtype=dtype)
-    x = torch.randn(4 * columns, columns, generator=generator, dtype=dtype) * torch.logspace(0, -1, columns, dtype=dtype)
+    x = torch.randn(4 * columns, columns, generator=generator, dtype=dtype) * torch.logspace(
+        0, -1, columns, dtype=dtype
+    )
     x = x @ mixing / columns**0.5
     return torch.randn(rows, columns, generator=generator, dtype=dtype), x.T @ x / len(x)
 
@@ -161,4 +165,6 @@ def test_round_to_nearest_stays_within_half_a_step(spec: QuantSpec) -> None:
 def test_default_block_size_is_what_the_sweep_uses() -> None:
     weight, hessian = problem(columns=192)
     factor, spec = factorize(hessian), QuantSpec(4, 64)
-    assert torch.equal(gptq(weight, factor, spec).weight.codes, gptq(weight, factor, spec, solver.BLOCK_SIZE).weight.codes)
+    assert torch.equal(
+        gptq(weight, factor, spec).weight.codes, gptq(weight, factor, spec, solver.BLOCK_SIZE).weight.codes
+    )

@@ -78,7 +78,7 @@ def search_grid(weight: Tensor, spec: QuantSpec, importance: Tensor) -> tuple[Te
     columns = spec.columns_per_group(weight.shape[1])
     rows = max(1, CHUNK.get(weight.device.type, 1 << 18) // weight.shape[1])
     root = importance.sqrt().view(-1, columns)
-    chunks = [_search(chunk.reshape(chunk.shape[0], -1, columns), spec, root) for chunk in weight.split(rows)]
+    chunks = [_search(chunk.reshape(chunk.shape[0], -1, columns), spec, root) for chunk in torch.split(weight, rows)]
     return torch.cat([scales for scales, _ in chunks]), torch.cat([zeros for _, zeros in chunks])
 
 
@@ -132,8 +132,8 @@ class _Best:
         else:
             lowest = (-self.exact.amin(2).clamp_max(0)).round()
             for shift in (-1, 0, 1):
-                zero = (lowest + shift).clamp(0, self.spec.max_code)
-                self._keep(scales, scales, zero, zero)
+                zeros = (lowest + shift).clamp(0, self.spec.max_code)
+                self._keep(scales, scales, zeros, zeros)
 
     def _keep(self, scales: Tensor, stored: Tensor, below: int | Tensor, zero: int | Tensor) -> None:
         """Keep a grid with ``below`` codes under its zero where its error is the least, as (stored, zero)."""

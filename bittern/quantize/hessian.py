@@ -118,9 +118,7 @@ class _Recorder(TorchFunctionMode):
         self.seen: list[tuple[Tensor, str]] = []
         self.first_sample, self.samples = 0, 0
         self.last: str | None = None
-        self.handles = [
-            model.get_submodule(name).register_forward_pre_hook(self._hook(name)) for name in self.modules
-        ]
+        self.handles = [model.get_submodule(name).register_forward_pre_hook(self._hook(name)) for name in self.modules]
 
     def begin(self, samples: int) -> None:
         """Announce a batch."""
@@ -177,7 +175,7 @@ class _Recorder(TorchFunctionMode):
     def __exit__(self, *error: Any) -> None:
         for handle in self.handles:
             handle.remove()
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def inputs(self) -> list[Inputs]:
         """Everything seen, then what no token reached."""

@@ -6,7 +6,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from bittern.checkpoint import TensorInfo
 from bittern.errors import BitternError
+from bittern.formats import gptq as gptq_format
 from bittern.model import Matrix
 from bittern.weight import QuantSpec
 
@@ -32,6 +34,21 @@ class Plan:
     blocks: list[list[tuple[Matrix, QuantSpec]]] = field(default_factory=list)
     layers: dict[str, QuantSpec | None] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def group_size(self) -> int:
+        """The same for every quantized layer."""
+        return next(spec.group_size for spec in self.layers.values() if spec is not None)
+
+    def packed_tensors(self) -> list[TensorInfo]:
+        """The tensors that the quantized layers become."""
+        return [
+            info
+            for block in self.blocks
+            for matrix, spec in block
+            for name, start, stop in matrix.parts
+            for info in gptq_format.plan(name, stop - start, matrix.in_features, spec)
+        ]
 
     @property
     def symmetric(self) -> bool:
@@ -117,7 +134,7 @@ def _bits_of(matrix: Matrix, bits: int, overrides: Sequence[tuple[re.Pattern[str
     }
     if len(found) > 1:
         parts = " and ".join(part for part, _, _ in matrix.parts)
-        raise BitternError(f"--layer: {parts} are one matrix in this model and need the same bits, found {sorted(found)}")
+        raise BitternError(f"--layer: {parts} are one matrix in this model and need the same bits, found {found}")
     return found.pop()
 
 
@@ -142,6 +159,8 @@ def _fit_group_size(asked: int | str, matrices: Sequence[Matrix]) -> int:
     if asked == -1 or asked in fitting:
         return int(asked)
     listed = ", ".join(str(size) for size in (*fitting, -1))
-    width, label = next(((w, n) for w, n in widths.items() if not isinstance(asked, int) or asked < 1 or w % asked), (0, ""))
-    why = f"does not divide in_features {width} of {label}" if width else "is none that GPTQModel and transformers load"
+    why = "is none that GPTQModel and transformers load"
+    for width, label in widths.items():
+        if isinstance(asked, int) and asked > 0 and width % asked:
+            why = f"does not divide in_features {width} of {label}"
     raise BitternError(f"group_size {asked}: {why}; these fit this model and those who load it: {listed}")

@@ -1,0 +1,184 @@
+"""Quantize a planned model block by block, with one block in memory.
+
+Each block is run twice over the calibration tokens: once to gather the inputs of its matrices, once,
+quantized, for the inputs of the next block. So every block is calibrated on what the quantized
+blocks before it really give it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from bittern import model as live
+from bittern.checkpoint import Checkpoint
+from bittern.errors import BitternError
+from bittern.model import Matrix, Piece
+from bittern.quantize.gptq import factorize, gptq, round_to_nearest
+from bittern.quantize.hessian import Inputs, collect
+from bittern.quantize.plan import Plan
+from bittern.replay import BlockCall, capture, share_equal
+from bittern.weight import QuantSpec, QuantWeight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Layer = tuple[dict[str, Any], QuantWeight]
+"""The manifest's record of a packed layer, and its weight."""
+
+NO_TOKENS = "no calibration token reached it: rounded to nearest"
+
+
+@dataclass
+class Solver:
+    """Quantizes the blocks of a model of which only buffers are in memory.
+
+    Attributes:
+        model: of :func:`bittern.model.build`.
+        checkpoint: where its weights are.
+        sources: of :func:`bittern.model.weight_map`.
+        plan: what to quantize.
+        damp_percent: see :func:`bittern.quantize.gptq.factorize`.
+        device: where to compute.
+    """
+
+    model: PreTrainedModel
+    checkpoint: Checkpoint
+    sources: dict[str, tuple[Piece, ...]]
+    plan: Plan
+    damp_percent: float
+    device: torch.device
+
+    def solve(self, batches: list[Tensor]) -> Iterator[Layer]:
+        """Quantize every planned matrix.
+
+        Args:
+            batches: calibration ids, int64 (samples, positions) each; none at all means rounding to nearest.
+
+        Yields:
+            Every layer that the artifact will hold, block by block.
+        """
+        prefix, blocks = live.blocks(self.model)
+        hidden, calls = self._capture(prefix, blocks, batches) if batches else ([], [])
+        for position, block in enumerate(blocks):
+            name = f"{prefix}.{position}"
+            inside = [tensor for tensor in self.sources if tensor.startswith(f"{name}.")]
+            live.load_tensors(self.model, self.checkpoint, self.sources, inside, device=self.device)
+            entries = dict(self.plan.blocks[position])
+            if not batches:
+                yield from self._to_nearest(entries)
+            else:
+                block_calls = [batch_calls[position] for batch_calls in calls]
+                for inputs in collect(self.model, block, list(entries), hidden, block_calls):
+                    yield from self._solve_together(inputs, entries)
+                if position + 1 < len(blocks):
+                    _advance(block, name, hidden, block_calls)
+            live.drop_tensors(self.model, inside)
+
+    def _capture(
+        self, prefix: str, blocks: nn.ModuleList, batches: list[Tensor]
+    ) -> tuple[list[Tensor], list[list[BlockCall]]]:
+        """Per batch, the hidden states before the first block and how each block is called."""
+        head = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        in_head = {name for name, module in self.model.named_modules() if module is head}
+        outside = [
+            name
+            for name in self.sources
+            if not name.startswith(f"{prefix}.") and name.rpartition(".")[0] not in in_head
+        ]
+        live.load_tensors(self.model, self.checkpoint, self.sources, outside, device=self.device)
+        live.move_buffers(self.model, self.device)
+        hidden: list[Tensor] = []
+        calls: list[list[BlockCall]] = []
+        for ids in batches:
+            state, recorded = capture(self.model, blocks, ids.to(self.device))
+            hidden.append(state)
+            calls.append(share_equal(recorded, calls[0]) if calls else recorded)
+        live.drop_tensors(self.model, outside)
+        return hidden, calls
+
+    def _to_nearest(self, entries: dict[Matrix, QuantSpec]) -> Iterator[Layer]:
+        outcome = {"method": "rtn", "damp": None, "tokens": 0, "fallback": None}
+        for matrix, spec in entries.items():
+            began = time.monotonic()
+            yield from _layers(
+                matrix, round_to_nearest(live.get_weight(self.model, matrix), spec), None, outcome, began
+            )
+
+    def _solve_together(self, inputs: Inputs, specs: dict[Matrix, QuantSpec]) -> Iterator[Layer]:
+        """Solve the matrices that share an input, and put the results into the block."""
+        began = time.monotonic()
+        unseen = inputs.tokens == 0 and inputs.prior == 0
+        factor = None if unseen else factorize(inputs.hessian, self.damp_percent)
+        outcome = {"method": "gptq", "damp": self.damp_percent, "tokens": inputs.tokens, "fallback": _fallback(inputs)}
+        if factor is None:
+            outcome |= {"method": "rtn", "damp": None, "fallback": NO_TOKENS}
+        elif factor.fallback:
+            outcome["fallback"] = "; ".join(filter(None, (factor.fallback, _fallback(inputs))))
+        for spec in dict.fromkeys(specs[matrix] for matrix in inputs.matrices):
+            members = [matrix for matrix in inputs.matrices if specs[matrix] == spec]
+            stacked = torch.cat([live.get_weight(self.model, matrix) for matrix in members])
+            solution = None if factor is None else gptq(stacked, factor, spec)
+            weight = round_to_nearest(stacked, spec) if solution is None else solution.weight
+            start = 0
+            for matrix in members:
+                rows = slice(start, start + matrix.out_features)
+                start = rows.stop
+                live.get_weight(self.model, matrix).copy_(_rows(weight, rows).dequantize())
+                loss = None if solution is None else torch.stack((solution.loss[rows], solution.norm[rows]))
+                yield from _layers(matrix, _rows(weight, rows), loss, outcome, began)
+                began = time.monotonic()
+
+
+def _advance(block: nn.Module, name: str, hidden: list[Tensor], calls: list[BlockCall]) -> None:
+    """Replace the hidden states by the block's outputs."""
+    with torch.no_grad():
+        first = 0
+        for i, call in enumerate(calls):
+            hidden[i] = call.run(block, hidden[i])
+            if not bool(torch.isfinite(hidden[i]).all()):
+                bad = int((~torch.isfinite(hidden[i].flatten(1)).all(1)).nonzero()[0])
+                raise BitternError(f"{name}: NaN or infinite output for calibration sample {first + bad}")
+            first += hidden[i].shape[0]
+
+
+def _fallback(inputs: Inputs) -> str | None:
+    if inputs.prior <= 0.5:
+        return None
+    return f"{inputs.tokens} tokens reached it: {inputs.prior:.0%} of its Hessian is the other experts'"
+
+
+def _rows(weight: QuantWeight, rows: slice) -> QuantWeight:
+    return QuantWeight(weight.codes[rows], weight.scales[rows], weight.zeros[rows], weight.spec)
+
+
+def _layers(
+    matrix: Matrix, weight: QuantWeight, loss: Tensor | None, outcome: dict[str, Any], began: float
+) -> Iterator[Layer]:
+    """The checkpoint layers that a matrix is made of.
+
+    Args:
+        loss: (2, out_features), squared output error and squared output of each row; the record holds
+            the ratio of their sums.
+        outcome: method, damping, tokens and fallback.
+        began: when work on it began, by ``time.monotonic``.
+    """
+    seconds = (time.monotonic() - began) / len(matrix.parts)
+    for name, start, stop in matrix.parts:
+        error, norm = (0.0, 0.0) if loss is None else loss[:, start:stop].sum(1).tolist()
+        record = {
+            "layer": name,
+            "shape": [stop - start, matrix.in_features],
+            "bits": weight.spec.bits,
+            "group_size": weight.spec.group_size,
+            "sym": weight.spec.sym,
+            "loss": None if loss is None else error / norm if norm > 0 else 0.0,
+            **outcome,
+            "seconds": seconds,
+        }
+        yield record, _rows(weight, slice(start, stop))
