@@ -1,0 +1,277 @@
+"""Which tokens a model is calibrated on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from bittern.errors import BitternError
+from bittern.quantize import calibration
+from bittern.quantize.calibration import CalibrationTokens, load_tokens
+from bittern.tokenizer import encode
+
+BOS, EOS = "<s>", "</s>"
+CHAT = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}{% endfor %}"
+
+
+def words(count: int, seed: int = 0) -> str:
+    """Text in which every line differs, so that equal windows come from one place."""
+    draw = random.Random(seed)
+    return "".join(
+        f"{i} {' '.join(draw.choices(['heron', 'reed', 'water', 'boom', 'dusk'], k=6))}\n" for i in range(count // 7)
+    )
+
+
+def tiny_tokenizer(adds_bos: bool) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, with or without a BOS of its own before every text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=[BOS, EOS], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([words(700)], trainer)
+    if adds_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, chat_template=CHAT
+    )
+
+
+@pytest.fixture(scope="module")
+def plain() -> PreTrainedTokenizerFast:
+    return tiny_tokenizer(adds_bos=False)
+
+
+@pytest.fixture(scope="module")
+def with_bos() -> PreTrainedTokenizerFast:
+    return tiny_tokenizer(adds_bos=True)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(words(1200), encoding="utf-8")
+    return path
+
+
+def load(dataset: Path | str, tokenizer: PreTrainedTokenizerFast, **options: Any) -> CalibrationTokens:
+    options = {"nsamples": 16, "seqlen": 16, "seed": 0, **options}
+    return load_tokens(str(dataset), tokenizer, **options)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Rows as a file of the kind that its suffix names, by the writers of ``datasets``."""
+    data = datasets.Dataset.from_list(rows)
+    if path.suffix == ".parquet":
+        data.to_parquet(str(path))
+    elif path.suffix == ".arrow":
+        data.save_to_disk(str(path.parent / "arrow"))
+        next((path.parent / "arrow").glob("*.arrow")).rename(path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    else:
+        data.to_json(str(path))
+    return path
+
+
+def test_windows_are_the_documented_choice(text: Path, plain: PreTrainedTokenizerFast) -> None:
+    found = load(text, plain, seed=5)
+    stream = plain(text.read_text(encoding="utf-8"))["input_ids"]
+    windows = [stream[i : i + 16] for i in range(0, len(stream) - 15, 16)]
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(5))[:16]
+    assert found.ids.tolist() == [windows[i] for i in sorted(order.tolist())]
+    assert found.ids.dtype == torch.int64
+    assert (found.tokens_asked, found.tokens_found, found.warnings) == (256, 256, ())
+    flat = b"".join(i.to_bytes(8, "little") for row in found.ids.tolist() for i in row)
+    assert found.sha256 == hashlib.sha256(flat).hexdigest()
+
+
+def test_windows_begin_with_bos_where_the_tokenizer_puts_one(text: Path, with_bos: PreTrainedTokenizerFast) -> None:
+    ids = load(text, with_bos).ids
+    assert ids.shape == (16, 16)
+    assert (ids[:, 0] == with_bos.bos_token_id).all()
+    assert not (ids[:, 1:] == with_bos.bos_token_id).any()
+    whole = text.read_text(encoding="utf-8")
+    assert all(str(with_bos.decode(row[1:])) in whole for row in ids)
+
+
+def test_the_seed_decides(text: Path, plain: PreTrainedTokenizerFast) -> None:
+    assert load(text, plain, seed=1).sha256 == load(text, plain, seed=1).sha256
+    assert load(text, plain, seed=1).sha256 != load(text, plain, seed=2).sha256
+
+
+def test_a_large_text_is_read_all_over_and_not_whole(tmp_path: Path, plain: PreTrainedTokenizerFast) -> None:
+    path = tmp_path / "large.txt"
+    lines = [f"{i:07d} \N{SNOWMAN} \n" for i in range(40_000)]  # pieces begin and end inside characters
+    path.write_text("".join(lines), encoding="utf-8")
+    budget = calibration.POOL * calibration.BYTES_PER_TOKEN * 8 * 16
+    texts = list(calibration.read_texts(str(path), budget=budget, pieces=8, tokenizer=None, text_column=None))
+    size = path.stat().st_size
+    assert len(texts) == 8
+    assert budget - 32 < sum(len(t.encode()) for t in texts) <= budget
+    assert texts[0].startswith(lines[0])
+    assert texts[-1].endswith(lines[-1])
+    starts = [path.read_bytes().index(t.encode()) for t in texts]
+    gaps = [b - a for a, b in pairwise(starts)]
+    assert max(gaps) - min(gaps) <= 8
+    assert min(gaps) > size / 8
+    assert load(path, plain, nsamples=8).ids.shape == (8, 16)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".arrow"])
+def test_rows_are_joined_by_blank_lines(suffix: str, tmp_path: Path, plain: PreTrainedTokenizerFast) -> None:
+    rows = [{"text": words(70, seed), "n": seed} for seed in range(6)]
+    found = load(write_rows(tmp_path / f"rows{suffix}", rows), plain)
+    joined = tmp_path / "joined.txt"
+    joined.write_text("\n\n".join(str(row["text"]) for row in rows), encoding="utf-8")
+    assert found.sha256 == load(joined, plain).sha256
+
+
+def test_no_more_rows_are_read_than_the_pool_takes(tmp_path: Path, plain: PreTrainedTokenizerFast) -> None:
+    path = tmp_path / "rows.jsonl"
+    good = json.dumps({"text": words(700)})
+    path.write_text("\n".join([good] * 3 + ['{"text": 7}'] * 3), encoding="utf-8")
+    assert load(path, plain, nsamples=1).ids.shape == (1, 16)
+
+
+def test_the_only_column_of_text_is_taken(tmp_path: Path, plain: PreTrainedTokenizerFast) -> None:
+    one = write_rows(tmp_path / "one.jsonl", [{"id": 1, "body": words(700)}])
+    two = write_rows(tmp_path / "two.jsonl", [{"title": "Bittern", "body": words(700)}])
+    assert load(one, plain).sha256 == load(two, plain, text_column="body").sha256
+    with pytest.raises(
+        BitternError, match=r"expected a column 'text' of text, found columns (title, body|body, title)"
+    ):
+        load(two, plain)
+    with pytest.raises(BitternError, match="expected a column 'prose' of text, found columns id, body"):
+        load(one, plain, text_column="prose")
+    with pytest.raises(BitternError, match="expected text in column 'id', found int"):
+        load(one, plain, text_column="id")
+
+
+@pytest.mark.parametrize("key", ["messages", "conversations"])
+def test_conversations_are_rendered(key: str, tmp_path: Path, with_bos: PreTrainedTokenizerFast) -> None:
+    said = words(350)
+    if key == "messages":
+        talk = [{"role": "user", "content": "Boom?"}, {"role": "assistant", "content": said}]
+    else:
+        talk = [{"from": "human", "value": "Boom?"}, {"from": "gpt", "value": said}]
+    path = write_rows(tmp_path / "chat.jsonl", [{key: talk}])
+    ids = load(path, with_bos, chat_template=True, nsamples=1000, seqlen=64).ids
+    stream = encode(with_bos, f"[user]Boom?{EOS}[assistant]{said}{EOS}")
+    # BOS stands at the head of every window and nowhere else, though the template writes one too
+    assert ids[:, 1:].flatten().tolist() == stream[: len(ids) * 63]
+    with pytest.raises(BitternError, match=r"expected a column 'text'.*--chat-template renders messages"):
+        load(path, with_bos)
+
+
+def test_fewer_tokens_than_asked_for_is_said(text: Path, plain: PreTrainedTokenizerFast) -> None:
+    found = load(text, plain, nsamples=100_000)
+    assert found.tokens_found == found.ids.numel() < found.tokens_asked == 1_600_000
+    (warning,) = found.warnings
+    assert "100000 x 16 = 1600000 calibration tokens asked for" in warning
+    assert f"{len(found.ids)} x 16 = {found.tokens_found} found" in warning
+
+
+def test_the_model_itself_writes(with_bos: PreTrainedTokenizerFast) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():  # a bigram model: after token i comes i + 1 (mod 300) or i + 2, equally often
+        for block in model.model.layers:
+            block.self_attn.o_proj.weight.zero_()
+            block.mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.copy_(torch.nn.functional.normalize(torch.randn(300, 32), dim=1))
+        unit = model.model.embed_tokens.weight
+        model.lm_head.weight.copy_(40 * (unit.roll(1, 0) + unit.roll(2, 0)) / 32**0.5)
+    state = torch.get_rng_state()
+    found = load("self", with_bos, model=model, nsamples=40, seqlen=12, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)  # nobody else's randomness is touched
+    assert found.ids.shape == (40, 12)
+    assert (found.ids[:, 0] == 0).all()
+    steps = (found.ids[:, 1:] - found.ids[:, :-1]) % 300
+    assert (steps == 1).float().mean() > 0.3
+    assert (steps == 2).float().mean() > 0.3
+    assert (found.ids[:, :-1] == 1).any()  # it goes on after EOS
+    assert load("self", with_bos, model=lambda: model, nsamples=40, seqlen=12, seed=3).sha256 == found.sha256
+    assert load("self", with_bos, model=model, nsamples=40, seqlen=12, seed=4).sha256 != found.sha256
+
+
+def test_a_wrong_tokenizer_is_named(text: Path, plain: PreTrainedTokenizerFast) -> None:
+    largest = int(load(text, plain).ids.max())
+    assert load(text, plain, vocab_size=largest + 1).tokens_found == 256
+    with pytest.raises(BitternError, match=rf"tokenizer .* has id {largest}, the model's vocabulary has {largest}$"):
+        load(text, plain, vocab_size=largest)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options", "message"),
+    [
+        ("none.txt", None, {}, r"none.txt: expected a text file, found none"),
+        ("none.jsonl", None, {}, r"none.jsonl: expected a file or a dataset on the Hub"),
+        ("short.txt", "heron", {}, r"short.txt: expected at least one window of 16 tokens, found \d+ tokens"),
+        ("empty.txt", "", {}, r"empty.txt: expected at least one window of 16 tokens, found 0 tokens"),
+        ("latin.txt", b"bl\xe4 " * 99, {}, r"latin.txt: expected UTF-8 text, found .*0xe4"),
+        ("broken.jsonl", '{"text": ', {}, r"broken.jsonl: cannot be read as a dataset: \S+"),
+        ("table.csv", "a,b", {}, r"table.csv: expected a file of one of the kinds .txt, .jsonl.* found '.csv'"),
+        ("a.txt", "heron", {"chat_template": True}, r"--chat-template: needs rows with messages"),
+        ("a.jsonl", '{"text": "heron"}', {"chat_template": True}, r"needs a column 'messages', found columns text"),
+        ("a.txt", "heron", {"nsamples": 0}, r"expected at least 1 and 2, found 0 and 16"),
+        ("a.txt", "heron", {"seqlen": 1}, r"expected at least 1 and 2, found 16 and 1"),
+    ],
+)
+def test_what_is_refused(
+    name: str,
+    content: str | bytes | None,
+    options: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    plain: PreTrainedTokenizerFast,
+) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(BitternError, match=message) as caught:
+        load(path, plain, **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["bittern/no-such-dataset", "no-such-dataset:config@train"])
+def test_a_dataset_that_is_not_there(name: str, plain: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(BitternError, match=rf"^{name}: cannot be read as a dataset: .*looked for on the Hub") as caught:
+        load(name, plain)
+    assert "\n" not in str(caught.value)
+
+
+def test_self_needs_a_model_and_something_to_begin_with(plain: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(BitternError, match="needs the whole model"):
+        load("self", plain)
+    with pytest.raises(BitternError, match="needs a dataset with messages"):
+        load("self", plain, chat_template=True)
+
+
+def test_a_tokenizer_without_a_chat_template(tmp_path: Path) -> None:
+    bare = tiny_tokenizer(adds_bos=False)
+    bare.chat_template = None
+    path = write_rows(tmp_path / "chat.jsonl", [{"messages": [{"role": "user", "content": "Boom?"}]}])
+    with pytest.raises(BitternError, match="has no chat template"):
+        load(path, bare, chat_template=True)
