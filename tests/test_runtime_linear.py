@@ -45,7 +45,9 @@ def test_holds_the_weight_exactly(
     packed = PackedMatrix(weight)
     assert torch.equal(packed.weight, expected)
     x = torch.randn(2, 3, in_features, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(packed(x), x @ expected.T)
+    error = (packed(x) - x.double() @ expected.double().T).abs()
+    # Every one of in_features products and sums rounds by at most half a unit in fp32's 24 bits.
+    assert bool((error <= in_features * 2.0**-24 * (x.abs() @ expected.abs().T)).all())
 
 
 def test_rows_in_steps_equal_the_whole() -> None:

@@ -177,7 +177,7 @@ def _room(
     """How many tokens to generate at most."""
     if not prompt:
         raise BitternError("prompt: expected at least one token, found none")
-    check_vocabulary(torch.tensor(prompt), tokenizer, model.get_input_embeddings().num_embeddings)
+    check_vocabulary(torch.tensor(prompt), tokenizer, model.config.get_text_config(decoder=True).vocab_size)
     limit = context_length(model.config)
     if limit is None:
         if options.max_new_tokens is None:

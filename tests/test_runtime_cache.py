@@ -1,0 +1,97 @@
+"""A prompt in steps through the cache gives the logits of the whole prompt at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from bittern.runtime import attention
+from bittern.runtime.cache import PreallocatedLayer, new_cache
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+}
+GPT = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+WINDOW = {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 5}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "RoPE, multi-head": ("llama", {}),
+    "RoPE, grouped": ("llama", {"num_key_value_heads": 2}),
+    "RoPE, multi-query": ("falcon", {}),
+    "RoPE in part": ("phi", {}),
+    "ALiBi, multi-query": ("falcon", {"alibi": True}),
+    "learned, multi-query": ("gpt_bigcode", GPT),
+    "learned": ("gpt2", GPT),
+    "learned with an offset": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "ALiBi of bloom": ("bloom", {"n_layer": 3, "n_head": 4}),
+    "ALiBi of mpt": ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": 64}),
+    "window": ("mistral", {"num_key_value_heads": 2, "sliding_window": 5}),
+    "mixed windows, softcap": ("gemma2", WINDOW),
+    "mixed windows": ("gemma3_text", {**WINDOW, "num_hidden_layers": 7}),
+    "sinks and windows": ("gpt_oss", {**WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "latent attention": (
+        "deepseek_v3",
+        {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8}
+        | {
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 12,
+            "first_k_dense_replace": 3,
+            "n_routed_experts": 4,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+    ),
+    "convolutions": ("lfm2", {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention", "conv"]}),
+}
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_with_and_without_cache(kind: str) -> None:
+    family, options = FAMILIES[kind]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**SMALL, **options})
+    model = AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-untyped-call]
+    attention.use(model)
+    ids = torch.randint(97, (1, 23), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+        expected = model(ids, use_cache=False).logits
+        cache = new_cache(model.config, capacity=20)  # too small: it must grow
+        steps = [ids[:, :9], *(ids[:, i : i + 1] for i in range(9, 23))]
+        found = torch.cat([model(step, past_key_values=cache, use_cache=True).logits for step in steps], dim=1)
+        torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
+        # The test would say nothing if the last logits did not depend on what the cache holds.
+        alone = model(ids[:, -1:], use_cache=False).logits
+    assert (alone[0, -1] - expected[0, -1]).abs().max() > 1e-2
+
+
+def test_appending_moves_nothing_until_the_room_is_used_up() -> None:
+    layer = PreallocatedLayer(6)
+    states = torch.randn(1, 2, 9, 4, generator=torch.Generator().manual_seed(0))
+    keys, _ = layer.update(states[:, :, :4], states[:, :, :4, :3])
+    more, values = layer.update(states[:, :, 4:6], states[:, :, 4:6, :3])
+    assert more.data_ptr() == keys.data_ptr()
+    assert torch.equal(more, states[:, :, :6]) and torch.equal(values, states[:, :, :6, :3])
+    grown, _ = layer.update(states[:, :, 6:], states[:, :, 6:, :3])
+    assert grown.data_ptr() != keys.data_ptr()
+    assert torch.equal(grown, states) and layer.get_seq_length() == 9
+
+
+def test_survives_reordering_and_cropping() -> None:
+    layer = PreallocatedLayer(8)
+    states = torch.randn(3, 2, 5, 4, generator=torch.Generator().manual_seed(0))
+    layer.update(states[:, :, :4], states[:, :, :4])
+    layer.crop(-1)
+    layer.reorder_cache(torch.LongTensor([2, 0, 0]))
+    keys, values = layer.update(states[:, :, 4:], states[:, :, 4:])
+    expected = torch.cat([states[[2, 0, 0], :, :3], states[:, :, 4:]], dim=2)
+    assert torch.equal(keys, expected) and torch.equal(values, expected)
