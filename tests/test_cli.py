@@ -74,7 +74,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fast.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=32,
+        vocab_size=len(vocabulary),
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,
@@ -83,7 +83,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position_embeddings=64,
         tie_word_embeddings=False,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    llama = LlamaForCausalLM(config)
+    llama.lm_head.weight.data[:2] = 0  # never the likeliest: the special tokens, which are not shown
+    llama.save_pretrained(folder)
     return folder
 
 
