@@ -129,7 +129,8 @@ def evaluate(
         sums = _window_sums(logits, base, ids)
         if not bool(torch.isfinite(sums).all()):
             window = start + int((~torch.isfinite(sums)).any(dim=1).nonzero()[0])
-            raise BitternError(f"window {window}: the model's logits give no finite likelihood (NaN or Inf)")
+            what = "KL to the base" if bool(torch.isfinite(sums[window - start, 0])) else "likelihood"
+            raise BitternError(f"window {window}: no finite {what}: the logits hold NaN or Inf")
         total += sums.sum(dim=0)
         if on_progress is not None:
             on_progress(start + len(ids), len(windows))

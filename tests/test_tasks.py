@@ -1,0 +1,220 @@
+"""Multiple choice and last words, against the likelihood of each request computed alone in float64."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedTokenizerFast as Fast
+
+from bittern.errors import BitternError
+from bittern.tasks import evaluate_task, loglikelihoods, read_task
+
+WORDS = [f"w{i}" for i in range(1, 60)]
+Row = dict[str, Any]
+
+
+def tiny_tokenizer(adds_bos: bool) -> Fast:
+    """Words to ids 1 to 59; 0 is BOS."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    tokenizer = Tokenizer(models.WordLevel({"<s>": 0, **{w: i for i, w in enumerate(WORDS, 1)}}, unk_token="<s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if adds_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return Fast(tokenizer_object=tokenizer, bos_token="<s>")  # type: ignore[no-untyped-call]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Fast:
+    return tiny_tokenizer(adds_bos=True)
+
+
+def tiny_llama(context: int = 64) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=60,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=context,
+        initializer_range=0.4,
+    )
+    return LlamaForCausalLM(config)
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return tiny_llama()
+
+
+def request(doc_id: int, idx: int, label: Any, context: str, continuation: str) -> Row:
+    return {
+        "request_type": "loglikelihood",
+        "doc": {},
+        "request": {"context": context, "continuation": continuation},
+        "idx": idx,
+        "task_name": "herons",
+        "doc_id": doc_id,
+        "native_id": doc_id,
+        "label": label,
+    }
+
+
+def write(path: Path, rows: list[Row]) -> Path:
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(text, encoding="utf-8")
+    return path
+
+
+def oracle(model: PreTrainedModel, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+    """log p of one continuation, token by token, and whether greedy decoding writes it."""
+    total, greedy = 0.0, True
+    ids = list(context)
+    for token in continuation:
+        with torch.no_grad():
+            logp = model(input_ids=torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)
+        total, greedy = total + float(logp[token]), greedy and int(logp.argmax()) == token
+        ids.append(token)
+    return total, greedy
+
+
+def ids(text: str) -> list[int]:
+    return [WORDS.index(word) + 1 for word in text.split()]
+
+
+def questions() -> list[tuple[str, list[str]]]:
+    """Twelve questions with three choices of unlike length in tokens and in characters."""
+    draw = torch.Generator().manual_seed(4)
+
+    def some(count: int) -> str:
+        return " ".join(WORDS[i] for i in torch.randint(0, 59, (count,), generator=draw).tolist())
+
+    return [(some(3 + n), [" " + some(1 + (n + c) % 4) for c in range(3)]) for n in range(12)]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+def test_accuracies_are_those_of_each_request_alone(
+    suffix: str, batch_size: int, tmp_path: Path, model: PreTrainedModel, tokenizer: Fast
+) -> None:
+    rows, raw, normalized = [], 0, 0
+    for doc, (context, choices) in enumerate(questions()):
+        gold = doc % 3
+        logp = [oracle(model, [0, *ids(context)], ids(choice))[0] for choice in choices]
+        raw += max(range(3), key=lambda i: logp[i]) == gold
+        normalized += max(range(3), key=lambda i: logp[i] / len(choices[i].strip())) == gold
+        # the file's own order is not the order of the choices
+        rows += [request(doc, i, gold, context, choices[i]) for i in (2, 0, 1)]
+        rows += [request(1_000_000 + doc, i, gold, "w1", choices[i]) for i in range(3)]
+    assert raw != normalized  # else the test could not tell them apart
+    result = evaluate_task(model, tokenizer, write(tmp_path / f"t{suffix}", rows), batch_size=batch_size)
+    assert (result.task, result.questions) == ("herons", 12)
+    assert result.accuracy == pytest.approx(raw / 12)
+    assert result.accuracy_normalized == pytest.approx(normalized / 12)
+    assert (result.exact_match, result.perplexity, result.truncated) == (None, None, 0)
+
+
+def test_last_words(tmp_path: Path, model: PreTrainedModel, tokenizer: Fast) -> None:
+    rows, matches, nll = [], 0, 0.0
+    for doc, (context, choices) in enumerate(questions()):
+        word = choices[0]
+        if doc % 2:  # what the model itself would write
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([[0, *ids(context)]])).logits[0, -1]
+            word = f" {WORDS[int(logits[1:].argmax())]}"
+        logp, greedy = oracle(model, [0, *ids(context)], ids(word))
+        matches, nll = matches + greedy, nll - logp
+        rows.append(request(doc, 0, [word.strip()], context, word))
+    assert 0 < matches < 12
+    result = evaluate_task(model, tokenizer, write(tmp_path / "lambada.jsonl", rows))
+    assert result.exact_match == pytest.approx(matches / 12)
+    assert result.perplexity == pytest.approx(math.exp(nll / 12), rel=1e-5)
+    assert (result.accuracy, result.accuracy_normalized) == (None, None)
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_padding_and_batches_change_no_likelihood(adds_bos: bool) -> None:
+    tokenizer = tiny_tokenizer(adds_bos)
+    torch.manual_seed(0)
+    alibi = BloomForCausalLM(BloomConfig(vocab_size=60, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.4))
+    for model in (tiny_llama(), alibi.eval()):  # type: ignore[no-untyped-call]
+        pairs = [(context, choice) for context, choices in questions() for choice in choices]
+        for (context, choice), found in zip(pairs, loglikelihoods(model, tokenizer, pairs, batch_size=8), strict=True):
+            logp, greedy = oracle(model, [0] * adds_bos + ids(context), ids(choice))
+            assert found.logp == pytest.approx(logp, abs=1e-4)
+            assert (found.greedy, found.truncated) == (greedy, False)
+
+
+def test_an_empty_context_begins_with_bos(model: PreTrainedModel) -> None:
+    (found,) = loglikelihoods(model, tiny_tokenizer(adds_bos=False), [("", "w5 w6")])
+    assert found.logp == pytest.approx(oracle(model, [0], [5, 6])[0], abs=1e-4)
+
+
+def test_a_long_context_is_cut_on_the_left_and_counted(tmp_path: Path, tokenizer: Fast) -> None:
+    model = tiny_llama(context=16)
+    context = " ".join(WORDS[:40])
+    (found,) = loglikelihoods(model, tokenizer, [(context, " w50 w51")])
+    assert found.truncated
+    assert found.logp == pytest.approx(oracle(model, ids(context)[-15:], [50, 51])[0], abs=1e-4)
+    rows = [request(0, i, 0, context if i else "w1", " w2") for i in range(2)]
+    assert evaluate_task(model, tokenizer, write(tmp_path / "t.jsonl", rows)).truncated == 1
+
+
+def test_limit_takes_the_first_questions_whole(tmp_path: Path) -> None:
+    rows = [request(doc, i, 1, "w1", " w2") for i in range(3) for doc in (7, 5, 9)]  # choices far apart in the file
+    name, found = read_task(write(tmp_path / "t.jsonl", rows), limit=2)
+    assert name == "herons"
+    assert [(q.doc_id, len(q.choices), q.gold) for q in found] == [(7, 3, 1), (5, 3, 1)]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", r"t.jsonl: expected requests, found none"),
+        ('{"doc_id": 0', r"t.jsonl, line 1: expected JSON"),
+        ('{"doc_id": 0, "idx": 0}', r"t.jsonl, line 1: expected a request with 'label'"),
+        ("[1]", r"t.jsonl, line 1: expected a request"),
+        (json.dumps(request(0, 0, 0, "a", "")), r"line 1: expected .* a continuation of text"),
+        (json.dumps(request(0, 1, 0, "a", " b")), r"doc_id 0: expected the choices 0 to 0 once each"),
+        (json.dumps(request(0, 0, 3, "a", " b")), r"doc_id 0: expected a label below 1, found 3"),
+    ],
+)
+def test_what_is_refused(content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(BitternError, match=message) as caught:
+        read_task(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(BitternError, match=r"none.jsonl: cannot be read"):
+        read_task(tmp_path / "none.jsonl")
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n' * 500)[:30])
+    with pytest.raises(BitternError, match=r"cut.jsonl.gz"):
+        read_task(tmp_path / "cut.jsonl.gz")
+    (tmp_path / "plain.jsonl.gz").write_bytes(b"{}\n")
+    with pytest.raises(BitternError, match=r"plain.jsonl.gz: cannot be read: Not a gzipped file"):
+        read_task(tmp_path / "plain.jsonl.gz")
+
+
+def test_a_wrong_tokenizer_and_logits_that_are_no_numbers(tokenizer: Fast) -> None:
+    config = LlamaConfig(vocab_size=9, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    model = LlamaForCausalLM(config)
+    with pytest.raises(BitternError, match=r"token 'w50' has id 50, the model's vocabulary has 9"):
+        loglikelihoods(model, tokenizer, [("w1", " w50")])
+    with torch.no_grad():
+        model.model.embed_tokens.weight[3] = math.nan
+    with pytest.raises(BitternError, match=r"^request 1: .*NaN"):
+        loglikelihoods(model, tokenizer, [("w1", " w2"), ("w3", " w4")])
