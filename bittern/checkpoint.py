@@ -319,7 +319,8 @@ class _SafetensorsFiles:
         item = self._stored[name]
         with self._lock:
             if item.path not in self._files:
-                self._files[item.path] = os.open(item.path, os.O_RDONLY)
+                file = self._files[item.path] = os.open(item.path, os.O_RDONLY)
+                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_SEQUENTIAL)  # reads ahead twice as far
             file = self._files[item.path]
         return read_elements(file, item.offset + start * item.info.dtype.itemsize, item.info.dtype, stop - start)
 
