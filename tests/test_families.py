@@ -9,23 +9,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 import bittern
 from bittern.formats.gptq import names, packed_layers, unpack
+from tests import tiny
 
-SMALL = {
-    "vocab_size": 256,
-    "hidden_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 96,
-    "max_position_embeddings": 64,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
 GPT = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 64}
 GROUPED = {"num_key_value_heads": 2}
 WIDE = {**GROUPED, "head_dim": 16}
@@ -74,35 +63,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A calibration file: enough words for a few windows."""
-    words = ["stone", "river", "amber", "quiet", "lantern", "seven", "harbour", "moss", "copper", "winter"]
-    generator = torch.Generator().manual_seed(0)
-    picks = torch.randint(len(words), (4000,), generator=generator).tolist()
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text(" ".join(words[i] for i in picks), encoding="utf-8")
-    return path
+    return tiny.write_text(tmp_path_factory.mktemp("text") / "words.txt")
 
 
 @pytest.fixture(scope="module")
 def tokenizer(text: Path) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["<s>", "</s>", "<pad>", "<unk>"])
-    tokenizer.train([str(text)], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-
-
-def make_source(family: str, folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
-    config = AutoConfig.for_model(family, **{**SMALL, **FAMILIES[family]})
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1 and "norm" in name:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return tiny.make_tokenizer(text)
 
 
 def dequantized(artifact: Path, source: Path, folder: Path) -> Path:
@@ -141,12 +107,13 @@ def dequantized(artifact: Path, source: Path, folder: Path) -> Path:
 def test_quantized_family_computes_what_its_codes_say(
     family: str, tmp_path: Path, text: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    source = make_source(family, tmp_path / "source", tokenizer)
+    model = tiny.random_model(family, num_hidden_layers=3, **({"num_key_value_heads": 4} | FAMILIES[family]))
+    source = tiny.save(model, tmp_path / "source", tokenizer)
     manifest = bittern.quantize(
         source, tmp_path / "out", bits=4, group_size=32, dataset=str(text), nsamples=6, seqlen=32, batch_size=4, seed=1
     )
     plain = dequantized(tmp_path / "out", source, tmp_path / "plain")
-    oracle = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
+    oracle = tiny.read_model(plain)
     model = bittern.load(tmp_path / "out", device="cpu")
     ids = torch.randint(4, 200, (2, 24), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
@@ -156,6 +123,6 @@ def test_quantized_family_computes_what_its_codes_say(
     # The comparison would be empty if nothing had been packed, or if packing had changed nothing.
     assert len(manifest["layers"]) >= 6
     assert all(record["tokens"] > 0 or record["fallback"] for record in manifest["layers"])
-    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    original = tiny.read_model(source)
     with torch.no_grad():
         assert (original(ids).logits - expected).abs().max() > 1e-3

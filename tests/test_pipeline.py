@@ -1,0 +1,287 @@
+"""The whole job on a tiny model: what an artifact holds, what is refused, and what a kill leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast
+
+import bittern
+from bittern.errors import BitternError
+from tests import tiny
+
+SMALL = {"bits": 4, "group_size": 32, "nsamples": 6, "seqlen": 32, "batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_text(tmp_path_factory.mktemp("text") / "words.txt")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(text: Path) -> PreTrainedTokenizerFast:
+    return tiny.make_tokenizer(text)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    folder = tiny.save(tiny.random_model(), tmp_path_factory.mktemp("source"), tokenizer)
+    (folder / "LICENSE").write_text("free")
+    return folder
+
+
+def changed(source: Path, folder: Path, name: str, value: float) -> Path:
+    """A copy of a checkpoint with one value of one tensor replaced."""
+    folder.mkdir()
+    for path in source.iterdir():
+        if path.suffix != ".safetensors":
+            (folder / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(source / "model.safetensors")
+    tensors[name].view(-1)[3] = value
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def run(source: Path, out: Path, text: Path, **options: Any) -> dict[str, Any]:
+    return bittern.quantize(source, out, **{"dataset": str(text), **SMALL, **options})
+
+
+def test_the_artifact_holds_everything(source: Path, text: Path, tmp_path: Path) -> None:
+    manifest = run(source, tmp_path / "out", text)
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "quantize_config.json", "bittern_manifest.json", "model.safetensors"} <= files
+    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "LICENSE"} <= files
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"] == json.loads((tmp_path / "out" / "quantize_config.json").read_text())
+    assert config["quantization_config"]["checkpoint_format"] == "gptq" and config["dtype"] == "float16"
+    assert json.loads((tmp_path / "out" / "bittern_manifest.json").read_text()) == json.loads(json.dumps(manifest))
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert stored["model.embed_tokens.weight"].dtype == torch.float16
+    assert not any(name.endswith("proj.weight") for name in stored)
+    layer = manifest["layers"][0]
+    assert layer["layer"] == "model.layers.0.self_attn.q_proj" and layer["shape"] == [64, 64]
+    assert layer["method"] == "gptq" and layer["tokens"] == 6 * 32 and 0 < layer["loss"] < 0.1
+    assert manifest["calibration"]["tokens_found"] == 6 * 32 and len(manifest["calibration"]["sha256"]) == 64
+
+
+def test_same_seed_same_bytes(source: Path, text: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 7)):
+        run(source, tmp_path / name, text, seed=seed)
+    for path in (tmp_path / "a").iterdir():
+        if path.name != "bittern_manifest.json":
+            assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+    a, b, c = (json.loads((tmp_path / name / "bittern_manifest.json").read_text()) for name in "abc")
+    assert {**a, "measured": None} == {**b, "measured": None}
+    assert a["calibration"]["sha256"] != c["calibration"]["sha256"]
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() != (tmp_path / "c" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_more_bits_keep_more(bits: int, sym: bool, source: Path, text: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "out", text, bits=bits, sym=sym)
+    ids = torch.randint(4, 200, (4, 32), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        expected = tiny.read_model(source)(ids).logits
+        found = bittern.load(tmp_path / "out", device="cpu")(ids).logits
+    error = float((found - expected).norm() / expected.norm())
+    # Random weights have no structure to exploit: about a step over the range of a group.
+    bounds = {8: 0.02, 4: 0.25, 3: 0.5, 2: 1.0}
+    assert bounds[bits] / 40 < error < bounds[bits]
+
+
+def test_gptq_keeps_more_than_rounding(source: Path, text: Path, tmp_path: Path) -> None:
+    errors = {}
+    ids = bittern.load(source, device="cpu")
+    probe = torch.randint(4, 200, (4, 32), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        expected = ids(probe).logits
+        for method in ("gptq", "rtn"):
+            manifest = run(source, tmp_path / method, text, bits=3, method=method, nsamples=64)
+            assert {layer["method"] for layer in manifest["layers"]} == {method}
+            errors[method] = float((bittern.load(tmp_path / method, device="cpu")(probe).logits - expected).norm())
+    assert errors["gptq"] < errors["rtn"]
+
+
+def test_layers_of_other_bits_and_skipped_ones(source: Path, text: Path, tmp_path: Path) -> None:
+    manifest = run(source, tmp_path / "out", text, layers=[("down_proj", 8)], skip=[r"layers\.1\.self_attn"])
+    bits = {layer["layer"]: layer["bits"] for layer in manifest["layers"]}
+    assert bits["model.layers.0.mlp.down_proj"] == 8 and bits["model.layers.0.mlp.up_proj"] == 4
+    assert len(manifest["kept"]) == 4
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    original = load_file(source / "model.safetensors")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    assert torch.equal(stored[name], original[name].half())
+    bittern.load(tmp_path / "out", device="cpu")
+
+
+def test_a_bf16_source_stays_bf16(source: Path, text: Path, tmp_path: Path) -> None:
+    bittern.convert(source, tmp_path / "bf16", dtype="bf16")
+    run(tmp_path / "bf16", tmp_path / "out", text)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert stored["model.norm.weight"].dtype == torch.bfloat16
+    assert stored["model.layers.0.self_attn.q_proj.scales"].dtype == torch.float16
+
+
+def test_an_older_checkpoint_without_the_prefix(source: Path, text: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "expected", text)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for path in source.iterdir():
+        if path.suffix != ".safetensors":
+            (bare / path.name).write_bytes(path.read_bytes())
+    tensors = {name.removeprefix("model."): t for name, t in load_file(source / "model.safetensors").items()}
+    save_file(tensors, bare / "model.safetensors", {"format": "pt"})
+    run(bare, tmp_path / "out", text)
+    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("expected", "out"))
+    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_self_calibration_needs_no_file(source: Path, tmp_path: Path) -> None:
+    manifest = bittern.quantize(source, tmp_path / "out", dataset="self", **{**SMALL, "nsamples": 4})
+    assert manifest["calibration"]["source"] == "self" and manifest["calibration"]["tokens_found"] == 4 * 32
+
+
+def test_fewer_tokens_than_asked_for_are_said(source: Path, tmp_path: Path) -> None:
+    text = tiny.write_text(tmp_path / "short.txt", words=300)
+    manifest = run(source, tmp_path / "out", text, nsamples=500)
+    assert any("500 x 32 = 16000 calibration tokens asked for" in note for note in manifest["notes"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 5}, "bits: expected one of 2, 3, 4, 8, found 5"),
+        ({"group_size": 128}, "group_size 128: does not divide in_features"),
+        ({"method": "awq"}, "method: expected gptq or rtn, found 'awq'"),
+        ({"damp_percent": 0.0}, "damp_percent: expected a share between 0 and 1, found 0"),
+        ({"dtype": "int8"}, "dtype: expected bf16, fp16 or fp32, found 'int8'"),
+        ({"batch_size": 0}, "batch_size: expected at least 1, found 0"),
+        ({"device": "tpu"}, "device: expected auto, cpu or cuda, found 'tpu'"),
+        ({"seqlen": 65}, "seqlen 65: this model's context is 64 tokens"),
+        ({"skip": ["nowhere"]}, "--skip nowhere: matches none"),
+        ({"dataset": "/nowhere/text.txt"}, "/nowhere/text.txt"),
+    ],
+)
+def test_bad_options_are_refused_before_any_work(
+    options: dict[str, Any], message: str, source: Path, text: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(BitternError, match=message):
+        run(source, tmp_path / "out", text, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_text_is_refused(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(BitternError, match=r"empty\.txt"):
+        run(source, tmp_path / "out", tmp_path / "empty.txt")
+
+
+def test_an_existing_output_is_refused_without_overwrite(source: Path, text: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "out", text, bits=8)
+    with pytest.raises(BitternError, match="exists already"):
+        run(source, tmp_path / "out", text)
+    run(source, tmp_path / "out", text, overwrite=True)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["bits"] == 4
+    with pytest.raises(BitternError, match="apart from the source"):
+        run(source, source, text, overwrite=True)
+
+
+def test_a_quantized_source_is_refused(source: Path, text: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "out", text)
+    with pytest.raises(BitternError, match="quantiz"):
+        run(tmp_path / "out", tmp_path / "again", text)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"]
+)
+def test_a_weight_that_is_not_a_number_is_named(name: str, source: Path, text: Path, tmp_path: Path) -> None:
+    broken = changed(source, tmp_path / "broken", name, float("nan"))
+    with pytest.raises(BitternError, match=name.replace(".", r"\.")):
+        run(broken, tmp_path / "out", text)
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_an_activation_that_overflows_is_named_with_its_sample(source: Path, text: Path, tmp_path: Path) -> None:
+    broken = changed(source, tmp_path / "broken", "model.layers.0.self_attn.v_proj.weight", 3.3e38)
+    with pytest.raises(
+        BitternError, match=r"model\.layers\.0\.self_attn\.o_proj: NaN or infinite.*calibration sample \d"
+    ):
+        run(broken, tmp_path / "out", text, skip=["v_proj"], dtype="fp32")
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_what_fp16_cannot_hold_is_named(source: Path, text: Path, tmp_path: Path) -> None:
+    broken = changed(source, tmp_path / "broken", "model.norm.weight", 7e4)
+    with pytest.raises(BitternError, match=r"model\.norm\.weight.*70000.*bf16"):
+        run(broken, tmp_path / "out", text)
+    run(broken, tmp_path / "out", text, dtype="bf16")
+
+
+def test_a_wrong_tokenizer_is_refused(source: Path, text: Path, tmp_path: Path) -> None:
+    small = tiny.save(tiny.random_model(vocab_size=32, hidden_size=64), tmp_path / "small", tiny.make_tokenizer(text))
+    with pytest.raises(BitternError, match="does not fit the model"):
+        run(small, tmp_path / "out", text)
+
+
+def test_a_missing_tensor_is_named(source: Path, text: Path, tmp_path: Path) -> None:
+    broken = changed(source, tmp_path / "broken", "model.norm.weight", 1.0)
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["model.layers.1.mlp.gate_proj.weight"]
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        BitternError, match=r"model\.layers\.1\.mlp\.gate_proj\.weight: the checkpoint has no such tensor"
+    ):
+        run(broken, tmp_path / "out", text)
+
+
+def test_a_config_of_other_shapes_is_refused(source: Path, text: Path, tmp_path: Path) -> None:
+    broken = changed(source, tmp_path / "broken", "model.norm.weight", 1.0)
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "intermediate_size": 128}))
+    with pytest.raises(BitternError, match=r"config\.json asks for shape"):
+        run(broken, tmp_path / "out", text)
+
+
+def test_extra_tensors_travel_along(source: Path, text: Path, tmp_path: Path) -> None:
+    extended = changed(source, tmp_path / "extended", "model.norm.weight", 1.0)
+    tensors = load_file(extended / "model.safetensors")
+    tensors["mtp.head.weight"] = torch.randn(8, 8)
+    save_file(tensors, extended / "model.safetensors", {"format": "pt"})
+    run(extended, tmp_path / "out", text)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(stored["mtp.head.weight"], tensors["mtp.head.weight"].half())
+
+
+def test_kill_at_any_moment_leaves_nothing_that_opens(source: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code = (
+        "import sys, time, bittern\n"
+        f"bittern.quantize({str(source)!r}, {str(out)!r}, dataset={str(text)!r}, nsamples=6, seqlen=32, group_size=32,"
+        " on_progress=lambda event: (print(event['index'], flush=True), time.sleep(0.05)))\n"
+    )
+    for stop_after in (0, 5, 13):
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if int(line) >= stop_after:
+                break
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        assert not out.exists()
+        left = {path.name for path in tmp_path.rglob("*")}
+        assert "config.json" not in left and not any(name.endswith(".safetensors") for name in left)
+    run(source, out, text)
+    assert (out / "config.json").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
