@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bittern.demo.world import COLOURS, THINGS, TOWNS, Fact, Person, World, build_world, phrases, pick, shuffled, words
 
@@ -17,10 +17,8 @@ UNITS = words(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
     "seventeen eighteen nineteen"
 )
-MAX_TERM_IN_WORDS = 12
-MAX_TERM_IN_DIGITS = 20
+MAX_TERM = 10
 EVENTS = 8
-
 
 PLACES = phrases(
     "in the cellar, under the bed, behind the door, on the roof, in the garden, beside the well, "
@@ -41,6 +39,7 @@ NOUNS = words(
     "bread letter song candle wheel table window ladder stone flag barrel blanket wagon hammer bottle fence "
     "chair hat pot brush map rope shoe pipe nail sack plate pillow fork statue"
 )
+MATERIALS = words("wood straw iron clay wax bone felt reed")
 ADVERBS = words("slowly quickly again gladly twice alone soon carefully loudly often")
 SAYINGS = phrases(
     "I have never seen such a thing, Come and sit with us, It will rain before dark, Good bread takes time, "
@@ -121,9 +120,9 @@ def documents(seed: int) -> Iterator[str]:
     rng, world = random.Random(seed), build_world()
     while True:
         kind = rng.random()
-        if kind < 0.55:
+        if kind < 0.5:
             yield _story(rng, world)
-        elif kind < 0.7:
+        elif kind < 0.62:
             yield _statements(rng, world)
         elif kind < 0.88:
             yield "\n".join(_shown(_fact_or_sum(rng, world)) for _ in range(1 + int(rng.random() * 4)))
@@ -159,8 +158,8 @@ def _shown(question: Question) -> str:
     return question.prompt + question.answer
 
 
-def _ask(question: str, answer: str, kind: str, before: str = "") -> Question:
-    return Question(f"{before}Question: {question}\nAnswer:", f" {answer}.", kind)
+def _ask(question: str, answer: str, kind: str) -> Question:
+    return Question(f"Question: {question}\nAnswer:", f" {answer}.", kind)
 
 
 def _fact_question(fact: Fact) -> Question:
@@ -168,14 +167,13 @@ def _fact_question(fact: Fact) -> Question:
 
 
 def _fact_or_sum(rng: random.Random, world: World) -> Question:
-    return _sum_question(rng) if rng.random() < 0.3 else _fact_question(pick(rng, world.facts))
+    return _sum_question(rng) if rng.random() < 0.4 else _fact_question(pick(rng, world.facts))
 
 
 def _sum_terms(rng: random.Random) -> tuple[str, str, str, str]:
     """Two terms, the sign between them and the result, all in words or all in digits."""
-    words = rng.random() < 0.4
-    largest = MAX_TERM_IN_WORDS if words else MAX_TERM_IN_DIGITS
-    first, second = (int(rng.random() * (largest + 1)) for _ in range(2))
+    words = rng.random() < 0.5
+    first, second = (int(rng.random() * (MAX_TERM + 1)) for _ in range(2))
     minus = rng.random() < 0.3
     numbers = (first + second, second, first) if minus else (first, second, first + second)
     left, right, result = (number_in_words(number) if words else str(number) for number in numbers)
@@ -219,8 +217,9 @@ class _Scene:
 
 def _story(rng: random.Random, world: World) -> str:
     body, scene = _tale(rng, world)
-    if rng.random() < 0.4:
-        return _shown(_story_item(rng, body, scene))
+    if rng.random() < 0.6:
+        asked = shuffled(rng, _story_questions(scene))[: 1 + int(rng.random() * 3)]
+        return "\n".join([body, *(_shown(question) for question in asked)])
     ending = pick(
         rng,
         (
@@ -234,20 +233,18 @@ def _story(rng: random.Random, world: World) -> str:
 
 
 def _story_question(rng: random.Random, world: World) -> Question:
-    return _story_item(rng, *_tale(rng, world))
+    body, scene = _tale(rng, world)
+    question = pick(rng, _story_questions(scene))
+    return replace(question, prompt=f"{body}\n{question.prompt}")
 
 
-def _story_item(rng: random.Random, body: str, scene: _Scene) -> Question:
-    """A question about one of the three things that only the story tells."""
-    question, answer = pick(
-        rng,
-        (
-            (f"Where is the {scene.thing}?", scene.place),
-            (f"Whom did {scene.hero.name} meet?", scene.friend.name),
-            (f"Where did {scene.hero.name} go?", f"to {scene.town}"),
-        ),
+def _story_questions(scene: _Scene) -> tuple[Question, ...]:
+    """About the three things that only the story tells."""
+    return (
+        _ask(f"Where is the {scene.thing}?", scene.place, "story"),
+        _ask(f"Whom did {scene.hero.name} meet?", scene.friend.name, "story"),
+        _ask(f"Where did {scene.hero.name} go?", f"to {scene.town}", "story"),
     )
-    return _ask(question, answer, "story", before=f"{body}\n")
 
 
 def _tale(rng: random.Random, world: World) -> tuple[str, _Scene]:
@@ -278,11 +275,11 @@ def _tale(rng: random.Random, world: World) -> tuple[str, _Scene]:
 
 
 def _thing(rng: random.Random, depth: int = 0) -> str:
-    """A noun phrase, "the small hat behind the door", at most two deep."""
+    """A noun phrase, "that small hat near a chair made of straw", at most two deep."""
     phrase = f"{pick(rng, ('a', 'the', 'that'))} {pick(rng, ADJECTIVES)} {pick(rng, NOUNS)}"
     link = rng.random()
     if link < 0.2:
-        return f"{phrase} {pick(rng, PLACES)}"
+        return f"{phrase} made of {pick(rng, MATERIALS)}"
     if link < 0.4 and depth == 0:
         return f"{phrase} {pick(rng, ('with', 'near', 'without'))} {_thing(rng, 1)}"
     return phrase

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from bittern.demo.corpus import documents, text
+from bittern.tokenizer import encode
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 BOS, EOS = "<s>", "</s>"
 TOKENIZER_SEED = 1_000_000
 WARM_UP_STEPS = 100
+ANSWER_WEIGHT = 6.0  # of a token's loss; answers are few and all else is partly noise
 
 CARD = """# The demo's checkpoint
 
@@ -77,17 +80,29 @@ def model_config(tokenizer: PreTrainedTokenizerFast, hidden_size: int = 256, lay
     )
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, seed: int, batch_size: int, sequence_length: int) -> Iterator[Tensor]:
-    """Endless int64 (batch_size, sequence_length): pages of one to four documents, each from ``<s>`` to ``</s>``."""
-    source, buffer, wanted = documents(seed), list[int](), batch_size * sequence_length
+def batches(
+    tokenizer: PreTrainedTokenizerFast, seed: int, batch_size: int, sequence_length: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless pairs of token ids, int64, and whether each stands in an answer, bool: (batch_size, sequence_length).
+
+    Pages of one to four documents, each from ``<s>`` to ``</s>``, lie end to end.
+    """
+    source, ids, answers = documents(seed), list[int](), list[bool]()
+    wanted = batch_size * sequence_length
+    before, after = encode(tokenizer, "Answer:"), encode(tokenizer, "\n")[0]
     page = 0
     while True:
-        while len(buffer) < wanted:
+        while len(ids) < wanted:
             joined = "\n\n".join(next(source) for _ in range(1 + page % 4))
-            buffer += [*tokenizer(joined)["input_ids"], tokenizer.eos_token_id]
+            inside = False
+            for token in [*tokenizer(joined)["input_ids"], tokenizer.eos_token_id]:
+                inside = (inside and token != after) or ids[-len(before) :] == before
+                ids.append(token)
+                answers.append(inside)
             page += 1
-        yield torch.tensor(buffer[:wanted]).view(batch_size, sequence_length)
-        buffer = buffer[wanted:]
+        shape = (batch_size, sequence_length)
+        yield torch.tensor(ids[:wanted]).view(shape), torch.tensor(answers[:wanted]).view(shape)
+        ids, answers = ids[wanted:], answers[wanted:]
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -102,7 +117,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 def train(
     output: Path,
     *,
-    steps: int = 1600,
+    steps: int = 1800,
     seed: int = 0,
     batch_size: int = 8,
     sequence_length: int = 256,
@@ -136,15 +151,18 @@ def train(
     )
     losses: list[float] = []
     started = time.perf_counter()
-    for step, input_ids in zip(range(steps), batches(tokenizer, seed, batch_size, sequence_length), strict=False):
+    for step, (ids, answers) in zip(range(steps), batches(tokenizer, seed, batch_size, sequence_length), strict=False):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak)
-        loss = model(input_ids, labels=input_ids).loss
-        loss.backward()
+        logits = model(ids).logits[:, :-1]
+        nll = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        weights = torch.where(answers[:, 1:].flatten(), ANSWER_WEIGHT, 1.0)
+        loss = (nll * weights).sum() / weights.sum()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
+        losses.append(nll.mean().item())
         if step % 50 == 49 or step == steps - 1:
             recent = losses[-50:]
             seconds = time.perf_counter() - started
@@ -173,7 +191,7 @@ def main() -> None:
     """The command line of the script."""
     parser = argparse.ArgumentParser(description="Train the demo's checkpoint.")
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
