@@ -1,0 +1,280 @@
+"""The decode loop against transformers' generate, and the text stream against whole decoding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+import bittern
+from bittern.errors import BitternError
+from bittern.runtime import attention
+from bittern.runtime.generate import GenerationOptions, GenerationResult, _Chooser, _TextStream, chat_prompt, generate
+
+TEXT = "The naïve café owner said: “déjà vu!” 🦆🦆 and the brown duck 🦆 swam away. 東京は夜。" * 3
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "eos_token_id": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with few merges: characters beyond ASCII are several tokens."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    backend.train_from_iterator([TEXT], trainer)
+    return fast(backend)
+
+
+def fast(backend: Tokenizer) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>"
+    )
+
+
+def tiny(tokenizer: PreTrainedTokenizerFast, family: str = "llama", **options: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**SMALL, "vocab_size": len(tokenizer), **options})
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(10)
+    attention.use(model)
+    return model
+
+
+def ids_of(tokenizer: PreTrainedTokenizerFast, text: str) -> Tensor:
+    ids: Tensor = tokenizer(text, return_tensors="pt")["input_ids"]
+    return ids
+
+
+def run(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str = "The brown", **options: Any
+) -> GenerationResult:
+    pieces: list[str] = []
+    settings = GenerationOptions(**{"max_new_tokens": 24, "ignore_eos": True, **options})
+    result = generate(model, tokenizer, ids_of(tokenizer, prompt), settings, pieces.append)
+    assert "".join(pieces) == result.text
+    assert all(pieces)
+    assert result.new_tokens == len(result.token_ids)
+    assert result.prompt_tokens == ids_of(tokenizer, prompt).numel()
+    return result
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"num_key_value_heads": 2}),
+        ("mistral", {"num_key_value_heads": 2, "sliding_window": 5}),
+        ("gemma3_text", {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 5, "num_hidden_layers": 7}),
+        ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+        ("bloom", {"n_layer": 2, "n_head": 4}),
+        ("mamba", {"state_size": 4}),
+    ],
+)
+@pytest.mark.parametrize("penalty", [1.0, 1.7])
+def test_greedy_is_what_transformers_generates(
+    family: str, options: dict[str, Any], penalty: float, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = tiny(tokenizer, family, **options)
+    ids = ids_of(tokenizer, "The brown")
+    expected = model.generate(  # type: ignore[operator]
+        ids, do_sample=False, max_new_tokens=24, repetition_penalty=penalty, eos_token_id=None, pad_token_id=0
+    )
+    result = run(model, tokenizer, repetition_penalty=penalty)
+    assert list(result.token_ids) == expected[0, ids.numel() :].tolist()
+    assert result.finish_reason == "length"
+    assert result.prefill_tokens_per_second > 0 and result.decode_tokens_per_second > 0
+
+
+def test_ends_at_an_end_of_sequence_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny(tokenizer)
+    whole = run(model, tokenizer, max_new_tokens=30).token_ids
+    last = next(i for i, token in enumerate(whole) if i > 3 and token not in whole[:i])
+    assert model.generation_config is not None
+    for ends in (whole[last], [1, whole[last]]):
+        model.generation_config.eos_token_id = ends
+        result = run(model, tokenizer, ignore_eos=False)
+        assert result.finish_reason == "eos"
+        assert result.token_ids == whole[:last]
+
+
+def test_sampling_repeats_with_its_seed(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny(tokenizer)
+    options: dict[str, Any] = {"temperature": 1.5, "top_k": 50, "top_p": 0.95}
+    first, again, other = (run(model, tokenizer, **options, seed=seed).token_ids for seed in (3, 3, 4))
+    assert first == again
+    assert first != other
+    torch.manual_seed(99)  # the global generator has no part in it
+    assert run(model, tokenizer, **options, seed=3).token_ids == first
+
+
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-30}])
+def test_narrow_sampling_is_greedy(options: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny(tokenizer)
+    assert (
+        run(model, tokenizer, "The brown", **{"temperature": 2.0, **options}).token_ids
+        == run(model, tokenizer).token_ids
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.6}, {"top_k": 4, "top_p": 0.8}])
+def test_sampled_frequencies(options: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> None:
+    """The first token over many seeds has the probabilities of softmax(logits / T), cut and renormalized."""
+    logits = torch.tensor([0.1, 2.0, 1.5, -1.0, 1.0, 0.4])
+    temperature, draws = 0.9, 3000
+    expected = (logits.double() / temperature).softmax(0).tolist()
+    ranked = sorted(range(6), key=lambda i: -expected[i])[: options.get("top_k", 6)]
+    mass = sum(expected[i] for i in ranked)
+    kept, total = [], 0.0
+    for i in ranked:
+        if total < options.get("top_p", 1.0):
+            kept.append(i)
+        total += expected[i] / mass
+    share = sum(expected[i] for i in kept)
+    chooser = _Chooser([0], GenerationOptions(temperature=temperature, seed=5, **options))
+    counts = torch.bincount(torch.tensor([chooser(logits) for _ in range(draws)]), minlength=6).tolist()
+    for token in range(6):
+        probability = expected[token] / share if token in kept else 0.0
+        deviation = (draws * probability * (1 - probability)) ** 0.5
+        assert abs(counts[token] - draws * probability) <= 4 * deviation
+
+
+def test_stop_texts_across_token_borders(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny(tokenizer)
+    whole = run(model, tokenizer, max_new_tokens=40)
+    assert len(whole.text) > 12
+    for start, length in ((3, 1), (4, 5), (6, 6)):
+        stop = whole.text[start : start + length]
+        result = run(model, tokenizer, max_new_tokens=40, stop=("never in it", stop))
+        assert result.text == whole.text[: whole.text.index(stop)]
+        assert result.finish_reason == "stop"
+    # What only began like a stop text comes out in the end.
+    assert run(model, tokenizer, max_new_tokens=40, stop=(whole.text[-2:] + "\0",)).text == whole.text
+
+
+@pytest.mark.parametrize("cut", range(0, 40, 3))
+def test_stream_gives_whole_characters(cut: int, tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = ids_of(tokenizer, TEXT)[0].tolist()
+    while "\ufffd" in tokenizer.decode(ids[:cut]):  # a prompt ends with a whole character
+        cut += 1
+    stream = _TextStream(tokenizer, ids[:cut], ())
+    pieces = [stream.add(token) for token in ids[cut:]]
+    assert "" in pieces  # some characters are several tokens
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert "".join([str(tokenizer.decode(ids[:cut])), *pieces, stream.finish()]) == TEXT
+
+
+def test_stream_leaves_special_tokens_and_broken_bytes_out(tokenizer: PreTrainedTokenizerFast) -> None:
+    duck = ids_of(tokenizer, "🦆")[0].tolist()
+    ids = ids_of(tokenizer, "duck")[0].tolist()
+    stream = _TextStream(tokenizer, ids, ())
+    assert [stream.add(token) for token in (0, *ids, 1, *duck[:-1])][-1] == ""
+    assert stream.finish() == ""
+
+
+def test_sentencepiece_spaces() -> None:
+    """Decoders that strip the first space strip none in the middle."""
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁Once": 3, "▁upon": 4, "▁a": 5, "▁": 6, "time": 7}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer = fast(backend)
+    stream = _TextStream(tokenizer, [1, 3], ())
+    assert [stream.add(token) for token in (4, 5, 6, 7)] == [" upon", " a", " ", "time"]
+    assert [_TextStream(tokenizer, [1], ()).add(3)] == ["Once"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ("", {}, "prompt: expected at least one token, found none"),
+        ("a b c", {"max_new_tokens": 60}, r"5 prompt tokens and 60 new ones do not fit a context of 64"),
+        ("a b c" * 20, {"max_new_tokens": None}, "prompt tokens and 1 new ones do not fit a context of 64"),
+        ("a", {"max_new_tokens": 0}, "max_new_tokens: expected at least 1, found 0"),
+        ("a", {"temperature": -0.5}, r"temperature: expected at least 0, found -0\.5"),
+        ("a", {"top_k": 0}, "top_k: expected at least 1, found 0"),
+        ("a", {"top_p": 1.5}, r"top_p: expected more than 0 and at most 1, found 1\.5"),
+        ("a", {"repetition_penalty": 0.0}, r"repetition_penalty: expected more than 0, found 0\.0"),
+        ("a", {"stop": ("x", "")}, "stop: expected texts that are not empty"),
+    ],
+)
+def test_refuses(prompt: str, options: dict[str, Any], message: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(BitternError, match=message):
+        run(tiny(tokenizer), tokenizer, prompt, **options)
+
+
+def test_fills_the_context_when_no_number_is_given(tokenizer: PreTrainedTokenizerFast) -> None:
+    result = run(tiny(tokenizer), tokenizer, max_new_tokens=None)
+    assert result.prompt_tokens + result.new_tokens == 64
+    with pytest.raises(BitternError, match="a bloom model has no context limit, set a number"):
+        run(tiny(tokenizer, "bloom", n_layer=2, n_head=4, max_position_embeddings=None), tokenizer, max_new_tokens=None)
+
+
+def test_refuses_another_models_tokenizer_and_nan(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(BitternError, match="does not fit the model"):
+        run(tiny(tokenizer, vocab_size=20), tokenizer)
+    model = tiny(tokenizer)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.fill_(torch.nan)  # type: ignore[operator]
+    with pytest.raises(BitternError, match="logits: the model computed NaN"):
+        run(model, tokenizer)
+
+
+def test_chat_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    with pytest.raises(BitternError, match="the tokenizer has no chat template"):
+        chat_prompt(tokenizer, messages)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<s>assistant:{% endif %}"
+    )
+    try:
+        ids = chat_prompt(tokenizer, messages)
+        assert tokenizer.decode(ids[0].tolist()) == "<s>user: hi</s><s>assistant: yes</s><s>assistant:"
+        assert ids.shape[0] == 1
+        with pytest.raises(BitternError, match="its chat template refuses these messages: no system"):
+            chat_prompt(tokenizer, [{"role": "system", "content": "x"}])
+    finally:
+        tokenizer.chat_template = None
+
+
+def test_a_real_model_tells_a_story(shared: Path) -> None:
+    folder = shared / "data" / "models" / "stories15m"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not at hand")
+    model = bittern.load(folder, device="cpu")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    result = run(model, tokenizer, "Once upon a time, there was a little girl named", max_new_tokens=40)
+    assert result.text.startswith(" Lily. She loved to play")
+    whole = tokenizer.decode(
+        tokenizer("Once upon a time, there was a little girl named")["input_ids"] + [*result.token_ids]
+    )
+    assert whole.endswith("named" + result.text)
+
+
+@pytest.mark.gpu
+def test_cuda_says_what_the_cpu_says(shared: Path) -> None:
+    folder = shared / "data" / "models" / "stories15m"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not at hand")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    texts = {
+        device: run(bittern.load(folder, device=device, dtype=torch.float32), tokenizer, "Once upon a time").text
+        for device in ("cpu", "cuda")
+    }
+    assert texts["cpu"] == texts["cuda"]
