@@ -219,7 +219,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BitternError(f"{path}: expected a JSON file: {error}") from error
     if not isinstance(value, dict):
         raise BitternError(f"{path}: expected a JSON object, found {type(value).__name__}")

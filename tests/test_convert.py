@@ -270,7 +270,7 @@ for event in range(1000):
 
         def hook(name, arguments):
             global left
-            if any(str(place) in str(argument) for argument in arguments):
+            if name in ("os.remove", "os.rmdir") or any(str(place) in str(argument) for argument in arguments):
                 if left == 0:
                     os.kill(os.getpid(), signal.SIGKILL)
                 left -= 1

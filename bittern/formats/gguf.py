@@ -93,7 +93,7 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo], GgufFi
         parsed = theirs.load_gguf_checkpoint(str(path))["config"]
         architecture = theirs.read_field(reader, "general.architecture")[0]
         config, model = _model(parsed)
-    except (OSError, ValueError, KeyError, IndexError, NotImplementedError) as error:
+    except Exception as error:  # on broken files the two libraries raise whatever comes of them
         reason = " ".join(str(error).split())
         raise BitternError(f"{path}: not a GGUF file that transformers understands: {reason}") from error
     processor = theirs.TENSOR_PROCESSORS.get(architecture, theirs.TensorProcessor)(config=parsed)
