@@ -89,7 +89,7 @@ def test_bad_patterns_are_refused(layers: list[tuple[str, int]], skip: list[str]
 
 
 def test_what_the_model_fuses_cannot_be_told_apart() -> None:
-    with pytest.raises(BitternError, match="l.experts.0.w1 and l.experts.0.w3 are one matrix"):
+    with pytest.raises(BitternError, match=r"l\.experts\.0\.w1 and l\.experts\.0\.w3 are one matrix"):
         make_plan([[expert(0), expert(1)]], 4, 32, True, [("w1", 8)])
     with pytest.raises(BitternError, match="skip all of it or none"):
         make_plan([[expert(0), expert(1)]], 4, 32, True, skip=["w3"])
