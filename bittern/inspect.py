@@ -23,9 +23,9 @@ KINDS = ("attention", "mlp", "experts", "embeddings", "norms", "other")
 _PATTERNS = {  # of a module path, in this order: the last three would match parts of a norm's or an expert's path
     "norms": r"norm[^.]*$|(^|[._])ln[_\d]*\w*$",
     "embeddings": r"embed|lm_head|(^|\.)(wte|wpe|embd|output)$",
-    "experts": r"(^|\.)experts($|\.)",
+    "experts": r"(^|\.)experts($|\.)|block_sparse_moe\.(in|out)put_linear$",
     "attention": r"attn|attention",
-    "mlp": r"mlp|feed_forward|ffn|fc[12]|fc_(in|out)$|shared_expert|w[123]$",
+    "mlp": r"mlp|moe|feed_forward|ffn|fc[12]|fc_(in|out)$|shared_expert|w[123]$",
 }
 # A layer's own arithmetic that old checkpoints store: no parameters
 _BUFFER = re.compile(r"(masked_bias|inv_freq|rope\.freqs)$|\.attn\.bias$")
@@ -85,19 +85,18 @@ def kind(tensor: str) -> str:
 
 
 def kv_elements(config: PretrainedConfig) -> int:
-    """Keys and values that one token adds to the cache, over all layers."""
+    """Keys and values that one token adds to the cache of transformers' model, over all layers."""
     text: Any = config.get_text_config(decoder=True)
     heads = getattr(text, "num_attention_heads", None)
     if not heads:
         return 0
     types = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
     layers = sum("attention" in name and "linear" not in name for name in types)
-    if getattr(text, "kv_lora_rank", None):  # DeepSeek: keys and values are cached after their expansion
-        return int(layers * heads * (text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim))
+    if getattr(text, "kv_lora_rank", None):  # DeepSeek: keys and values share one low-rank state
+        return int(layers * (text.kv_lora_rank + text.qk_rope_head_dim))
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    if text.model_type == "falcon":
-        grouped = text.num_kv_heads if text.new_decoder_architecture or not text.multi_query else 1
-        kv_heads = grouped or heads
+    if text.model_type == "falcon":  # its newer form repeats grouped heads before it caches them
+        kv_heads = 1 if text.multi_query and not text.new_decoder_architecture else heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     return int(layers * 2 * kv_heads * head_dim)
 

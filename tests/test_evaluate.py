@@ -137,7 +137,7 @@ def test_tokens_that_both_models_mask_count_nothing(model: LlamaForCausalLM, win
 
 def test_half_precision_logits_are_summed_in_fp32(windows: Tensor) -> None:
     model = tiny_llama()
-    model.to(dtype=torch.bfloat16)  # type: ignore[arg-type]
+    model.bfloat16()
     with torch.no_grad():
         logp = model(input_ids=windows).logits[:, :-1].double().log_softmax(-1)
     expected = -float(logp.gather(2, windows[:, 1:, None]).mean())
