@@ -97,7 +97,7 @@ def test_what_no_checkpoint_of_the_kind_holds_is_unexpected(tmp_path: Path) -> N
 def test_unknown_architectures_are_refused() -> None:
     with pytest.raises(BitternError, match="model_type 'nonesuch'"):
         live.build({"model_type": "nonesuch"})
-    with pytest.raises(BitternError, match="bert is no causal language model|t5 is no causal language model"):
+    with pytest.raises(BitternError, match="t5 is no causal language model"):
         live.build({"model_type": "t5"})
 
 
