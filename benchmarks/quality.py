@@ -136,6 +136,15 @@ def make(tool: str, bits: int, command: Sequence[str | Path], output: Path, reus
     return run
 
 
+def warm_up(options: argparse.Namespace, ids: Path) -> None:
+    """Let the peer quantize on one window: at its first use it compiles an extension, which no run shall pay for."""
+    few = options.work / "warm-up.json"
+    few.write_text(json.dumps(json.loads(ids.read_text())[:1]))
+    output = options.work / "warm-up"
+    measure(peer_command(options, options.bits[0], output, few), output.with_suffix(".log"), peers.ENVIRONMENT)
+    shutil.rmtree(output)
+
+
 def make_all(options: argparse.Namespace) -> list[Run]:
     """Every artifact, one after the other."""
     ids, sha256 = calibration_ids(options)
@@ -150,9 +159,8 @@ def make_all(options: argparse.Namespace) -> list[Run]:
             plan.append(("bittern rtn", bits, bittern_command(options, bits, rtn, "rtn"), rtn))
         if not options.skip_peers:
             plan.append((PEER, bits, peer_command(options, bits, output[PEER], ids), output[PEER]))
-    if not options.skip_peers:  # nobody's first import from a cold disk shall count
-        python = peers.interpreter(PEER, options.envs)
-        measure([python, "-c", "import gptqmodel"], options.work / "warm-up.log", peers.ENVIRONMENT)
+    if not options.skip_peers and not options.reuse:
+        warm_up(options, ids)
     runs = []
     for tool, bits, command, output_folder in plan:
         print(f"{tool} {bits} bits ...", end=" ", flush=True)

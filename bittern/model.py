@@ -106,7 +106,7 @@ def build(config: dict[str, Any], dtype: torch.dtype = torch.float32, attention:
     if model._can_set_experts_implementation():
         # Only this implementation reads one expert at a time, by index.
         model.set_experts_implementation("eager")
-    model.eval().requires_grad_(False)
+    model.train(False).requires_grad_(False)
     return model
 
 

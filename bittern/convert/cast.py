@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import reduce
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -146,16 +148,15 @@ def convert(
     if dtype not in DTYPES:
         raise BitternError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype}")
     with open_checkpoint(source, revision) as checkpoint:
-        _refuse_quantized(checkpoint)
+        refuse_quantized(checkpoint)
         check_output(Path(output), checkpoint.path, overwrite)
         tied = tied_tensors(checkpoint)
         kept = [info for info in checkpoint.tensors.values() if info.name not in tied]
-        plan = [TensorInfo(info.name, _target(info.dtype, DTYPES[dtype]), info.shape) for info in kept]
+        plan = [TensorInfo(info.name, target_dtype(info.dtype, DTYPES[dtype]), info.shape) for info in kept]
         with CheckpointWriter(output, plan, max_shard_size=max_shard_size, overwrite=overwrite) as writer:
             side_files = checkpoint.copy_side_files(writer.folder)
             casts, done, total = [], 0, sum(info.nbytes for info in kept)
-            for cast in _cast_all(checkpoint, writer, plan):
-                _refuse_values(cast, clamp)
+            for cast in cast_tensors(checkpoint, writer, [(info, info.name) for info in plan], clamp):
                 casts.append(cast)
                 done += checkpoint.tensors[cast.name].nbytes
                 if on_tensor is not None:
@@ -215,11 +216,24 @@ def tied_tensors(checkpoint: Checkpoint) -> list[str]:
     ]
 
 
-def _cast_all(checkpoint: Checkpoint, writer: CheckpointWriter, plan: list[TensorInfo]) -> Iterator[Cast]:
-    """Cast and write every tensor of the plan; yields each one's outcome, in order."""
+def cast_tensors(
+    checkpoint: Checkpoint, writer: CheckpointWriter, plan: Sequence[tuple[TensorInfo, str]], clamp: bool = False
+) -> Iterator[Cast]:
+    """Copy tensors from a checkpoint to a writer, cast to their planned dtypes.
 
-    def move(info: TensorInfo, start: int, stop: int) -> Cast:
-        values = checkpoint.read_elements(info.name, start, stop)
+    Args:
+        plan: what to write, and the name of each in the checkpoint.
+        clamp: as in :func:`convert`.
+
+    Yields:
+        The outcome of each tensor, in order.
+
+    Raises:
+        BitternError: see :func:`convert`.
+    """
+
+    def move(info: TensorInfo, stored: str, start: int, stop: int) -> Cast:
+        values = checkpoint.read_elements(stored, start, stop)
         if not values.is_floating_point():
             cast = Cast(info.name, _name(values.dtype), _name(values.dtype))
         else:
@@ -227,24 +241,20 @@ def _cast_all(checkpoint: Checkpoint, writer: CheckpointWriter, plan: list[Tenso
         writer.write_elements(info.name, start, values)
         return cast
 
-    def pieces() -> Iterator[tuple[TensorInfo, int, int]]:
-        for info in plan:
-            step = _PIECE_BYTES // checkpoint.tensors[info.name].dtype.itemsize
+    def pieces() -> Iterator[tuple[TensorInfo, str, int, int]]:
+        for info, stored in plan:
+            step = _PIECE_BYTES // checkpoint.tensors[stored].dtype.itemsize
             for start in range(0, max(info.numel, 1), step):
-                yield info, start, min(start + step, info.numel)
+                yield info, stored, start, min(start + step, info.numel)
 
-    joined: Cast | None = None
-    for cast in _in_order(move, pieces()):
-        if joined is not None and joined.name != cast.name:
-            yield joined
-            joined = None
-        joined = cast if joined is None else joined.join(cast)
-    if joined is not None:
-        yield joined
+    for _, same in groupby(_in_order(move, pieces()), key=lambda cast: cast.name):
+        cast = reduce(Cast.join, same)
+        _refuse_values(cast, clamp)
+        yield cast
 
 
 def _in_order(
-    move: Callable[[TensorInfo, int, int], Cast], work: Iterable[tuple[TensorInfo, int, int]]
+    move: Callable[[TensorInfo, str, int, int], Cast], work: Iterable[tuple[TensorInfo, str, int, int]]
 ) -> Iterator[Cast]:
     """Do pieces of work on a few threads, a few ahead; yields the results in order."""
     pending: deque[Future[Cast]] = deque()
@@ -277,7 +287,8 @@ def _refuse_values(cast: Cast, clamp: bool) -> None:
         )
 
 
-def _refuse_quantized(checkpoint: Checkpoint) -> None:
+def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """Raise BitternError for a checkpoint whose weights are already integers."""
     for key in ("quantization_config", "quantization"):
         if checkpoint.config.get(key) is not None:
             raise BitternError(f"{checkpoint.source}: expected floating-point weights, found a quantized model ({key})")
@@ -318,7 +329,8 @@ def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     return result | {"dtype": dtype}
 
 
-def _target(source: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+def target_dtype(source: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+    """What a tensor of one dtype becomes when floating-point ones are to have another."""
     return dtype if source.is_floating_point else source
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bittern import model as live
 from bittern.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from bittern.convert.cast import DTYPES, cast_tensors, refuse_quantized, target_dtype
 from bittern.errors import BitternError
 from bittern.formats import gptq as gptq_format
 from bittern.model import Piece
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DEFAULT_DATASET = "allenai/c4:en"
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-COPY_ELEMENTS = 1 << 24
-"""Elements of an unquantized tensor in memory at a time."""
 
 
 def quantize(
@@ -92,7 +90,7 @@ def quantize(
     _check_options(bits, method, damp_percent, dtype, batch_size)
     place = live.pick_device(device)
     with open_checkpoint(source, revision) as checkpoint:
-        _refuse_quantized(checkpoint)
+        refuse_quantized(checkpoint)
         check_output(Path(output), checkpoint.path, overwrite)
         model = live.build(checkpoint.config)
         sources = live.weight_map(model, checkpoint.tensors)
@@ -109,8 +107,8 @@ def quantize(
         checkpoint_format = gptq_format.V1 if plan.symmetric else gptq_format.V2
         planned = [info for info, _ in kept] + plan.packed_tensors()
         with CheckpointWriter(output, planned, max_shard_size=max_shard_size, overwrite=overwrite) as writer:
-            for info, stored in kept:
-                _copy_tensor(checkpoint, stored, writer, info)
+            for _ in cast_tensors(checkpoint, writer, kept):
+                pass
             records = _solve_and_write(solver, batches, writer, checkpoint_format, on_progress)
             manifest = make_manifest(
                 source={"name": str(source), "revision": checkpoint.revision, "model_type": model.config.model_type},
@@ -143,12 +141,6 @@ def _check_options(bits: int, method: str, damp_percent: float, dtype: str | Non
         raise BitternError(f"batch_size: expected at least 1, found {batch_size}")
 
 
-def _refuse_quantized(checkpoint: Checkpoint) -> None:
-    if "quantization_config" in checkpoint.config:
-        found = checkpoint.config["quantization_config"].get("quant_method", "quantized")
-        raise BitternError(f"{checkpoint.source}: expected an unquantized checkpoint, found a {found} artifact")
-
-
 def _kept_dtype(checkpoint: Checkpoint, asked: str | None) -> torch.dtype:
     """The dtype of what is not quantized: as asked, or what most of the source has if that is 16 bits wide."""
     if asked is not None:
@@ -176,21 +168,8 @@ def _kept_tensors(
     kept = []
     for name, stored in named:
         info = checkpoint.tensors[stored]
-        kept.append((TensorInfo(name, dtype if info.dtype.is_floating_point else info.dtype, info.shape), stored))
+        kept.append((TensorInfo(name, target_dtype(info.dtype, dtype), info.shape), stored))
     return kept
-
-
-def _copy_tensor(checkpoint: Checkpoint, stored: str, writer: CheckpointWriter, info: TensorInfo) -> None:
-    for start in range(0, info.numel, COPY_ELEMENTS):
-        values = checkpoint.read_elements(stored, start, min(start + COPY_ELEMENTS, info.numel))
-        if values.is_floating_point() and not bool(torch.isfinite(values).all()):
-            raise BitternError(f"{stored}: holds NaN or infinite weights")
-        cast = values.to(info.dtype)
-        if cast.is_floating_point() and not bool(torch.isfinite(cast).all()):
-            raise BitternError(
-                f"{stored}: largest magnitude {values.abs().max():.6g} does not fit fp16; --dtype bf16 holds it"
-            )
-        writer.write_elements(info.name, start, cast)
 
 
 def _calibration(
