@@ -26,7 +26,7 @@ ALLOWED = {
     "model": {"errors", "checkpoint"},
     "consumers": {"weight", "formats"},
     "convert": {"errors", "checkpoint", "writer"},
-    "quantize": {"errors", "weight", "formats", "checkpoint", "writer", "tokenizer", "model", "replay", "report"},
+    "quantize": {"errors", "weight", "formats", "checkpoint", "writer", "tokenizer", "model", "replay", "report", "convert"},
     "runtime": {"errors", "weight", "formats", "checkpoint", "tokenizer", "model"},
     "evaluate": {"errors", "tokenizer"},
     "tasks": {"errors", "tokenizer"},
