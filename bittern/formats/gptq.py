@@ -221,7 +221,7 @@ def config(
         "checkpoint_format": checkpoint_format,
         "format": checkpoint_format,
         "damp_percent": damp_percent,
-        "true_sequential": True,
+        "true_sequential": False,  # a block's matrices are all calibrated in one pass
         "static_groups": True,  # grids are frozen before the solver moves a weight
         "pack_dtype": "int32",
         "meta": {"quantizer": [f"bittern:{__version__}"]},
