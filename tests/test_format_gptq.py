@@ -264,7 +264,7 @@ def test_config_of_a_uniform_model() -> None:
         "checkpoint_format": "gptq",
         "format": "gptq",
         "damp_percent": 0.02,
-        "true_sequential": True,
+        "true_sequential": False,
         "static_groups": True,
         "pack_dtype": "int32",
     }

@@ -23,6 +23,7 @@ from bittern.quantize.calibration import CalibrationTokens, load_tokens
 from bittern.quantize.plan import Plan, make_plan
 from bittern.quantize.solve import Solver
 from bittern.report import MANIFEST_FILE, make_manifest
+from bittern.tokenizer import context_length
 from bittern.weight import QuantSpec
 from bittern.writer import MAX_SHARD_SIZE, CheckpointWriter, check_output
 
@@ -181,8 +182,7 @@ def _calibration(
     seed: int,
     chat_template: bool,
 ) -> CalibrationTokens:
-    config = model.config.get_text_config(decoder=True)
-    context = getattr(config, "max_position_embeddings", None)
+    context = context_length(model.config)
     if context is not None and seqlen > context:
         raise BitternError(f"seqlen {seqlen}: this model's context is {context} tokens")
     return load_tokens(
@@ -192,7 +192,7 @@ def _calibration(
         seqlen=seqlen,
         seed=seed,
         chat_template=chat_template,
-        vocab_size=config.vocab_size,
+        vocab_size=model.config.get_text_config(decoder=True).vocab_size,
         model=lambda: live.load_dense(checkpoint),
     )
 
