@@ -35,7 +35,7 @@ def make_environment(folder: Path, torch: str, transformers: str) -> Path:
     environment = {**os.environ, "PIP_CONSTRAINT": str(constraints)}
     if os.environ.get("TORCH_INDEX"):
         environment["PIP_EXTRA_INDEX_URL"] = os.environ["TORCH_INDEX"]
-    command = [python, "-m", "pip", "install", "--quiet", "--editable", f"{ROOT}[dev,gguf]"]
+    command = [str(python), "-m", "pip", "install", "--quiet", "--editable", f"{ROOT}[dev,gguf]"]
     subprocess.run(command, env=environment, check=True)
     return python
 
@@ -53,7 +53,7 @@ def main() -> None:
     versions = "import torch, transformers; print('torch', torch.__version__, 'transformers', transformers.__version__)"
     subprocess.run([python, "-c", versions], check=True)
     files = sorted(path for name in options.tests for path in (ROOT / "tests").glob(f"{name}.py"))
-    command = [python, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", *files]
+    command = [str(python), "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", *map(str, files)]
     sys.exit(subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode)
 
 

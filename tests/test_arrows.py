@@ -26,7 +26,18 @@ ALLOWED = {
     "model": {"errors", "checkpoint"},
     "consumers": {"weight", "formats"},
     "convert": {"errors", "checkpoint", "writer"},
-    "quantize": {"errors", "weight", "formats", "checkpoint", "writer", "tokenizer", "model", "replay", "report", "convert"},
+    "quantize": {
+        "errors",
+        "weight",
+        "formats",
+        "checkpoint",
+        "writer",
+        "tokenizer",
+        "model",
+        "replay",
+        "report",
+        "convert",
+    },
     "runtime": {"errors", "weight", "formats", "checkpoint", "tokenizer", "model"},
     "evaluate": {"errors", "tokenizer"},
     "tasks": {"errors", "tokenizer"},
@@ -100,7 +111,8 @@ def test_only_the_command_line_prints_and_exits() -> None:
 
 
 def test_nothing_heavy_is_imported_for_help() -> None:
-    code = "import sys, bittern, bittern.cli; print([n for n in ('torch', 'transformers', 'datasets') if n in sys.modules])"
+    heavy = ("torch", "transformers", "datasets")
+    code = f"import sys, bittern, bittern.cli; print([name for name in {heavy} if name in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "[]"
 
@@ -108,6 +120,7 @@ def test_nothing_heavy_is_imported_for_help() -> None:
 @pytest.mark.parametrize("name", ["convert", "quantize", "load"])
 def test_the_public_functions_are_functions_whatever_was_imported_before(name: str) -> None:
     # Two of them are named as the packages they live in, and importing a package binds its name.
-    code = f"import bittern.convert.cast, bittern.quantize.pipeline, bittern.runtime.load; print(bittern.{name}.__module__)"
+    homes = "bittern.convert.cast, bittern.quantize.pipeline, bittern.runtime.load"
+    code = f"import {homes}; print(bittern.{name}.__module__)"
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert shown.stdout.strip().startswith("bittern.")
