@@ -111,6 +111,7 @@ def compare(
     options: argparse.Namespace, artifact: str, client: str, arithmetic: str, prompts: Path, ours: list[Tensor]
 ) -> Cell:
     """Run one client on one artifact and hold its logits against ours."""
+    import torch
     from safetensors.torch import load_file
 
     name = f"{Path(artifact).name}-{client}-{arithmetic}"
@@ -124,7 +125,7 @@ def compare(
     theirs = load_file(logits)
     logits.unlink()
     pairs = [(theirs[str(index)], own) for index, own in enumerate(ours)]
-    difference = max((a - b).abs().max().item() for a, b in pairs)
+    difference = torch.stack([(a - b).abs().max() for a, b in pairs]).max().item()  # NaN if any is
     agreement = sum((a.argmax(-1) == b.argmax(-1)).sum().item() for a, b in pairs) / sum(len(b) for b in ours)
     return Cell(artifact, client, arithmetic, json.loads(said.splitlines()[-1])["kernels"], difference, agreement)
 
