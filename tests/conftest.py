@@ -13,6 +13,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
+
+from tests import tiny
 
 torch.set_num_threads(1)  # pytest-xdist runs one worker a core
 
@@ -33,3 +36,15 @@ def shared() -> Path:
     if not (folder / "data").is_dir():
         pytest.skip(f"real models and texts are not at hand: no {folder}/data (BITTERN_SHARED names another place)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of random words to calibrate tiny models on."""
+    return tiny.write_text(tmp_path_factory.mktemp("text") / "words.txt")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(text: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer that fits them."""
+    return tiny.make_tokenizer(text)

@@ -61,16 +61,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_text(tmp_path_factory.mktemp("text") / "words.txt")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(text: Path) -> PreTrainedTokenizerFast:
-    return tiny.make_tokenizer(text)
-
-
 def dequantized(artifact: Path, source: Path, folder: Path) -> Path:
     """The artifact as a plain checkpoint, made without bittern's loader: transformers is the oracle."""
     stored = load_file(artifact / "model.safetensors")

@@ -19,7 +19,7 @@ def gather(model: PreTrainedModel, position: int = 0) -> list[Inputs]:
     """Statistics of one block over two batches of unequal size."""
     prefix, layers = blocks(model)
     found = matrices(model, f"{prefix}.{position}", weight_map(model, model.state_dict()))
-    captured = [capture(model, layers, ids) for ids in IDS.split([4, 2])]
+    captured = [capture(model, layers, ids) for ids in torch.split(IDS, [4, 2])]
     hidden, calls = [state for state, _ in captured], [recorded[position] for _, recorded in captured]
     return collect(model, layers[position], found, hidden, calls)
 

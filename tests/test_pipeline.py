@@ -23,16 +23,6 @@ SMALL = {"bits": 4, "group_size": 32, "nsamples": 6, "seqlen": 32, "batch_size":
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_text(tmp_path_factory.mktemp("text") / "words.txt")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(text: Path) -> PreTrainedTokenizerFast:
-    return tiny.make_tokenizer(text)
-
-
-@pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
     folder = tiny.save(tiny.random_model(), tmp_path_factory.mktemp("source"), tokenizer)
     (folder / "LICENSE").write_text("free")
@@ -148,7 +138,7 @@ def test_an_older_checkpoint_without_the_prefix(source: Path, text: Path, tmp_pa
 
 
 def test_self_calibration_needs_no_file(source: Path, tmp_path: Path) -> None:
-    manifest = bittern.quantize(source, tmp_path / "out", dataset="self", **{**SMALL, "nsamples": 4})
+    manifest = run(source, tmp_path / "out", Path("self"), nsamples=4)
     assert manifest["calibration"]["source"] == "self" and manifest["calibration"]["tokens_found"] == 4 * 32
 
 

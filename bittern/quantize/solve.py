@@ -7,6 +7,8 @@ blocks before it really give it.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -79,6 +81,7 @@ class Solver:
                 if position + 1 < len(blocks):
                     _advance(block, name, hidden, block_calls)
             live.drop_tensors(self.model, inside)
+            _trim_heap()
 
     def _capture(
         self, prefix: str, blocks: nn.ModuleList, batches: list[Tensor]
@@ -97,7 +100,7 @@ class Solver:
         calls: list[list[BlockCall]] = []
         for ids in batches:
             state, recorded = capture(self.model, blocks, ids.to(self.device))
-            hidden.append(state)
+            hidden.append(state.clone())  # the call may hold the original
             calls.append(share_equal(recorded, calls[0]) if calls else recorded)
         live.drop_tensors(self.model, outside)
         return hidden, calls
@@ -135,16 +138,24 @@ class Solver:
                 began = time.monotonic()
 
 
+def _trim_heap() -> None:
+    """Give freed memory back to the system where malloc is glibc's, which otherwise keeps a heap full of holes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 def _advance(block: nn.Module, name: str, hidden: list[Tensor], calls: list[BlockCall]) -> None:
     """Replace the hidden states by the block's outputs."""
     with torch.no_grad():
         first = 0
-        for i, call in enumerate(calls):
-            hidden[i] = call.run(block, hidden[i])
-            if not bool(torch.isfinite(hidden[i]).all()):
-                bad = int((~torch.isfinite(hidden[i].flatten(1)).all(1)).nonzero()[0])
+        for state, call in zip(hidden, calls, strict=True):
+            # In place: new tensors in the place of old ones would leave holes all over the heap.
+            state.copy_(call.run(block, state))
+            if not bool(torch.isfinite(state).all()):
+                bad = int((~torch.isfinite(state.flatten(1)).all(1)).nonzero()[0])
                 raise BitternError(f"{name}: NaN or infinite output for calibration sample {first + bad}")
-            first += hidden[i].shape[0]
+            first += state.shape[0]
 
 
 def _fallback(inputs: Inputs) -> str | None:
