@@ -1,15 +1,15 @@
 """The demo's language: endless English about an invented world, whose answers are known.
 
-Four kinds of document: short stories with things to keep in mind, statements of fact, questions with
-their answers, and small sums. The same seed gives the same text on every machine; another seed gives
+Five kinds of document: short stories, gossip, statements of fact, questions with their answers, and
+small sums. The same seed gives the same text on every machine; another seed gives
 text that was never seen but speaks of the same facts.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from bittern.demo.world import COLOURS, THINGS, TOWNS, Fact, Person, World, build_world, phrases, pick, shuffled, words
 
@@ -99,7 +99,7 @@ class Question:
     Attributes:
         prompt: ends in "Answer:".
         answer: what has to follow, with its leading space and full stop.
-        kind: "fact", "sum" or "story" (the answer stands in the prompt's story).
+        kind: "fact" or "sum".
     """
 
     prompt: str
@@ -120,12 +120,14 @@ def documents(seed: int) -> Iterator[str]:
     rng, world = random.Random(seed), build_world()
     while True:
         kind = rng.random()
-        if kind < 0.5:
+        if kind < 0.25:
             yield _story(rng, world)
-        elif kind < 0.62:
+        elif kind < 0.45:
+            yield _gossip(rng, world)
+        elif kind < 0.55:
             yield _statements(rng, world)
-        elif kind < 0.88:
-            yield "\n".join(_shown(_fact_or_sum(rng, world)) for _ in range(1 + int(rng.random() * 4)))
+        elif kind < 0.87:
+            yield "\n".join(_shown(_question(rng, world)) for _ in range(2 + int(rng.random() * 5)))
         else:
             yield " ".join(_sum_sentence(rng) for _ in range(2 + int(rng.random() * 5)))
 
@@ -143,15 +145,9 @@ def text(seed: int, characters: int) -> str:
 
 
 def questions(count: int, seed: int) -> list[Question]:
-    """``count`` questions with known answers: half facts, a quarter sums, a quarter about a new story."""
+    """``count`` questions with known answers: two fifths facts and three fifths sums on average."""
     rng, world = random.Random(seed), build_world()
-    makers: tuple[Callable[[], Question], ...] = (
-        lambda: _fact_question(pick(rng, world.facts)),
-        lambda: _sum_question(rng),
-        lambda: _fact_question(pick(rng, world.facts)),
-        lambda: _story_question(rng, world),
-    )
-    return [makers[index % len(makers)]() for index in range(count)]
+    return [_question(rng, world) for _ in range(count)]
 
 
 def _shown(question: Question) -> str:
@@ -166,15 +162,15 @@ def _fact_question(fact: Fact) -> Question:
     return _ask(RELATIONS[fact.relation].question.format(s=fact.subject), fact.answer, "fact")
 
 
-def _fact_or_sum(rng: random.Random, world: World) -> Question:
-    return _sum_question(rng) if rng.random() < 0.4 else _fact_question(pick(rng, world.facts))
+def _question(rng: random.Random, world: World) -> Question:
+    return _sum_question(rng) if rng.random() < 0.6 else _fact_question(pick(rng, world.facts))
 
 
 def _sum_terms(rng: random.Random) -> tuple[str, str, str, str]:
     """Two terms, the sign between them and the result, all in words or all in digits."""
     words = rng.random() < 0.5
-    first, second = (int(rng.random() * (MAX_TERM + 1)) for _ in range(2))
-    minus = rng.random() < 0.3
+    first, second = (1 + int(rng.random() * MAX_TERM) for _ in range(2))
+    minus = rng.random() < 0.5
     numbers = (first + second, second, first) if minus else (first, second, first + second)
     left, right, result = (number_in_words(number) if words else str(number) for number in numbers)
     return left, ("minus" if minus else "plus") if words else ("-" if minus else "+"), right, result
@@ -204,54 +200,15 @@ def _statements(rng: random.Random, world: World) -> str:
     )
 
 
-@dataclass
-class _Scene:
-    """What a story has said so far and must stay true to."""
-
-    hero: Person
-    friend: Person
-    town: str
-    thing: str
-    place: str
+def _gossip(rng: random.Random, world: World) -> str:
+    return " ".join(f"{pick(rng, world.people).name} {_act(rng)}." for _ in range(2 + int(rng.random() * 5)))
 
 
 def _story(rng: random.Random, world: World) -> str:
-    body, scene = _tale(rng, world)
-    if rng.random() < 0.6:
-        asked = shuffled(rng, _story_questions(scene))[: 1 + int(rng.random() * 3)]
-        return "\n".join([body, *(_shown(question) for question in asked)])
-    ending = pick(
-        rng,
-        (
-            f"In the end the {scene.thing} was still {scene.place}.",
-            f"Then {scene.hero.name} went home to {scene.hero.home}.",
-            f"After that {scene.friend.name} and {scene.hero.name} were friends.",
-            f"Nobody in {scene.town} forgot that {pick(rng, TIMES)}.",
-        ),
-    )
-    return f"{body} {ending}"
-
-
-def _story_question(rng: random.Random, world: World) -> Question:
-    body, scene = _tale(rng, world)
-    question = pick(rng, _story_questions(scene))
-    return replace(question, prompt=f"{body}\n{question.prompt}")
-
-
-def _story_questions(scene: _Scene) -> tuple[Question, ...]:
-    """About the three things that only the story tells."""
-    return (
-        _ask(f"Where is the {scene.thing}?", scene.place, "story"),
-        _ask(f"Whom did {scene.hero.name} meet?", scene.friend.name, "story"),
-        _ask(f"Where did {scene.hero.name} go?", f"to {scene.town}", "story"),
-    )
-
-
-def _tale(rng: random.Random, world: World) -> tuple[str, _Scene]:
-    """A story without its ending: arrival, meeting, a few events, and something put somewhere."""
+    """An arrival, a meeting, a few events in some order, and an ending."""
     hero, friend = shuffled(rng, world.people)[:2]
     town = pick(rng, [town for town in TOWNS if town != hero.home])
-    scene = _Scene(hero, friend, town, f"{pick(rng, COLOURS)} {pick(rng, THINGS)}", pick(rng, PLACES))
+    thing, place = f"{pick(rng, COLOURS)} {pick(rng, THINGS)}", pick(rng, PLACES)
     he = hero.pronoun
     when = f"{pick(rng, ADJECTIVES)} {pick(rng, TIMES)}"
     arrival = pick(
@@ -268,10 +225,19 @@ def _tale(rng: random.Random, world: World) -> tuple[str, _Scene]:
             f"On the road {he} met {friend.name} the {friend.job}.",
         ),
     )
-    hiding = f"{he.capitalize()} put the {scene.thing} {scene.place}."
-    kinds = shuffled(rng, range(EVENTS))[: 2 + int(rng.random() * 4)]
-    events = [_event(rng, world, scene, kind) for kind in kinds]
-    return " ".join([arrival, meeting, *shuffled(rng, [hiding, *events])]), scene
+    hiding = f"{he.capitalize()} put the {thing} {place}."
+    kinds = shuffled(rng, range(EVENTS))[: 1 + int(rng.random() * 4)]
+    events = [_event(rng, world, hero, friend, kind) for kind in kinds]
+    ending = pick(
+        rng,
+        (
+            f"In the end the {thing} was still {place}.",
+            f"Then {hero.name} went home to {hero.home}.",
+            f"After that {friend.name} and {hero.name} were friends.",
+            f"Nobody in {town} forgot that {pick(rng, TIMES)}.",
+        ),
+    )
+    return " ".join([arrival, meeting, *shuffled(rng, [hiding, *events]), ending])
 
 
 def _thing(rng: random.Random, depth: int = 0) -> str:
@@ -291,9 +257,8 @@ def _act(rng: random.Random) -> str:
     return f"{pick(rng, VERBS)} {_thing(rng)}{adverb}"
 
 
-def _event(rng: random.Random, world: World, scene: _Scene, kind: int) -> str:
-    """One of ``EVENTS`` sentences that leave the scene as it is."""
-    hero, friend = scene.hero, scene.friend
+def _event(rng: random.Random, world: World, hero: Person, friend: Person, kind: int) -> str:
+    """One of ``EVENTS`` kinds of sentence."""
     if kind == 0:
         return f"{hero.name} felt {pick(rng, FEELINGS)} and {_act(rng)}."
     if kind == 1:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 BOS, EOS = "<s>", "</s>"
 TOKENIZER_SEED = 1_000_000
 WARM_UP_STEPS = 100
-ANSWER_WEIGHT = 6.0  # of a token's loss; answers are few and all else is partly noise
+ANSWER_WEIGHT = 4.0  # of a token's loss; answers are few and all else is partly noise
 
 CARD = """# The demo's checkpoint
 
@@ -117,7 +117,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 def train(
     output: Path,
     *,
-    steps: int = 1800,
+    steps: int = 2000,
     seed: int = 0,
     batch_size: int = 8,
     sequence_length: int = 256,
@@ -191,7 +191,7 @@ def main() -> None:
     """The command line of the script."""
     parser = argparse.ArgumentParser(description="Train the demo's checkpoint.")
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
