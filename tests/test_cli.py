@@ -53,10 +53,16 @@ def run(capsys: pytest.CaptureFixture[str]) -> Bittern:
 
 
 def spawn(*arguments: object, **options: object) -> subprocess.Popen[str]:
-    """Start a command in a process of its own."""
+    """Start a command in a process of its own, with SIGINT as a terminal leaves it: a background job ignores it."""
     command = [sys.executable, "-m", "bittern", *map(str, arguments)]
     return subprocess.Popen(  # type: ignore[call-overload, no-any-return]
-        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
+        command,
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        **options,
     )
 
 
