@@ -345,12 +345,12 @@ def write_gguf(path: Path, weights: dict[str, Tensor], architecture: str = "llam
     alphabet = [chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 256))] + [
         chr(256 + code) for code in range(68)
     ]
-    tokens = ["<unk>", "<s>", "</s>", *alphabet, "ab"]
+    tokens = ["<unk>", "<s>", "</s>", *alphabet, "ab", "cd"]
     tokens += [f"<extra{number}>" for number in range(LLAMA["vocab_size"] - len(tokens))]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3, 3] + [1] * (len(tokens) - 3))
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "c d"])
     writer.add_unk_token_id(0)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
