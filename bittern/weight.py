@@ -108,7 +108,7 @@ class QuantWeight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight as floats, (out_features, in_features)."""
-        even = self.in_features % self.scales.shape[1] == 0
+        even = self.scales.shape[1] * self.spec.columns_per_group(self.in_features) == self.in_features
         g_idx = self.g_idx if self.g_idx is not None or even else self.group_index()
         return dequantize(self.codes, self.scales, self.zeros, g_idx, dtype)
 

@@ -1,0 +1,92 @@
+"""llama.cpp for ../decode.py, by the low-level API of llama-cpp-python: load, decode, prefill, quantize."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from pathlib import Path
+from typing import Any
+
+import llama_cpp as llama
+import numpy as np
+from protocol import serve
+
+_loaded: dict[str, Any] = {}
+
+
+@llama.llama_log_callback  # type: ignore[untyped-decorator]
+def _keep_log(level: int, text: bytes, _: ctypes.c_void_p) -> None:
+    _loaded.setdefault("log", []).append(text.decode(errors="replace"))
+
+
+def load(path: str, threads: int, context: int) -> dict[str, Any]:
+    """Map a GGUF file and make a context of that many tokens.
+
+    ``buffers`` are the weight buffers that the load log names, with their sizes: AMX or a repacked layout shows there.
+    """
+    started = time.perf_counter()
+    model = llama.llama_model_load_from_file(path.encode(), llama.llama_model_default_params())
+    if not model:
+        raise RuntimeError(f"llama.cpp cannot load {path}:\n{''.join(_loaded['log'][-15:])}")
+    params = llama.llama_context_default_params()
+    params.n_ctx = params.n_batch = context
+    params.n_threads = params.n_threads_batch = threads
+    _loaded["context"] = llama.llama_init_from_model(model, params)
+    _loaded["vocabulary"] = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
+    seconds = time.perf_counter() - started
+    lines = "".join(_loaded["log"]).splitlines()
+    return {
+        "load_s": seconds,
+        "system": llama.llama_print_system_info().decode(),
+        "buffers": [line.partition(":")[2].strip() for line in lines if "model buffer size" in line],
+    }
+
+
+def decode(ids: list[int], new: int) -> dict[str, Any]:
+    """Greedy tokens after ``ids``: the first one's time is the prefill's, the rate is of the ``new`` - 1 others."""
+    llama.llama_memory_clear(llama.llama_get_memory(_loaded["context"]), True)
+    started = time.perf_counter()
+    tokens = [_step(ids)]
+    decoding = time.perf_counter()
+    while len(tokens) < new:
+        tokens.append(_step(tokens[-1:]))
+    seconds = time.perf_counter() - decoding
+    return {"tokens": tokens, "prefill_s": decoding - started, "decode_tokens_per_s": (new - 1) / seconds}
+
+
+def prefill(ids: list[int]) -> dict[str, Any]:
+    """Prompt tokens over the time to the first new token."""
+    llama.llama_memory_clear(llama.llama_get_memory(_loaded["context"]), True)
+    started = time.perf_counter()
+    _step(ids)
+    return {"tokens_per_s": len(ids) / (time.perf_counter() - started)}
+
+
+def quantize(source: str, target: str, kind: str, threads: int) -> dict[str, Any]:
+    """Write ``source`` again as ``kind``, such as Q4_0, with all else at llama.cpp's default."""
+    params = llama.llama_model_quantize_default_params()
+    params.ftype = getattr(llama, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    params.nthread = threads
+    started = time.perf_counter()
+    failed = llama.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(params))
+    if failed:
+        Path(target).unlink(missing_ok=True)
+        raise RuntimeError(f"llama_model_quantize: {failed}:\n{''.join(_loaded['log'][-15:])}")
+    return {"quantize_s": time.perf_counter() - started}
+
+
+def _step(ids: list[int]) -> int:
+    """Append tokens to the context; the likeliest next one. Logits are computed for the last token only."""
+    context = _loaded["context"]
+    tokens = (llama.llama_token * len(ids))(*ids)  # the batch only points at them
+    failed = llama.llama_decode(context, llama.llama_batch_get_one(tokens, len(ids)))
+    if failed:
+        raise RuntimeError(f"llama_decode: {failed}")
+    logits = llama.llama_get_logits_ith(context, -1)
+    return int(np.ctypeslib.as_array(logits, shape=(_loaded["vocabulary"],)).argmax())
+
+
+if __name__ == "__main__":
+    llama.llama_log_set(_keep_log, ctypes.c_void_p())
+    llama.llama_backend_init()
+    serve({"load": load, "decode": decode, "prefill": prefill, "quantize": quantize})

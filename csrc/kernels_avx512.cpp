@@ -1,0 +1,6 @@
+// Placeholder until the real kernels are in: the scalar ones.
+#include "kernels.h"
+#include "ops.h"
+namespace bittern {
+const Kernels kernels_avx512 = kernels_scalar;
+}

@@ -1,0 +1,300 @@
+// Inputs to digits, then tiles to threads.
+#include <cstring>
+#include <time.h>
+
+#include "context.h"
+
+namespace bittern {
+
+namespace {
+
+constexpr int most_matrices = 16;
+constexpr int64_t job_bytes = 24 << 10;        // of weights: a few microseconds
+constexpr int64_t row_block_bytes = 512 << 10;  // of digits: they stay in L2 while tiles pass by
+
+// Memory of `rows` rounded rows.
+struct Digits {
+    Input input;
+    Layout layout;
+};
+
+bool same_input(const bt_matrix &a, const bt_matrix &b) {
+    return a.type == BT_CODES && b.type == BT_CODES && a.in_features == b.in_features &&
+           a.group_size == b.group_size && a.order == b.order;
+}
+
+size_t digits_bytes(const Layout &l, int rows, int activations) {
+    const size_t halves = activations == BT_A16 ? 2 : 1;
+    const size_t digits = static_cast<size_t>(l.columns + digits_tail) * rows * halves;
+    return (digits + 63) / 64 * 64 + 2 * sizeof(float) * static_cast<size_t>(l.chunks) * rows + 64;
+}
+
+Digits place(void *memory, const Layout &l, int rows, int activations) {
+    Digits d;
+    d.layout = l;
+    d.input.rows = rows;
+    d.input.digits = l.columns + digits_tail;
+    int8_t *bytes = static_cast<int8_t *>(memory);
+    const int64_t half = d.input.digits * rows;
+    d.input.hi = bytes;
+    d.input.lo = activations == BT_A16 ? bytes + half : nullptr;
+    const int64_t used = (half * (activations == BT_A16 ? 2 : 1) + 63) / 64 * 64;
+    float *scales = reinterpret_cast<float *>(bytes + used);
+    d.input.scales = scales;
+    d.input.sums = scales + static_cast<int64_t>(l.chunks) * rows;
+    return d;
+}
+
+// Rows [begin, end) of x to digits. `gathered` has room for a row when the matrix stores columns in another order.
+void quantize_rows(const Kernels &k, const bt_matrix &m, const Digits &d, const float *x, ptrdiff_t stride, int begin,
+                   int end, float *gathered) {
+    for (int row = begin; row < end; row++) {
+        const float *values = x + row * stride;
+        if (m.order != nullptr) {
+            for (int i = 0; i < m.in_features; i++) gathered[i] = values[m.order[i]];
+            values = gathered;
+        }
+        int8_t *hi = const_cast<int8_t *>(d.input.hi) + row * d.input.digits;
+        int8_t *lo = d.input.lo == nullptr ? nullptr : const_cast<int8_t *>(d.input.lo) + row * d.input.digits;
+        const int64_t at = static_cast<int64_t>(row) * d.layout.chunks;
+        k.quantize(m, d.layout, values, hi, lo, const_cast<float *>(d.input.scales) + at,
+                   const_cast<float *>(d.input.sums) + at);
+    }
+}
+
+Input rows_of(const Digits &d, int begin, int end) {
+    Input part = d.input;
+    part.rows = end - begin;
+    part.hi += begin * part.digits;
+    if (part.lo != nullptr) part.lo += begin * part.digits;
+    part.scales += static_cast<int64_t>(begin) * d.layout.chunks;
+    part.sums += static_cast<int64_t>(begin) * d.layout.chunks;
+    return part;
+}
+
+// One matrix's share of a stage: strips of tiles (of features, for floats) times blocks of rows.
+struct Share {
+    Output output;
+    const Digits *digits;  // null for floats
+    int units, strip, strips;
+    int jobs;
+};
+
+}  // namespace
+
+bool valid(const bt_matrix &m) {
+    if (m.out_features < 1 || m.in_features < 1 || m.codes == nullptr) return false;
+    if (m.type == BT_F32 || m.type == BT_F16 || m.type == BT_BF16) return true;
+    const bool bits = m.bits == 2 || m.bits == 3 || m.bits == 4 || m.bits == 8;
+    return m.type == BT_CODES && bits && m.group_size >= 1 && m.scales != nullptr &&
+           (m.scale_type == BT_F16 || m.scale_type == BT_F32);
+}
+
+int linear(bt_context *c, const Output *outputs, int count, int activations, int rows, const float *x,
+           ptrdiff_t x_stride) {
+    const Kernels &k = *c->kernels;
+    // Matrices of one group size share digits; others get their own.
+    Digits digits[most_matrices];
+    const bt_matrix *owner[most_matrices];
+    int kinds = 0, widest = 0, kind_of[most_matrices];
+    size_t offsets[most_matrices], bytes = 0;
+    for (int j = 0; j < count; j++) {
+        const bt_matrix &m = *outputs[j].matrix;
+        kind_of[j] = -1;
+        if (m.type != BT_CODES) continue;
+        int kind = 0;
+        while (kind < kinds && !same_input(*owner[kind], m)) kind++;
+        if (kind == kinds) {
+            owner[kinds] = &m;
+            digits[kinds].layout = layout_of(m, activations);
+            offsets[kinds++] = bytes;
+            bytes += (digits_bytes(digits[kind].layout, rows, activations) + 63) / 64 * 64;
+            if (m.order != nullptr && m.in_features > widest) widest = m.in_features;
+        }
+        kind_of[j] = kind;
+    }
+    const size_t gathered_at = bytes;
+    bytes += static_cast<size_t>(round_up(widest, 16)) * sizeof(float) * c->pool.threads();
+    char *memory = static_cast<char *>(c->input.take(bytes + 64));
+    if (memory == nullptr) return BT_NO_MEMORY;
+    for (int kind = 0; kind < kinds; kind++) {
+        digits[kind] = place(memory + offsets[kind], digits[kind].layout, rows, activations);
+        const int rows_a_job = rows <= 4 ? rows : 4;
+        c->pool.run((rows + rows_a_job - 1) / rows_a_job, [&](int job, int thread) {
+            float *gathered = reinterpret_cast<float *>(memory + gathered_at) + thread * round_up(widest, 16);
+            const int begin = job * rows_a_job, end = begin + rows_a_job < rows ? begin + rows_a_job : rows;
+            quantize_rows(k, *owner[kind], digits[kind], x, x_stride, begin, end, gathered);
+        });
+    }
+
+    Share shares[most_matrices];
+    int jobs = 0, row_block = rows;
+    for (int kind = 0; kind < kinds; kind++) {
+        const int64_t row_bytes = digits[kind].input.digits * (activations == BT_A16 ? 2 : 1);
+        const int fit = static_cast<int>(row_block_bytes / row_bytes / 48 * 48);
+        if (row_block > (fit < 48 ? 48 : fit)) row_block = fit < 48 ? 48 : fit;
+    }
+    const int row_blocks = (rows + row_block - 1) / row_block;
+    for (int j = 0; j < count; j++) {
+        const bt_matrix &m = *outputs[j].matrix;
+        Share &s = shares[j];
+        s.output = outputs[j];
+        s.digits = kind_of[j] < 0 ? nullptr : &digits[kind_of[j]];
+        int64_t unit_bytes;
+        if (s.digits != nullptr) {
+            s.units = s.digits->layout.tiles;
+            unit_bytes = s.digits->layout.tile_bytes;
+        } else {
+            s.units = m.out_features;
+            unit_bytes = static_cast<int64_t>(m.in_features) * (m.type == BT_F32 ? 4 : 2);
+        }
+        s.strip = static_cast<int>(job_bytes / unit_bytes);
+        if (s.digits != nullptr) s.strip = s.strip < 4 ? 4 : s.strip / 4 * 4;  // kernels take 4 tiles at a time
+        else if (s.strip < 4) s.strip = 4;
+        s.strips = (s.units + s.strip - 1) / s.strip;
+        s.jobs = s.strips * row_blocks;
+        jobs += s.jobs;
+    }
+    c->pool.run(jobs, [&](int job, int) {
+        int j = 0;
+        while (job >= shares[j].jobs) job -= shares[j++].jobs;
+        const Share &s = shares[j];
+        const int begin = job % s.strips * s.strip, end = begin + s.strip < s.units ? begin + s.strip : s.units;
+        const int first = job / s.strips * row_block, last = first + row_block < rows ? first + row_block : rows;
+        float *y = s.output.y + first * s.output.stride;
+        if (s.digits != nullptr) {
+            k.multiply(*s.output.matrix, s.digits->layout, rows_of(*s.digits, first, last), begin, end, y,
+                       s.output.stride);
+        } else {
+            k.multiply_dense(*s.output.matrix, x + first * x_stride, x_stride, last - first, begin, end, y,
+                             s.output.stride);
+        }
+    });
+    return 0;
+}
+
+}  // namespace bittern
+
+using namespace bittern;
+
+extern "C" {
+
+int64_t bt_packed_bytes(int out_features, int in_features, int bits, int group_size) {
+    bt_matrix m = {};
+    m.out_features = out_features;
+    m.in_features = in_features;
+    m.bits = bits;
+    m.group_size = group_size;
+    const Layout l = layout_of(m, BT_A16);
+    return l.tiles * l.tile_bytes;
+}
+
+int bt_pack(bt_context *c, int out_features, int in_features, int bits, int group_size, const uint8_t *codes,
+            ptrdiff_t row_stride, ptrdiff_t column_stride, void *packed) {
+    bt_matrix m = {};
+    m.out_features = out_features;
+    m.in_features = in_features;
+    m.type = BT_CODES;
+    m.bits = bits;
+    m.group_size = group_size;
+    m.scale_type = BT_F16;
+    m.codes = m.scales = packed;
+    if (c == nullptr || codes == nullptr || !valid(m)) return BT_BAD_ARGUMENT;
+    const Layout l = layout_of(m, BT_A16);
+    Lock lock(c);
+    c->pool.run(l.tiles, [&](int tile, int) {
+        uint8_t *out = static_cast<uint8_t *>(packed) + tile * l.tile_bytes;
+        const int first = tile * tile_rows;
+        const int rows = out_features - first < tile_rows ? out_features - first : tile_rows;
+        for (int group = 0; group < l.groups; group++) {
+            const int start = group * group_size;
+            const int columns = in_features - start < group_size ? in_features - start : group_size;
+            const int padded = group == l.groups - 1 ? l.last_columns : l.group_columns;
+            for (int block = 0; block < padded; block += quantum, out += bits * 32) {
+                uint8_t quads[4][64] = {};  // [quad][row * 4 + column]
+                const int here = columns - block < quantum ? columns - block : quantum;
+                for (int row = 0; row < rows; row++) {
+                    const uint8_t *from = codes + (first + row) * row_stride + (start + block) * column_stride;
+                    for (int i = 0; i < here; i++) quads[i >> 2][row * 4 + (i & 3)] = from[i * column_stride];
+                }
+                if (bits == 8) {
+                    memcpy(out, quads, sizeof quads);
+                } else if (bits == 4) {
+                    for (int half = 0; half < 2; half++) {
+                        for (int i = 0; i < 64; i++) {
+                            out[half * 64 + i] = static_cast<uint8_t>(quads[2 * half][i] | quads[2 * half + 1][i] << 4);
+                        }
+                    }
+                } else {
+                    for (int i = 0; i < 64; i++) {
+                        out[i] = static_cast<uint8_t>((quads[0][i] & 3) | (quads[1][i] & 3) << 2 |
+                                                      (quads[2][i] & 3) << 4 | (quads[3][i] & 3) << 6);
+                    }
+                    if (bits == 3) {
+                        for (int quad = 0; quad < 4; quad++) {
+                            uint64_t third = 0;
+                            for (int i = 0; i < 64; i++) third |= static_cast<uint64_t>(quads[quad][i] >> 2 & 1) << i;
+                            memcpy(out + 64 + quad * 8, &third, 8);
+                        }
+                    }
+                }
+            }
+        }
+    });
+    return 0;
+}
+
+int bt_dequantize(bt_context *c, const bt_matrix *m, int begin, int end, float *out) {
+    if (c == nullptr || m == nullptr || out == nullptr || !valid(*m) || m->type != BT_CODES || begin < 0 ||
+        end < begin || end > m->out_features) {
+        return BT_BAD_ARGUMENT;
+    }
+    const Layout l = layout_of(*m, BT_A16);
+    Lock lock(c);
+    const int first = begin / tile_rows, last = (end + tile_rows - 1) / tile_rows;
+    c->pool.run(last - first, [&](int job, int) {
+        const int tile = (first + job) * tile_rows;
+        const int from = tile < begin ? begin : tile, to = tile + tile_rows < end ? tile + tile_rows : end;
+        c->kernels->dequantize(*m, l, from, to, out + static_cast<int64_t>(from - begin) * m->in_features);
+    });
+    return 0;
+}
+
+int bt_linear(bt_context *c, const bt_matrix *const *matrices, int count, int activations, int rows, const float *x,
+              ptrdiff_t x_stride, float *const *y, const ptrdiff_t *y_strides) {
+    if (c == nullptr || x == nullptr || rows < 0 || count < 1 || count > most_matrices) return BT_BAD_ARGUMENT;
+    if (activations != BT_A16 && activations != BT_A8) return BT_BAD_ARGUMENT;
+    Output outputs[most_matrices];
+    for (int j = 0; j < count; j++) {
+        if (!valid(*matrices[j]) || matrices[j]->in_features != matrices[0]->in_features) return BT_BAD_ARGUMENT;
+        outputs[j] = {matrices[j], y[j], y_strides[j]};
+    }
+    if (rows == 0) return 0;
+    Lock lock(c);
+    return linear(c, outputs, count, activations, rows, x, x_stride);
+}
+
+double bt_read_probe(bt_context *c, const void *data, size_t bytes) {
+    const size_t part = 1 << 20, words = part / sizeof(uint64_t);
+    const size_t parts = bytes / part;
+    uint64_t sums[Pool::max_threads] = {};
+    Lock lock(c);
+    timespec a, b;
+    clock_gettime(CLOCK_MONOTONIC, &a);
+    c->pool.run(static_cast<int>(parts), [&](int job, int thread) {
+        const uint64_t *p = static_cast<const uint64_t *>(data) + job * words;
+        uint64_t s[8] = {};
+        for (size_t i = 0; i < words; i += 8) {
+            for (int q = 0; q < 8; q++) s[q] ^= p[i + q];
+        }
+        for (int q = 0; q < 8; q++) sums[thread] ^= s[q];
+    });
+    clock_gettime(CLOCK_MONOTONIC, &b);
+    uint64_t all = 0;
+    for (uint64_t sum : sums) all ^= sum;
+    const double seconds = static_cast<double>(b.tv_sec - a.tv_sec) + 1e-9 * static_cast<double>(b.tv_nsec - a.tv_nsec);
+    // The sum is used, or the compiler would leave the reading away.
+    return all == 0x5bd1e9955bd1e995ull ? 0.0 : static_cast<double>(parts * part) / seconds;
+}
+
+}  // extern "C"
