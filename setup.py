@@ -1,11 +1,13 @@
 """Builds the native runtime into the package; everything else is in pyproject.toml.
 
-Without a C++ compiler the package installs all the same, and says at run time which fallback it uses.
+Without a C++ compiler the package installs all the same, and says at run time which fallback it uses. There is no build
+for Windows, whose threads are others; macOS has one, whose idle threads sleep in steps, for want of a futex.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,10 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-CSRC = Path(__file__).resolve().parent / "csrc"
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+# Set by ./dev where there is a compiler: there a failing build is an error.
+REQUIRED = "BITTERN_REQUIRE_NATIVE"
 
 
 def builder() -> ModuleType:
@@ -36,15 +41,21 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name))
         try:
+            if sys.platform == "win32":
+                raise OSError("there is no build for Windows")
             builder().build(output)
         except (OSError, subprocess.CalledProcessError) as error:
             output.unlink(missing_ok=True)
-            print(f"warning: no native runtime, bittern will compute with torch: {error}", file=sys.stderr)
+            if os.environ.get(REQUIRED):
+                raise
+            self.warn(f"no native runtime, bittern will compute with torch: {error}")
 
     def copy_extensions_to_source(self) -> None:
-        # An editable install; nothing to copy where nothing was built.
-        if all(Path(self.get_ext_fullpath(ext.name)).exists() for ext in self.extensions):
-            super().copy_extensions_to_source()
+        # An editable install. Where nothing was built a library of older sources would be worse than none, and one that
+        # a running process has mapped must not be written over.
+        for ext in self.extensions:
+            (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
+        super().copy_extensions_to_source()
 
     def get_outputs(self) -> list[str]:
         return [name for name in super().get_outputs() if Path(name).exists()]
@@ -58,6 +69,6 @@ class Wheel(bdist_wheel):
 
 
 setup(
-    ext_modules=[Extension("bittern.runtime.libbittern", [])],
+    ext_modules=[Extension("bittern.runtime.libbittern", [], optional=True)],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
 )

@@ -1,6 +1,6 @@
 """The tools that bittern is measured against, each in a virtual environment of its own.
 
-``python benchmarks/peers.py setup gptqmodel`` makes one from nothing. Peers pin other versions of torch and
+``python benchmarks/peers.py setup PEER`` makes one from nothing. Peers pin other versions of torch and
 transformers than each other, so none is ever installed beside bittern; what has to run inside a peer's
 environment is a script under ``benchmarks/peers``.
 """
@@ -16,11 +16,18 @@ from pathlib import Path
 
 SCRIPTS = Path(__file__).resolve().parent / "peers"
 DEFAULT_ENVS = Path(os.environ.get("BITTERN_PEERS", Path.home() / ".cache" / "bittern" / "peers"))
-TORCH = "torch==2.13.0"
 
-# Peer -> what pip installs last. GPTQModel declares torch >= 2.14.1 but runs on 2.13, hence --no-deps: its
-# requirements are in peers/gptqmodel.txt.
-PACKAGES = {"gptqmodel": ("--no-build-isolation", "--no-deps", "gptqmodel==7.7.0")}
+# Peer -> what pip installs last, after its requirements in peers/PEER.txt. GPTQModel declares torch >= 2.14.1 but runs
+# on 2.13, hence --no-deps. llama-cpp-python is built here; a wheel that pip remembers could be of another BUILD.
+PACKAGES = {
+    "gptqmodel": ("--no-build-isolation", "--no-deps", "gptqmodel==7.7.0"),
+    "llamacpp": ("--no-cache-dir", "llama-cpp-python==0.3.36"),
+}
+MODULES = {"gptqmodel": "gptqmodel", "llamacpp": "llama_cpp"}
+
+# While it is built. GCC 12 believes that _tile_loadconfig reads 8 of its 64 bytes and drops the stores to the others as
+# dead: without the two flags llama.cpp dies of SIGSEGV on a CPU with AMX (its issue 20824).
+BUILD = {"llamacpp": {"CMAKE_ARGS": "-DGGML_NATIVE=ON", "CXXFLAGS": "-fno-tree-dse -fno-dse"}}
 
 # For every process of a peer. GPTQModel's pool of threads crashes on two cores unless its size is given.
 ENVIRONMENT = {"GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -36,12 +43,10 @@ def setup(peer: str, envs: Path) -> Path:
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     try:
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        constraints = folder / "constraints.txt"
-        constraints.write_text(f"{TORCH}\n")
-        environment = {**os.environ, "PIP_CONSTRAINT": str(constraints)}
-        for arguments in ([TORCH], ["-r", str(SCRIPTS / f"{peer}.txt")], PACKAGES[peer]):
+        environment = {**os.environ, **BUILD.get(peer, {})}
+        for arguments in (["-r", str(SCRIPTS / f"{peer}.txt")], PACKAGES[peer]):
             subprocess.run([*pip, *arguments], check=True, env=environment)
-        subprocess.run([str(python), "-c", f"import {peer}"], check=True, env={**environment, **ENVIRONMENT})
+        subprocess.run([str(python), "-c", f"import {MODULES[peer]}"], check=True, env={**environment, **ENVIRONMENT})
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)  # half an environment would pass for a whole one
         raise

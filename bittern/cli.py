@@ -21,8 +21,11 @@ from bittern import __version__
 from bittern.errors import BitternError
 from bittern.options import (
     DTYPE,
+    GENERATION,
+    NEW_TOKENS,
     Command,
     device_option,
+    generation_options,
     group_size,
     json_option,
     layer_bits,
@@ -38,7 +41,6 @@ if TYPE_CHECKING:
     from bittern.runtime.generate import GenerationOptions, GenerationResult
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
-NEW_TOKENS = 256
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -191,72 +193,75 @@ def quantize(source: str, output: Path, **options: Any) -> None:
 
 @_command
 @click.argument("model")
-@click.option("--prompt", help="Text to continue. Without it: stdin, or a chat when stdin is a terminal.")
 @click.option(
-    "--max-new-tokens", type=click.IntRange(min=1), help=f"[default: {NEW_TOKENS}, or what the context holds]"
+    "--prompt",
+    "prompts",
+    multiple=True,
+    help="Text to continue; repeatable. Without it: stdin, or a chat when stdin is a terminal.",
 )
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-k", type=click.IntRange(min=1), help="Sample among the K likeliest tokens.")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Sample among the likeliest of this mass.")
-@click.option("--repetition-penalty", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True)
-@click.option("--stop", multiple=True, help="End before this text. Repeatable.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-sequence token.")
+@generation_options
 @load_options
 @json_option
-def run(
-    model: str,
-    prompt: str | None,
-    device: str,
-    dtype: str | None,
-    revision: str | None,
-    as_json: bool,
-    **options: Any,
-) -> None:
-    """Continue a prompt, or chat, with MODEL: an artifact or an unquantized checkpoint."""
+def run(model: str, prompts: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Continue prompts, or chat, with MODEL: an artifact or an unquantized checkpoint."""
     from bittern.report import peak_memory
-    from bittern.runtime.generate import GenerationOptions
+    from bittern.runtime.generate import GenerationOptions, generate_batch
 
-    choices = GenerationOptions(**options)
-    chat = prompt is None and sys.stdin.isatty() and not as_json
-    if prompt is None and not chat:
-        prompt = sys.stdin.read().rstrip("\n")
-    if prompt == "":
+    choices = GenerationOptions(**{name: options.pop(name) for name in GENERATION})
+    chat = not prompts and sys.stdin.isatty() and not as_json
+    if not prompts and not chat:
+        prompts = (sys.stdin.read().rstrip("\n"),)
+    if "" in prompts:
         raise BitternError("--prompt: expected text, found none there nor on stdin")
     started = time.monotonic()
-    live, tokenizer = _load(model, device, dtype, revision)
+    live, tokenizer = _load(model, **options)
     load_seconds = time.monotonic() - started
     if chat:
+        _say_kernels(live)
         _chat(live, tokenizer, choices)
         return
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    result = _generate(live, tokenizer, ids, choices, _silent if as_json else _stream)
-    if not as_json:
-        print()
-        return
-    figures = {
-        "text": result.text,
-        "prompt_tokens": result.prompt_tokens,
-        "new_tokens": result.new_tokens,
-        "load_seconds": load_seconds,
-        "prefill_tokens_per_second": result.prefill_tokens_per_second,
-        "decode_tokens_per_second": result.decode_tokens_per_second,
-        "peak_memory_bytes": peak_memory(),
-    }
-    print(json.dumps(figures))
+    ids = [tokenizer(prompt, return_tensors="pt")["input_ids"] for prompt in prompts]
+    if len(ids) == 1:
+        results = [_generate(live, tokenizer, ids[0], choices, _silent if as_json else _stream)]
+        print(end="" if as_json else "\n", flush=True)
+    else:
+        results = generate_batch(live, tokenizer, ids, _bounded(live, ids, choices))
+    _say_kernels(live)
+    if as_json:
+        found = [_figures(result) for result in results]
+        more = {"load_seconds": load_seconds, "peak_memory_bytes": peak_memory()}
+        print(json.dumps({**(found[0] if len(found) == 1 else {"results": found}), **more}))
+    elif len(results) > 1:
+        for prompt, result in zip(prompts, results, strict=True):
+            print(f"> {prompt}\n{result.text}")
+
+
+def _say_kernels(model: PreTrainedModel) -> None:
+    """What computed; after the work, for an error is the only line on stderr."""
+    print(f"kernels: {vars(model)['kernels']}", file=sys.stderr)
+
+
+def _figures(result: GenerationResult) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {name: value for name, value in asdict(result).items() if name not in ("token_ids", "finish_reason")}
 
 
 def _load(
-    source: str, device: str, dtype: str | None = None, revision: str | None = None
+    source: str, dtype: str | None = None, threads: int | None = None, **place: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer."""
     from bittern.checkpoint import open_checkpoint
     from bittern.convert.cast import DTYPES
     from bittern.runtime.load import load
 
-    with open_checkpoint(source, revision) as checkpoint:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)  # of what the native kernels do not compute
+    with open_checkpoint(source, place.get("revision")) as checkpoint:
         tokenizer = checkpoint.tokenizer()
-    return load(source, device=device, dtype=DTYPES[dtype] if dtype else None, revision=revision), tokenizer
+    return load(source, dtype=DTYPES[dtype] if dtype else None, threads=threads, **place), tokenizer
 
 
 def _generate(
@@ -266,17 +271,22 @@ def _generate(
     options: GenerationOptions,
     on_text: Callable[[str], None],
 ) -> GenerationResult:
-    """Generate; without --max-new-tokens, what the context holds, and NEW_TOKENS at most."""
+    from bittern.runtime.generate import generate
+
+    return generate(model, tokenizer, ids, _bounded(model, [ids], options), on_text)
+
+
+def _bounded(model: PreTrainedModel, prompts: Sequence[Tensor], options: GenerationOptions) -> GenerationOptions:
+    """Without --max-new-tokens: what the context holds beside the longest prompt, and NEW_TOKENS at most."""
     from dataclasses import replace
 
-    from bittern.runtime.generate import generate
     from bittern.tokenizer import context_length
 
-    if options.max_new_tokens is None:
-        limit = context_length(model.config)
-        room = NEW_TOKENS if limit is None else max(1, min(NEW_TOKENS, limit - ids.shape[-1]))
-        options = replace(options, max_new_tokens=room)
-    return generate(model, tokenizer, ids, options, on_text)
+    if options.max_new_tokens is not None:
+        return options
+    limit, longest = context_length(model.config), max(ids.shape[-1] for ids in prompts)
+    room = NEW_TOKENS if limit is None else max(1, min(NEW_TOKENS, limit - longest))
+    return replace(options, max_new_tokens=room)
 
 
 def _stream(text: str) -> None:
@@ -346,20 +356,21 @@ def eval_(
         raise click.UsageError("expected --text, --tasks or both")
     if against is not None and text is None:
         raise click.UsageError("--against compares on a text: expected --text")
-    live, tokenizer = _load(model, **place)
+    live, tokenizer = _load(model, decoder=False, **place)
     found: dict[str, Any] = {}
     if text is not None:
         ids = text_windows(text, tokenizer, seqlen=seqlen, windows=windows)
         check_fit(live, tokenizer, ids)
         if len(ids) < windows:
             print(f"note: {text}: {windows} windows asked for, {len(ids)} found", file=sys.stderr)
-        base = None if against is None else _load(against, **{**place, "revision": None})[0]
+        base = None if against is None else _load(against, decoder=False, **{**place, **_OF_THE_MODEL})[0]
         with share_bar("windows") as on_progress:
             found = asdict(evaluate(live, ids, against=base, batch_size=batch_size, on_progress=on_progress))
     answers = []
     for file in tasks:
         with share_bar(file.name) as on_progress:
             answers.append(asdict(evaluate_task(live, tokenizer, file, limit=limit, on_progress=on_progress)))
+    _say_kernels(live)
     if as_json:
         print(json.dumps({"model": model, **found, "tasks": answers}))
         return
@@ -378,6 +389,7 @@ def eval_(
 def inspect(path: str, revision: str | None, as_json: bool) -> None:
     """What is in a checkpoint, from its headers alone."""
     from bittern.inspect import inspect as look
+    from bittern.progress import line
 
     found = look(path, revision)
     if as_json:
@@ -385,23 +397,14 @@ def inspect(path: str, revision: str | None, as_json: bool) -> None:
         return
     for name, value in found.items():
         if name != "loads":
-            print(f"{name.replace('_', ' '):<20} {_line(value)}")
+            print(f"{name.replace('_', ' '):<20} {line(value)}")
     for verdict in found["loads"]:
         print(
             f"{verdict['consumer']:<20} {'loads it' if verdict['loads'] else 'does not load it'}: {verdict['reason']}"
         )
 
 
-def _line(value: Any) -> str:
-    """Anything from JSON on one line, for people."""
-    if isinstance(value, dict):
-        items = [f"{name} {_line(item)}" for name, item in value.items()]
-        return ", ".join(items[:8] + ([f"and {len(items) - 8} more"] if len(items) > 8 else []))
-    if isinstance(value, list):
-        return ", ".join(map(_line, value))
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "-"}[value]
-    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+_OF_THE_MODEL: dict[str, Any] = {"revision": None, "lm_head_bits": None}  # options of eval that are not the base's
 
 
 @_command

@@ -12,6 +12,7 @@ Command = Callable[..., None]
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 DTYPE = click.Choice(["bf16", "fp16", "fp32"])
+NEW_TOKENS = 256  # that are written at most when no number is given
 
 
 def group_size(value: str | int) -> int | str:
@@ -74,11 +75,65 @@ def output_options(function: Command) -> Command:
 
 
 def load_options(function: Command) -> Command:
-    """The options of the commands that load a model whole."""
+    """The options of the commands that load a model whole; their values are arguments of bittern.load."""
     for option in (
+        click.option(
+            "--kernels",
+            type=click.Choice(["auto", "native", "torch"]),
+            default="auto",
+            show_default=True,
+            help="What computes packed layers: auto is native on a CPU where it was built.",
+        ),
+        click.option("--lm-head-bits", type=click.Choice([8]), help="Pack the output head while loading."),
+        click.option(
+            "--activations",
+            type=click.Choice(["a16", "a8"]),
+            default="a16",
+            show_default=True,
+            help="Bits that native kernels round the inputs of packed layers to.",
+        ),
+        click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: those of torch]"),
         device_option,
         click.option("--dtype", type=DTYPE, help="Dtype to compute in."),
         click.option("--revision", help="Branch, tag or commit of a Hub id."),
+    ):
+        function = option(function)
+    return function
+
+
+GENERATION = (
+    *("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "stop", "seed", "ignore_eos"),
+    "kv_cache",
+)
+"""What :func:`generation_options` gives: the fields of GenerationOptions."""
+
+
+def generation_options(function: Command) -> Command:
+    """The options of a command that writes text."""
+    for option in (
+        click.option(
+            "--kv-cache",
+            type=click.Choice(["fp32", "bf16", "int8"]),
+            help="How keys and values are kept.  [default: in the dtype of the computation]",
+        ),
+        click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-sequence token."),
+        click.option("--seed", type=int, default=0, show_default=True),
+        click.option("--stop", multiple=True, help="End before this text. Repeatable."),
+        click.option(
+            "--repetition-penalty", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True
+        ),
+        click.option(
+            "--top-p", type=click.FloatRange(0, 1, min_open=True), help="Sample among the likeliest of this mass."
+        ),
+        click.option("--top-k", type=click.IntRange(min=1), help="Sample among the K likeliest tokens."),
+        click.option(
+            "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy."
+        ),
+        click.option(
+            "--max-new-tokens",
+            type=click.IntRange(min=1),
+            help=f"[default: {NEW_TOKENS}, or what the context holds]",
+        ),
     ):
         function = option(function)
     return function

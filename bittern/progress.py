@@ -102,6 +102,18 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def line(value: Any) -> str:
+    """Anything from JSON on one line, for people."""
+    if isinstance(value, dict):
+        items = [f"{name} {line(item)}" for name, item in value.items()]
+        return ", ".join(items[:8] + ([f"and {len(items) - 8} more"] if len(items) > 8 else []))
+    if isinstance(value, list):
+        return ", ".join(map(line, value))
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
 def size(count: float) -> str:
     """A number of bytes in decimal units."""
     for unit in ("B", "kB", "MB"):

@@ -15,6 +15,8 @@ from torch import Tensor
 from bittern.errors import BitternError
 
 BITS = (2, 3, 4, 8)
+SMALLEST_SCALE = 2.0**-24
+"""The smallest positive fp16 number: an all-zero group needs some scale."""
 
 
 @dataclass(frozen=True)
@@ -130,3 +132,51 @@ def dequantize(
         raise BitternError(f"{groups} groups do not divide {in_features} columns and no g_idx says which is whose")
     columns = g_idx.long()
     return (codes.to(dtype) - zeros.to(dtype)[:, columns]).mul_(scales.to(dtype)[:, columns])
+
+
+def round_scale(scale: Tensor) -> Tensor:
+    """Round scales to what fp16 can hold, away from zero, as fp32.
+
+    Codes are chosen for the rounded scale; rounding afterwards would move every weight.
+
+    Raises:
+        BitternError: when a scale is too large for fp16.
+    """
+    sign = torch.where(scale < 0, -1.0, 1.0)
+    rounded = sign * scale.abs().clamp_min(SMALLEST_SCALE).half().float()
+    if not bool(torch.isfinite(rounded).all()):
+        raise BitternError(f"scales: fp16 holds at most 65504, found {scale.abs().max():.4g}")
+    return rounded
+
+
+def min_max_grid(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """The grid that covers every weight of its group: the textbook choice, used by round-to-nearest.
+
+    Args:
+        weight: fp32 (out_features, in_features).
+        spec: the grid; ``group_size`` divides ``in_features``.
+
+    Returns:
+        scales fp32 (out_features, groups), exactly representable in fp16, and zeros uint8.
+    """
+    grouped = weight.view(weight.shape[0], -1, spec.columns_per_group(weight.shape[1]))
+    if spec.sym:
+        scales = round_scale(grouped.abs().amax(2) * 2 / spec.max_code)
+        return scales, torch.full_like(scales, spec.mid_code, dtype=torch.uint8)
+    low, high = grouped.amin(2).clamp_max(0), grouped.amax(2).clamp_min(0)
+    scales = round_scale((high - low) / spec.max_code)
+    return scales, (-low / scales).round().clamp(0, spec.max_code).to(torch.uint8)
+
+
+def round_to_nearest(weight: Tensor, spec: QuantSpec) -> QuantWeight:
+    """Round each weight to the nearest point of its group's min-max grid; no data, no error feedback.
+
+    Args:
+        weight: (out_features, in_features).
+        spec: the grid; ``group_size`` divides ``in_features``.
+    """
+    weight = weight.float()
+    scales, zeros = min_max_grid(weight, spec)
+    grouped = weight.view(*scales.shape, -1)
+    codes = (grouped / scales.unsqueeze(2)).round_().add_(zeros.unsqueeze(2)).clamp_(0, spec.max_code)
+    return QuantWeight(codes.to(torch.uint8).view(weight.shape), scales.half(), zeros, spec)

@@ -14,7 +14,7 @@ extern "C" {
 #endif
 
 #define BT_API __attribute__((visibility("default")))
-#define BT_ABI 1 /* changes with every change of this file; the Python side refuses any other */
+#define BT_ABI 2 /* changes with every change of this file; the Python side refuses any other */
 
 enum { BT_BAD_ARGUMENT = -1, BT_NO_MEMORY = -2, BT_NO_THREAD = -3, BT_UNSUPPORTED = -4 };
 
@@ -66,6 +66,76 @@ BT_API int bt_dequantize(bt_context *context, const bt_matrix *matrix, int begin
 /* y[j] = x W[j]^T for `count` matrices of one input x (rows, in_features); strides are in floats. */
 BT_API int bt_linear(bt_context *context, const bt_matrix *const *matrices, int count, int activations, int rows,
                      const float *x, ptrdiff_t x_stride, float *const *y, const ptrdiff_t *y_strides);
+
+/* Attention of new tokens to all keys, batch by batch: query i of `queries` stands at position keys - queries + i and
+   sees the keys up to its own. All are floats; strides are those of batch, head and position, in floats; elements of a
+   head lie side by side. */
+typedef struct bt_attention_call {
+    int32_t batch, heads, kv_heads, queries, keys, head_dim;
+    int32_t window; /* keys that a query sees, its own included; 0 for all */
+    float scale;    /* of q * k */
+    float cap;      /* scores become cap * tanh(score / cap); 0 leaves them */
+    const float *slopes; /* ALiBi, [heads]: adds slope * (key - query position); NULL for none */
+    const float *q, *k, *v;
+    float *out;
+    ptrdiff_t q_strides[3], k_strides[3], v_strides[3], out_strides[3];
+} bt_attention_call;
+
+BT_API int bt_attention(bt_context *context, const bt_attention_call *call);
+
+/* A decoder of the Llama family. */
+
+enum { BT_SILU, BT_GELU_TANH };
+
+typedef struct bt_projection {
+    const bt_matrix *matrix;
+    const float *bias; /* NULL for none */
+} bt_projection;
+
+typedef struct bt_layer {
+    bt_projection q, k, v, o, gate, up, down;
+    const float *attention_norm, *mlp_norm;               /* [hidden], of what goes into the block's halves */
+    const float *attention_out_norm, *mlp_out_norm;       /* [hidden], of what comes out of them, or NULL */
+    const float *q_norm, *k_norm;                         /* [head_dim] or NULL */
+    int32_t window;                                       /* as in bt_attention_call */
+    int32_t rope;                                         /* which table of bt_forward; -1 for none */
+} bt_layer;
+
+typedef struct bt_decoder {
+    int32_t layers, hidden, heads, kv_heads, head_dim, intermediate, vocabulary;
+    int32_t activation;  /* of the gate: BT_SILU or BT_GELU_TANH */
+    int32_t activations; /* BT_A16 or BT_A8 */
+    float epsilon;       /* of the norms */
+    float embedding_scale, attention_scale;
+    float attention_cap, logit_cap; /* 0 for none */
+    const bt_matrix *embedding;     /* floats of any type, [vocabulary][hidden] */
+    const bt_matrix *head;
+    const float *norm; /* [hidden], before the head */
+    const bt_layer *layer;
+} bt_decoder;
+
+/* Keys and values of all layers. Per layer one buffer of keys and one of values, each
+   [sequences][kv_heads][capacity][head_dim filled up to a multiple of 16] elements; with BT_I8 as many scales as
+   positions, [sequences][kv_heads][capacity]. What is where in them is the library's affair. */
+typedef struct bt_cache {
+    int32_t type;                /* BT_F32, BT_BF16 or BT_I8 */
+    int32_t sequences, capacity; /* capacity is a multiple of 64 */
+    void *const *keys, *const *values;
+    float *const *key_scales, *const *value_scales; /* NULL but for BT_I8 */
+} bt_cache;
+
+/* Rotary embeddings of positions [first, end): rows of `stride` floats each, of which rotary / 2 are used. Element i of
+   a head turns with element i + rotary / 2; those from `rotary` on stay. */
+typedef struct bt_rope {
+    const float *cos, *sin;
+    int32_t first, end, stride, rotary;
+} bt_rope;
+
+/* Appends counts[s] tokens to every sequence s, which holds lengths[s] by now, and computes the logits after the last
+   token of each sequence that got any: float (those sequences, vocabulary). `tokens` are those of sequence 0, of
+   sequence 1 and so on. */
+BT_API int bt_forward(bt_context *context, const bt_decoder *decoder, const bt_cache *cache, const bt_rope *ropes,
+                      const int32_t *tokens, const int32_t *counts, const int32_t *lengths, float *logits);
 
 /* Bytes per second of reading `bytes` once with all threads: what a memory-bound kernel is compared with. */
 BT_API double bt_read_probe(bt_context *context, const void *data, size_t bytes);

@@ -26,7 +26,14 @@ AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx51
 NEON = ("-march=armv8.2-a+dotprod",)
 
 # Source -> the flags that only it may be compiled with.
-ANY = {"context.cpp": (), "linear.cpp": (), "pool.cpp": (), "kernels_scalar.cpp": ()}
+ANY = {
+    "attention.cpp": (),
+    "context.cpp": (),
+    "decoder.cpp": (),
+    "linear.cpp": (),
+    "pool.cpp": (),
+    "kernels_scalar.cpp": (),
+}
 SOURCES: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         **ANY,
@@ -69,7 +76,9 @@ def build(
 
         def compile_one(source: Path) -> Path:
             target = Path(folder) / f"{source.stem}.o"
-            subprocess.run([*command, *COMMON, *WARNINGS, *sources[source], *flags, "-c", source, "-o", target], check=True)
+            subprocess.run(
+                [*command, *COMMON, *WARNINGS, *sources[source], *flags, "-c", source, "-o", target], check=True
+            )
             return target
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -88,7 +88,17 @@ extern "C" {
 
 int bt_abi(void) { return BT_ABI; }
 
-int bt_has(int set) { return kernels_of(set) != nullptr && (set == BT_SCALAR || runs(set)); }
+int bt_has(int set) {
+    // Asked once: in a virtual machine a cpuid takes tens of microseconds.
+    static const unsigned found = [] {
+        unsigned sets = 1u << BT_SCALAR;
+        for (int i = 0; i < BT_SETS; i++) {
+            if (i != BT_SCALAR && kernels_of(i) != nullptr && runs(i)) sets |= 1u << i;
+        }
+        return sets;
+    }();
+    return set >= 0 && set < BT_SETS && (found >> set & 1) != 0;
+}
 
 int bt_best(void) {
     const int sets[] = {BT_AMX, BT_AVX512, BT_AVX2, BT_NEON};

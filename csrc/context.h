@@ -29,7 +29,9 @@ struct bt_scratch {
 struct bt_context {
     bittern::Pool pool;
     const bittern::Kernels *kernels = nullptr;
-    bt_scratch input;
+    bt_scratch input;      // of linear()
+    bt_scratch attention;  // of attention()
+    bt_scratch decoder;    // of their callers
     pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 };
 

@@ -1,6 +1,402 @@
-// Placeholder until the real kernels are in: the scalar ones.
+// AVX2: 8 rows of a tile in a register, so a tile is two halves, each of them one half of every 64 bytes.
+//
+// Codes of at most 4 bits times digits of 8 bits, two of them added, stay within 2 * 15 * 128 = 3840, so that 8 such
+// sums (32 columns) fit into int16 without the saturation of vpmaddubsw. Codes of 8 bits are taken as two planes of 4.
+#include <cstring>
+#include <immintrin.h>
+
 #include "kernels.h"
 #include "ops.h"
+
 namespace bittern {
-const Kernels kernels_avx2 = kernels_scalar;
+
+namespace {
+
+constexpr int step = 32;  // columns that are added up in int16
+
+int columns_of_group(const Layout &l, int group) { return group == l.groups - 1 ? l.last_columns : l.group_columns; }
+
+__m256i load_codes(const uint8_t *at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(at)); }
+
+// 32 bits to 32 bytes: 0 or 255.
+__m256i spread(const uint8_t *at) {
+    int bits;
+    memcpy(&bits, at, 4);
+    const __m256i byte_of = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+    const __m256i bit_of = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
+    const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(bits), byte_of);
+    return _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit_of), bit_of);
 }
+
+// 16 columns of 8 rows: 4 quads of bytes, byte r * 4 + i being row r, column i. Of 8 bits the lower or the upper 4.
+template <int bits>
+void unpack(const uint8_t *block, int half, int plane, __m256i quads[4]) {
+    block += half * 32;
+    const __m256i low = _mm256_set1_epi8(bits >= 4 ? 15 : 3);
+    if (bits == 8) {
+        for (int q = 0; q < 4; q++) {
+            const __m256i v = load_codes(block + q * 64);
+            quads[q] = _mm256_and_si256(plane == 0 ? v : _mm256_srli_epi16(v, 4), low);
+        }
+    } else if (bits == 4) {
+        for (int q = 0; q < 4; q += 2) {
+            const __m256i v = load_codes(block + q * 32);
+            quads[q] = _mm256_and_si256(v, low);
+            quads[q + 1] = _mm256_and_si256(_mm256_srli_epi16(v, 4), low);
+        }
+    } else {
+        const __m256i v = load_codes(block);
+        for (int q = 0; q < 4; q++) {
+            quads[q] = _mm256_and_si256(_mm256_srli_epi16(v, 2 * q), low);
+            if (bits == 3) {
+                const __m256i third = spread(block + 64 + q * 8 - half * 28);
+                quads[q] = _mm256_or_si256(quads[q], _mm256_and_si256(third, _mm256_set1_epi8(4)));
+            }
+        }
+    }
+}
+
+// 8 rows times 32 digits.
+__m256i dot(const __m256i quads[8], const int8_t *digits) {
+    __m256i sum = _mm256_setzero_si256();
+    for (int q = 0; q < 8; q++) {
+        int four;
+        memcpy(&four, digits + 4 * q, 4);
+        sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(quads[q], _mm256_set1_epi32(four)));
+    }
+    return _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
+}
+
+// 8 scales of weights.
+__m256 load_scales(const bt_matrix &m, int64_t index) {
+    if (m.scale_type == BT_F32) return _mm256_loadu_ps(static_cast<const float *>(m.scales) + index);
+    const uint16_t *halves = static_cast<const uint16_t *>(m.scales) + index;
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(halves)));
+}
+
+// 8 bytes as floats.
+__m256 load_bytes(const uint8_t *at) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(at))));
+}
+
+// 8 zero points.
+__m256 load_zeros(const bt_matrix &m, int64_t index) {
+    return m.zeros == nullptr ? _mm256_set1_ps(static_cast<float>(1 << (m.bits - 1))) : load_bytes(m.zeros + index);
+}
+
+// The first `count` lanes, for any count.
+__m256i lanes(int count) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+// 8 floats of which `count` are there; the others are 0 and not read.
+__m256 load_some(const float *at, int count) {
+    return count >= 8 ? _mm256_loadu_ps(at) : _mm256_maskload_ps(at, lanes(count));
+}
+
+void store_some(float *at, int count, __m256 values) {
+    if (count >= 8) _mm256_storeu_ps(at, values);
+    else if (count > 0) _mm256_maskstore_ps(at, lanes(count), values);
+}
+
+float largest_of(__m256i magnitudes) {
+    __m128i a = _mm_max_epi32(_mm256_castsi256_si128(magnitudes), _mm256_extracti128_si256(magnitudes, 1));
+    a = _mm_max_epi32(a, _mm_shuffle_epi32(a, _MM_SHUFFLE(1, 0, 3, 2)));
+    a = _mm_max_epi32(a, _mm_shuffle_epi32(a, _MM_SHUFFLE(2, 3, 0, 1)));
+    return _mm_cvtss_f32(_mm_castsi128_ps(a));
+}
+
+int sum_of(__m256i v) {
+    __m128i a = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    a = _mm_add_epi32(a, _mm_shuffle_epi32(a, _MM_SHUFFLE(1, 0, 3, 2)));
+    a = _mm_add_epi32(a, _mm_shuffle_epi32(a, _MM_SHUFFLE(2, 3, 0, 1)));
+    return _mm_cvtsi128_si32(a);
+}
+
+float sum_of(__m256 v) {
+    __m128 a = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    a = _mm_add_ps(a, _mm_movehl_ps(a, a));
+    return _mm_cvtss_f32(_mm_add_ss(a, _mm_movehdup_ps(a)));
+}
+
+// One chunk of `width` columns, `real` of them there; returns its scale.
+float quantize_chunk(const float *x, int real, int width, int8_t *hi, int8_t *lo, float *sum) {
+    const float limit = lo != nullptr ? 32639.0f : 127.0f;
+    __m256i magnitudes = _mm256_setzero_si256();
+    for (int i = 0; i < real; i += 8) {
+        const __m256i v = _mm256_castps_si256(load_some(x + i, real - i));
+        magnitudes = _mm256_max_epi32(magnitudes, _mm256_and_si256(v, _mm256_set1_epi32(0x7fffffff)));
+    }
+    const float largest = largest_of(magnitudes), inverse = limit / largest;
+    const int usable = inverse > 0 && inverse < __builtin_inff() ? real : 0;
+    __m256i total = _mm256_setzero_si256();
+    for (int i = 0; i < width; i += 16) {
+        const __m256 factor = _mm256_set1_ps(inverse);
+        __m256i a = _mm256_setzero_si256(), b = a;
+        if (i < usable) a = _mm256_cvtps_epi32(_mm256_mul_ps(load_some(x + i, usable - i), factor));
+        if (i + 8 < usable) b = _mm256_cvtps_epi32(_mm256_mul_ps(load_some(x + i + 8, usable - i - 8), factor));
+        total = _mm256_add_epi32(total, _mm256_add_epi32(a, b));
+        const __m256i digits = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), _MM_SHUFFLE(3, 1, 2, 0));
+        __m256i bytes = digits;
+        if (lo != nullptr) {
+            bytes = _mm256_srai_epi16(_mm256_add_epi16(digits, _mm256_set1_epi16(128)), 8);
+            const __m256i low = _mm256_and_si256(digits, _mm256_set1_epi16(255));
+            const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi16(low, low), _MM_SHUFFLE(3, 1, 2, 0));
+            _mm_storeu_si128(reinterpret_cast<__m128i *>(lo + i), _mm256_castsi256_si128(packed));
+        }
+        const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi16(bytes, bytes), _MM_SHUFFLE(3, 1, 2, 0));
+        _mm_storeu_si128(reinterpret_cast<__m128i *>(hi + i), _mm256_castsi256_si128(packed));
+    }
+    *sum = static_cast<float>(sum_of(total));
+    return largest / limit;
+}
+
+void quantize(const bt_matrix &m, const Layout &l, const float *x, int8_t *hi, int8_t *lo, float *scales,
+              float *sums) {
+    for (int group = 0; group < l.groups; group++) {
+        const int first = group * m.group_size;
+        const int filled = columns_of_group(l, group);
+        const int there = m.in_features - first < m.group_size ? m.in_features - first : m.group_size;
+        for (int start = 0; start < filled; start += l.chunk) {
+            const int width = filled - start < l.chunk ? filled - start : l.chunk;
+            const int real = there - start < width ? there - start : width;
+            *scales++ = quantize_chunk(x + first + start, real, width, hi, lo, sums++);
+            hi += width;
+            if (lo != nullptr) lo += width;
+        }
+    }
+    memset(hi, 0, digits_tail);
+    if (lo != nullptr) memset(lo, 0, digits_tail);
+}
+
+constexpr int most_rows = 16;  // of x, that share an unpacking; their sums stay in L1
+
+// 32 columns of a tile, or 16 where they are not whole, times the digits of some rows.
+template <int bits, bool a16, int most>
+inline void add_products(const uint8_t *block, bool whole, const int8_t *hi, const int8_t *lo, int64_t distance,
+                         int rows, __m256i dots[most][2]) {
+    constexpr int planes = bits == 8 ? 2 : 1;
+    for (int half = 0; half < 2; half++) {
+        for (int plane = 0; plane < planes; plane++) {
+            __m256i quads[8];
+            unpack<bits>(block, half, plane, quads);
+            // The digits that follow a last block of 16 are there to be read, and times nothing.
+            if (whole) unpack<bits>(block + bits * 32, half, plane, quads + 4);
+            else quads[4] = quads[5] = quads[6] = quads[7] = _mm256_setzero_si256();
+            for (int row = 0; row < rows; row++) {
+                __m256i sum = dot(quads, hi + row * distance);
+                if (a16) sum = _mm256_add_epi32(_mm256_slli_epi32(sum, 8), dot(quads, lo + row * distance));
+                dots[row][half] = _mm256_add_epi32(dots[row][half], _mm256_slli_epi32(sum, 4 * plane));
+            }
+        }
+    }
+}
+
+// One tile times at most `most` rows; with 1 the sums are registers.
+template <int bits, bool a16, int most>
+void multiply_tile(const bt_matrix &m, const Layout &l, const Input &input, int first_row, int given, int tile,
+                   float *y, ptrdiff_t stride) {
+    const int rows = most == 1 ? 1 : given;
+    const uint8_t *block = static_cast<const uint8_t *>(m.codes) + tile * l.tile_bytes;
+    const int8_t *hi = input.hi + first_row * input.digits, *lo = a16 ? input.lo + first_row * input.digits : nullptr;
+    const float *scales = input.scales + static_cast<int64_t>(first_row) * l.chunks;
+    const float *sums = input.sums + static_cast<int64_t>(first_row) * l.chunks;
+    __m256 total[most][2], part[most][2];
+    for (int row = 0; row < rows; row++) total[row][0] = total[row][1] = _mm256_setzero_ps();
+    for (int group = 0; group < l.groups; group++) {
+        const int64_t at = (static_cast<int64_t>(tile) * l.groups + group) * tile_rows;
+        const __m256 zeros[2] = {load_zeros(m, at), load_zeros(m, at + 8)};
+        const int filled = columns_of_group(l, group);
+        for (int row = 0; row < rows; row++) part[row][0] = part[row][1] = _mm256_setzero_ps();
+        for (int start = 0; start < filled; start += l.chunk, scales++, sums++) {
+            const int width = filled - start < l.chunk ? filled - start : l.chunk;
+            __m256i dots[most][2];
+            for (int row = 0; row < rows; row++) dots[row][0] = dots[row][1] = _mm256_setzero_si256();
+            for (int i = 0; i < width; i += step) {
+                const uint8_t *at_step = block + i * bits * 2;
+                const int8_t *lo_step = a16 ? lo + i : nullptr;
+                add_products<bits, a16, most>(at_step, width - i >= step, hi + i, lo_step, input.digits, rows, dots);
+            }
+            block += width * bits * 2;
+            hi += width;
+            if (a16) lo += width;
+            for (int row = 0; row < rows; row++) {
+                const int64_t index = static_cast<int64_t>(row) * l.chunks;
+                const __m256 scale = _mm256_set1_ps(scales[index]), sum = _mm256_set1_ps(sums[index]);
+                for (int half = 0; half < 2; half++) {
+                    const __m256 centred = _mm256_fnmadd_ps(zeros[half], sum, _mm256_cvtepi32_ps(dots[row][half]));
+                    part[row][half] = _mm256_fmadd_ps(scale, centred, part[row][half]);
+                }
+            }
+        }
+        const __m256 weights[2] = {load_scales(m, at), load_scales(m, at + 8)};
+        for (int row = 0; row < rows; row++) {
+            for (int half = 0; half < 2; half++) {
+                total[row][half] = _mm256_fmadd_ps(part[row][half], weights[half], total[row][half]);
+            }
+        }
+    }
+    const int first = tile * tile_rows, real = m.out_features - first;
+    for (int row = 0; row < rows; row++) {
+        float *out = y + (first_row + row) * stride + first;
+        store_some(out, real, total[row][0]);
+        if (real > 8) store_some(out + 8, real - 8, total[row][1]);
+    }
+}
+
+template <int bits, bool a16>
+void multiply_rows(const bt_matrix &m, const Layout &l, const Input &input, int begin, int end, float *y,
+                   ptrdiff_t stride) {
+    for (int tile = begin; tile < end; tile++) {
+        for (int row = 0; row < input.rows; row += most_rows) {
+            const int rows = input.rows - row < most_rows ? input.rows - row : most_rows;
+            if (rows == 1) multiply_tile<bits, a16, 1>(m, l, input, row, 1, tile, y, stride);
+            else multiply_tile<bits, a16, most_rows>(m, l, input, row, rows, tile, y, stride);
+        }
+    }
+}
+
+template <int bits>
+void multiply_bits(const bt_matrix &m, const Layout &l, const Input &input, int begin, int end, float *y,
+                   ptrdiff_t stride) {
+    if (input.lo != nullptr) multiply_rows<bits, true>(m, l, input, begin, end, y, stride);
+    else multiply_rows<bits, false>(m, l, input, begin, end, y, stride);
+}
+
+void multiply(const bt_matrix &m, const Layout &l, const Input &input, int begin, int end, float *y,
+              ptrdiff_t stride) {
+    if (m.bits == 8) multiply_bits<8>(m, l, input, begin, end, y, stride);
+    else if (m.bits == 4) multiply_bits<4>(m, l, input, begin, end, y, stride);
+    else if (m.bits == 3) multiply_bits<3>(m, l, input, begin, end, y, stride);
+    else multiply_bits<2>(m, l, input, begin, end, y, stride);
+}
+
+// 8 weights of which `count` are there.
+template <int type>
+__m256 load_weights(const void *row, int64_t index, int count) {
+    if (type == BT_F32) return load_some(static_cast<const float *>(row) + index, count);
+    const uint16_t *at = static_cast<const uint16_t *>(row) + index;
+    uint16_t some[8] = {};
+    if (count < 8) {
+        memcpy(some, at, static_cast<size_t>(count) * 2);
+        at = some;
+    }
+    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i *>(at));
+    return type == BT_F16 ? _mm256_cvtph_ps(v) : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
+}
+
+// 4 features, the last one repeated where there are fewer, times some rows.
+template <int type, int rows>
+void multiply_four(const bt_matrix &m, const float *x, ptrdiff_t x_stride, int feature, int features, float *y,
+                   ptrdiff_t y_stride) {
+    constexpr int size = type == BT_F32 ? 4 : 2;
+    const char *weights[4];
+    for (int f = 0; f < 4; f++) {
+        const int64_t real = feature + (f < features ? f : features - 1);
+        weights[f] = static_cast<const char *>(m.codes) + real * m.in_features * size;
+    }
+    __m256 sums[rows][4];
+    for (int row = 0; row < rows; row++) {
+        for (int f = 0; f < 4; f++) sums[row][f] = _mm256_setzero_ps();
+    }
+    for (int i = 0; i < m.in_features; i += 8) {
+        const int count = m.in_features - i;
+        __m256 values[rows];
+        for (int row = 0; row < rows; row++) values[row] = load_some(x + row * x_stride + i, count);
+        for (int f = 0; f < 4; f++) {
+            const __m256 w = load_weights<type>(weights[f], i, count);
+            for (int row = 0; row < rows; row++) sums[row][f] = _mm256_fmadd_ps(w, values[row], sums[row][f]);
+        }
+    }
+    for (int row = 0; row < rows; row++) {
+        for (int f = 0; f < features; f++) y[row * y_stride + feature + f] = sum_of(sums[row][f]);
+    }
+}
+
+template <int type>
+void multiply_type(const bt_matrix &m, const float *x, ptrdiff_t x_stride, int rows, int begin, int end, float *y,
+                   ptrdiff_t y_stride) {
+    for (int feature = begin; feature < end; feature += 4) {
+        const int features = end - feature < 4 ? end - feature : 4;
+        for (int row = 0; row < rows; row += 3) {
+            const auto some = rows - row >= 3   ? multiply_four<type, 3>
+                              : rows - row == 2 ? multiply_four<type, 2>
+                                                : multiply_four<type, 1>;
+            some(m, x + row * x_stride, x_stride, feature, features, y + row * y_stride, y_stride);
+        }
+    }
+}
+
+void multiply_dense(const bt_matrix &m, const float *x, ptrdiff_t x_stride, int rows, int begin, int end, float *y,
+                    ptrdiff_t y_stride) {
+    const auto typed = m.type == BT_F32   ? multiply_type<BT_F32>
+                       : m.type == BT_F16 ? multiply_type<BT_F16>
+                                          : multiply_type<BT_BF16>;
+    typed(m, x, x_stride, rows, begin, end, y, y_stride);
+}
+
+// 16 columns of 8 rows to out[row][column].
+template <int bits>
+void unpack_rows(const uint8_t *block, int half, uint8_t out[8][quantum]) {
+    __m256i q[4];
+    unpack<bits>(block, half, 0, q);
+    if (bits == 8) {
+        __m256i upper[4];
+        unpack<bits>(block, half, 1, upper);
+        for (int i = 0; i < 4; i++) q[i] = _mm256_or_si256(q[i], _mm256_slli_epi16(upper[i], 4));
+    }
+    // A quad has 4 columns of a row in 32 bits: 4 x 8 of them, transposed.
+    const __m256i a = _mm256_unpacklo_epi32(q[0], q[1]), b = _mm256_unpackhi_epi32(q[0], q[1]);
+    const __m256i c = _mm256_unpacklo_epi32(q[2], q[3]), d = _mm256_unpackhi_epi32(q[2], q[3]);
+    const __m256i rows[4] = {_mm256_unpacklo_epi64(a, c), _mm256_unpackhi_epi64(a, c), _mm256_unpacklo_epi64(b, d),
+                             _mm256_unpackhi_epi64(b, d)};
+    for (int r = 0; r < 4; r++) {
+        _mm_storeu_si128(reinterpret_cast<__m128i *>(out[r]), _mm256_castsi256_si128(rows[r]));
+        _mm_storeu_si128(reinterpret_cast<__m128i *>(out[r + 4]), _mm256_extracti128_si256(rows[r], 1));
+    }
+}
+
+// Rows [begin, end) of one half of a tile.
+template <int bits>
+void dequantize_half(const bt_matrix &m, const Layout &l, int begin, int end, float *out) {
+    const int tile = begin / tile_rows, half = begin % tile_rows / 8, first_row = begin % 8;
+    const uint8_t *block = static_cast<const uint8_t *>(m.codes) + tile * l.tile_bytes;
+    for (int group = 0; group < l.groups; group++) {
+        const int64_t at = (static_cast<int64_t>(tile) * l.groups + group) * tile_rows + half * 8;
+        float zeros[8], scales[8];
+        _mm256_storeu_ps(zeros, load_zeros(m, at));
+        _mm256_storeu_ps(scales, load_scales(m, at));
+        const int first = group * m.group_size;
+        const int there = m.in_features - first < m.group_size ? m.in_features - first : m.group_size;
+        for (int start = 0; start < columns_of_group(l, group); start += quantum, block += bits * 32) {
+            uint8_t codes[8][quantum];
+            unpack_rows<bits>(block, half, codes);
+            for (int row = begin; row < end; row++) {
+                const int r = first_row + row - begin;
+                const __m256 zero = _mm256_set1_ps(zeros[r]), scale = _mm256_set1_ps(scales[r]);
+                float *to = out + static_cast<int64_t>(row - begin) * m.in_features + first + start;
+                for (int i = 0; i < quantum && start + i < there; i += 8) {
+                    const __m256 centred = _mm256_sub_ps(load_bytes(codes[r] + i), zero);
+                    store_some(to + i, there - start - i, _mm256_mul_ps(centred, scale));
+                }
+            }
+        }
+    }
+}
+
+void dequantize(const bt_matrix &m, const Layout &l, int begin, int end, float *out) {
+    const auto one = m.bits == 8   ? dequantize_half<8>
+                     : m.bits == 4 ? dequantize_half<4>
+                     : m.bits == 3 ? dequantize_half<3>
+                                   : dequantize_half<2>;
+    for (int row = begin, next; row < end; row = next) {
+        next = row / 8 * 8 + 8 < end ? row / 8 * 8 + 8 : end;
+        one(m, l, row, next, out + static_cast<int64_t>(row - begin) * m.in_features);
+    }
+}
+
+}  // namespace
+
+const Kernels kernels_avx2 = {quantize, multiply, multiply_dense, dequantize, &ops};
+
+}  // namespace bittern

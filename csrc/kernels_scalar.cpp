@@ -17,8 +17,10 @@ float load(const void *data, int type, int64_t index) {
 
 int columns_of_group(const Layout &l, int group) { return group == l.groups - 1 ? l.last_columns : l.group_columns; }
 
+int zero(const bt_matrix &m, int64_t index) { return m.zeros == nullptr ? 1 << (m.bits - 1) : m.zeros[index]; }
+
 // 16 columns of a tile, codes[column][row].
-void unpack(const uint8_t *block, int bits, uint8_t codes[quantum][tile_rows]) {
+void unpack(const uint8_t *block, int bits, int16_t codes[quantum][tile_rows]) {
     for (int column = 0; column < quantum; column++) {
         const int quad = column >> 2;
         for (int row = 0; row < tile_rows; row++) {
@@ -32,9 +34,21 @@ void unpack(const uint8_t *block, int bits, uint8_t codes[quantum][tile_rows]) {
                 code = block[i] >> quad * 2 & 3;
                 if (bits == 3) code |= (block[64 + quad * 8 + (i >> 3)] >> (i & 7) & 1) << 2;
             }
-            codes[column][row] = static_cast<uint8_t>(code);
+            codes[column][row] = static_cast<int16_t>(code);
         }
     }
+}
+
+// The largest magnitude, or a NaN if there is one: among the bits of magnitudes NaNs come after all numbers.
+float largest_magnitude(const float *x, int count) {
+    uint32_t largest = 0;
+    for (int i = 0; i < count; i++) {
+        uint32_t magnitude;
+        memcpy(&magnitude, x + i, 4);
+        magnitude &= 0x7fffffff;
+        if (magnitude > largest) largest = magnitude;
+    }
+    return bits_to_float(largest);
 }
 
 void quantize(const bt_matrix &m, const Layout &l, const float *x, int8_t *hi, int8_t *lo, float *scales,
@@ -47,12 +61,13 @@ void quantize(const bt_matrix &m, const Layout &l, const float *x, int8_t *hi, i
         for (int start = 0; start < filled; start += l.chunk) {
             const int width = filled - start < l.chunk ? filled - start : l.chunk;
             const int real = there - start < width ? there - start : width;
-            float largest = 0;
-            for (int i = 0; i < real; i++) largest = fmaxf(largest, fabsf(x[first + start + i]));
-            const float inverse = largest > 0 ? limit / largest : 0.0f;
+            const float largest = largest_magnitude(x + first + start, real);
+            const float inverse = limit / largest;
+            // Zeros, and what is as small, have digits of 0. So have infinity and NaN: their scale says it.
+            const bool usable = inverse > 0 && inverse < INFINITY;
             int sum = 0;
             for (int i = 0; i < width; i++) {
-                const int digit = i < real ? static_cast<int>(lrintf(x[first + start + i] * inverse)) : 0;
+                const int digit = usable && i < real ? static_cast<int>(lrintf(x[first + start + i] * inverse)) : 0;
                 const int low = lo != nullptr ? static_cast<int8_t>(digit & 255) : 0;
                 hi[i] = static_cast<int8_t>(lo != nullptr ? (digit - low) >> 8 : digit);
                 if (lo != nullptr) lo[i] = static_cast<int8_t>(low);
@@ -70,41 +85,65 @@ void quantize(const bt_matrix &m, const Layout &l, const float *x, int8_t *hi, i
     }
 }
 
+// 16 columns of a tile times the digits of one row.
+void add_products(const int16_t codes[quantum][tile_rows], const int8_t *hi, const int8_t *lo, int *dot) {
+    int sum[tile_rows] = {};  // what the compiler keeps in registers
+    for (int column = 0; column < quantum; column++) {
+        const int16_t digit = static_cast<int16_t>(lo == nullptr ? hi[column] : hi[column] * 256 + lo[column]);
+#pragma omp simd
+        for (int r = 0; r < tile_rows; r++) sum[r] += codes[column][r] * digit;
+    }
+    for (int r = 0; r < tile_rows; r++) dot[r] += sum[r];
+}
+
+constexpr int most_rows = 8;  // of x, that share an unpacking
+
+void multiply_tile(const bt_matrix &m, const Layout &l, const Input &input, int first_row, int rows, int tile,
+                   float *y, ptrdiff_t stride) {
+    const uint8_t *block = static_cast<const uint8_t *>(m.codes) + tile * l.tile_bytes;
+    float total[most_rows][tile_rows] = {};
+    int column = 0, chunk = 0;
+    for (int group = 0; group < l.groups; group++) {
+        const int64_t at = (static_cast<int64_t>(tile) * l.groups + group) * tile_rows;
+        const int filled = columns_of_group(l, group);
+        float part[most_rows][tile_rows] = {};
+        for (int start = 0; start < filled; start += l.chunk, chunk++) {
+            const int width = filled - start < l.chunk ? filled - start : l.chunk;
+            int dot[most_rows][tile_rows] = {};
+            for (int i = 0; i < width; i += quantum, column += quantum, block += m.bits * 32) {
+                int16_t codes[quantum][tile_rows];
+                unpack(block, m.bits, codes);
+                for (int row = 0; row < rows; row++) {
+                    const int64_t digits = (first_row + row) * input.digits + column;
+                    add_products(codes, input.hi + digits, input.lo == nullptr ? nullptr : input.lo + digits, dot[row]);
+                }
+            }
+            for (int row = 0; row < rows; row++) {
+                const int64_t index = static_cast<int64_t>(first_row + row) * l.chunks + chunk;
+                const int sum = static_cast<int>(input.sums[index]);
+                for (int r = 0; r < tile_rows; r++) {
+                    part[row][r] += input.scales[index] * static_cast<float>(dot[row][r] - zero(m, at + r) * sum);
+                }
+            }
+        }
+        for (int r = 0; r < tile_rows; r++) {
+            const float scale = load(m.scales, m.scale_type, at + r);
+            for (int row = 0; row < rows; row++) total[row][r] += part[row][r] * scale;
+        }
+    }
+    const int first = tile * tile_rows;
+    const int real = m.out_features - first < tile_rows ? m.out_features - first : tile_rows;
+    for (int row = 0; row < rows; row++) {
+        for (int r = 0; r < real; r++) y[(first_row + row) * stride + first + r] = total[row][r];
+    }
+}
+
 void multiply(const bt_matrix &m, const Layout &l, const Input &input, int begin, int end, float *y,
               ptrdiff_t stride) {
     for (int tile = begin; tile < end; tile++) {
-        for (int row = 0; row < input.rows; row++) {
-            const uint8_t *block = static_cast<const uint8_t *>(m.codes) + tile * l.tile_bytes;
-            const int8_t *hi = input.hi + row * input.digits;
-            const int8_t *lo = input.lo == nullptr ? nullptr : input.lo + row * input.digits;
-            const float *scales = input.scales + static_cast<int64_t>(row) * l.chunks;
-            const float *sums = input.sums + static_cast<int64_t>(row) * l.chunks;
-            float total[tile_rows] = {};
-            for (int group = 0; group < l.groups; group++) {
-                const int64_t at = (static_cast<int64_t>(tile) * l.groups + group) * tile_rows;
-                const int filled = columns_of_group(l, group);
-                float part[tile_rows] = {};
-                for (int start = 0; start < filled; start += l.chunk, scales++, sums++) {
-                    const int width = filled - start < l.chunk ? filled - start : l.chunk;
-                    int dot[tile_rows] = {};
-                    for (int i = 0; i < width; i += quantum, block += m.bits * 32) {
-                        uint8_t codes[quantum][tile_rows];
-                        unpack(block, m.bits, codes);
-                        for (int column = 0; column < quantum; column++) {
-                            const int digit = lo == nullptr ? *hi++ : *hi++ * 256 + *lo++;
-                            for (int r = 0; r < tile_rows; r++) dot[r] += codes[column][r] * digit;
-                        }
-                    }
-                    for (int r = 0; r < tile_rows; r++) {
-                        const float zero = m.zeros == nullptr ? static_cast<float>(1 << (m.bits - 1)) : m.zeros[at + r];
-                        part[r] += *scales * (static_cast<float>(dot[r]) - zero * *sums);
-                    }
-                }
-                for (int r = 0; r < tile_rows; r++) total[r] += part[r] * load(m.scales, m.scale_type, at + r);
-            }
-            const int first = tile * tile_rows;
-            const int real = m.out_features - first < tile_rows ? m.out_features - first : tile_rows;
-            for (int r = 0; r < real; r++) y[row * stride + first + r] = total[r];
+        for (int row = 0; row < input.rows; row += most_rows) {
+            const int rows = input.rows - row < most_rows ? input.rows - row : most_rows;
+            multiply_tile(m, l, input, row, rows, tile, y, stride);
         }
     }
 }
@@ -127,16 +166,15 @@ void dequantize(const bt_matrix &m, const Layout &l, int begin, int end, float *
         const uint8_t *block = static_cast<const uint8_t *>(m.codes) + tile * l.tile_bytes;
         for (int group = 0; group < l.groups; group++) {
             const int64_t at = (static_cast<int64_t>(tile) * l.groups + group) * tile_rows + r;
-            const int zero = m.zeros == nullptr ? 1 << (m.bits - 1) : m.zeros[at];
             const float scale = load(m.scales, m.scale_type, at);
             const int first = group * m.group_size;
             const int there = m.in_features - first < m.group_size ? m.in_features - first : m.group_size;
             for (int start = 0; start < columns_of_group(l, group); start += quantum, block += m.bits * 32) {
-                uint8_t codes[quantum][tile_rows];
+                int16_t codes[quantum][tile_rows];
                 unpack(block, m.bits, codes);
                 for (int i = 0; i < quantum && start + i < there; i++) {
                     out[static_cast<int64_t>(row - begin) * m.in_features + first + start + i] =
-                        scale * static_cast<float>(codes[i][r] - zero);
+                        scale * static_cast<float>(codes[i][r] - zero(m, at));
                 }
             }
         }

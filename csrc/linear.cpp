@@ -76,6 +76,7 @@ Input rows_of(const Digits &d, int begin, int end) {
 struct Share {
     Output output;
     const Digits *digits;  // null for floats
+    Layout layout;         // of the matrix: those that share digits may have other rows and bits
     int units, strip, strips;
     int jobs;
 };
@@ -142,8 +143,9 @@ int linear(bt_context *c, const Output *outputs, int count, int activations, int
         s.digits = kind_of[j] < 0 ? nullptr : &digits[kind_of[j]];
         int64_t unit_bytes;
         if (s.digits != nullptr) {
-            s.units = s.digits->layout.tiles;
-            unit_bytes = s.digits->layout.tile_bytes;
+            s.layout = layout_of(m, activations);
+            s.units = s.layout.tiles;
+            unit_bytes = s.layout.tile_bytes;
         } else {
             s.units = m.out_features;
             unit_bytes = static_cast<int64_t>(m.in_features) * (m.type == BT_F32 ? 4 : 2);
@@ -163,7 +165,7 @@ int linear(bt_context *c, const Output *outputs, int count, int activations, int
         const int first = job / s.strips * row_block, last = first + row_block < rows ? first + row_block : rows;
         float *y = s.output.y + first * s.output.stride;
         if (s.digits != nullptr) {
-            k.multiply(*s.output.matrix, s.digits->layout, rows_of(*s.digits, first, last), begin, end, y,
+            k.multiply(*s.output.matrix, s.layout, rows_of(*s.digits, first, last), begin, end, y,
                        s.output.stride);
         } else {
             k.multiply_dense(*s.output.matrix, x + first * x_stride, x_stride, last - first, begin, end, y,
@@ -245,8 +247,8 @@ int bt_pack(bt_context *c, int out_features, int in_features, int bits, int grou
 }
 
 int bt_dequantize(bt_context *c, const bt_matrix *m, int begin, int end, float *out) {
-    if (c == nullptr || m == nullptr || out == nullptr || !valid(*m) || m->type != BT_CODES || begin < 0 ||
-        end < begin || end > m->out_features) {
+    if (c == nullptr || m == nullptr || !valid(*m) || m->type != BT_CODES || begin < 0 || end < begin ||
+        end > m->out_features || (out == nullptr && begin < end)) {
         return BT_BAD_ARGUMENT;
     }
     const Layout l = layout_of(*m, BT_A16);
@@ -262,7 +264,8 @@ int bt_dequantize(bt_context *c, const bt_matrix *m, int begin, int end, float *
 
 int bt_linear(bt_context *c, const bt_matrix *const *matrices, int count, int activations, int rows, const float *x,
               ptrdiff_t x_stride, float *const *y, const ptrdiff_t *y_strides) {
-    if (c == nullptr || x == nullptr || rows < 0 || count < 1 || count > most_matrices) return BT_BAD_ARGUMENT;
+    if (c == nullptr || rows < 0 || (x == nullptr && rows > 0)) return BT_BAD_ARGUMENT;
+    if (count < 1 || count > most_matrices) return BT_BAD_ARGUMENT;
     if (activations != BT_A16 && activations != BT_A8) return BT_BAD_ARGUMENT;
     Output outputs[most_matrices];
     for (int j = 0; j < count; j++) {

@@ -1,30 +1,133 @@
 // What a decoder does between its matrices: one source, compiled once per instruction set.
 //
 // Every file of kernels includes this one and gets functions of its own (static), so that no code of a newer
-// instruction set can leak into an older one. Loops are written for the compiler to vectorize.
+// instruction set can leak into an older one. No result depends on how rows are shared among threads or calls.
 #ifndef BITTERN_OPS_H
 #define BITTERN_OPS_H
 
-#include "kernels.h"
+#include "flash.h"
+#include "half.h"
+#include "vector.h"
+#include "vector_ops.h"
 
 namespace bittern {
-
-struct VectorOps {
-    // out[i] = x[i] / rms(x) * weight[i]
-    void (*rms_norm)(const float *x, const float *weight, float epsilon, int size, float *out);
-};
 
 namespace {
 
 void rms_norm(const float *x, const float *weight, float epsilon, int size, float *out) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int i = 0; i < size; i++) sum += x[i] * x[i];
+    using namespace wide;
+    Floats sums[4] = {};
+    int i = 0;
+    for (; i + 4 * lanes <= size; i += 4 * lanes) {
+        for (int j = 0; j < 4; j++) {
+            const Floats v = load(x + i + j * lanes);
+            sums[j] += v * v;
+        }
+    }
+    for (; i < size; i += lanes) {
+        const Floats v = size - i < lanes ? load_some(x + i, size - i) : load(x + i);
+        sums[0] += v * v;
+    }
+    const float sum = sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
     const float factor = 1.0f / __builtin_sqrtf(sum / static_cast<float>(size) + epsilon);
-    for (int i = 0; i < size; i++) out[i] = x[i] * factor * weight[i];
+#pragma omp simd
+    for (int j = 0; j < size; j++) out[j] = x[j] * factor * weight[j];
 }
 
-const VectorOps ops = {rms_norm};
+void add(const float *y, int size, float *x) {
+#pragma omp simd
+    for (int i = 0; i < size; i++) x[i] += y[i];
+}
+
+// f of 16 at a time over x, in place.
+template <typename F>
+inline void each(float *x, int size, F f) {
+    using namespace wide;
+    int i = 0;
+    for (; i + lanes <= size; i += lanes) store(x + i, f(load(x + i), i, lanes));
+    if (i < size) store_some(x + i, f(load_some(x + i, size - i), i, size - i), size - i);
+}
+
+void gate(int activation, const float *up, int size, float *x) {
+    using namespace wide;
+    auto other = [up](int i, int count) { return count == lanes ? load(up + i) : load_some(up + i, count); };
+    if (activation == BT_SILU) {
+        each(x, size, [&](Floats v, int i, int count) { return v * sigmoid(v) * other(i, count); });
+    } else {
+        // gelu(x) = x (1 + tanh u) / 2 = x sigmoid(2u), u = sqrt(2 / pi) (x + 0.044715 x^3)
+        each(x, size, [&](Floats v, int i, int count) {
+            const Floats u = 1.5957691216f * (v + 0.044715f * v * v * v);
+            return v * sigmoid(u) * other(i, count);
+        });
+    }
+}
+
+void cap(float limit, int size, float *x) {
+    each(x, size, [limit](wide::Floats v, int, int) { return wide::capped(v, limit); });
+}
+
+void embed(int type, const void *row, float scale, int size, float *out) {
+    const float *floats = static_cast<const float *>(row);
+    const uint16_t *halves = static_cast<const uint16_t *>(row);
+    if (type == BT_F32) {
+        for (int i = 0; i < size; i++) out[i] = scale * floats[i];
+    } else if (type == BT_F16) {
+        for (int i = 0; i < size; i++) out[i] = scale * half_to_float(halves[i]);
+    } else {
+        for (int i = 0; i < size; i++) out[i] = scale * bfloat_to_float(halves[i]);
+    }
+}
+
+void head(const Head &h, const float *x, float *out) {
+    const int half = h.rotary / 2;
+    if (h.bias != nullptr) {
+#pragma omp simd
+        for (int i = 0; i < h.size; i++) out[i] = x[i] + h.bias[i];
+        x = out;
+    }
+    if (h.norm != nullptr) {
+        rms_norm(x, h.norm, h.epsilon, h.size, out);
+        x = out;
+    }
+#pragma omp simd
+    for (int i = 0; i < half; i++) {
+        const float a = x[i], b = x[i + half];
+        out[i] = (a * h.cos[i] - b * h.sin[i]) * h.scale;
+        out[i + half] = (b * h.cos[i] + a * h.sin[i]) * h.scale;
+    }
+    for (int i = h.rotary; i < h.size; i++) out[i] = x[i] * h.scale;
+    for (int i = h.size; i < h.width; i++) out[i] = 0;
+}
+
+// To the nearest, ties to even; NaN stays NaN.
+inline uint16_t to_bfloat(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>(bits >> 16 | 0x40);
+    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+void append(int type, const float *x, int width, int step, void *out, float *scale) {
+    if (type == BT_F32) {
+        float *to = static_cast<float *>(out);
+        for (int i = 0; i < width; i++) to[i * step] = x[i];
+    } else if (type == BT_BF16) {
+        uint16_t *to = static_cast<uint16_t *>(out);
+        for (int i = 0; i < width; i++) to[i * step] = to_bfloat(x[i]);
+    } else {
+        int8_t *to = static_cast<int8_t *>(out);
+        float largest = 0;
+        for (int i = 0; i < width; i++) {
+            const float size = __builtin_fabsf(x[i]);
+            largest = size > largest ? size : largest;
+        }
+        const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+        for (int i = 0; i < width; i++) to[i * step] = static_cast<int8_t>(__builtin_rintf(x[i] * inverse));
+        *scale = largest / 127.0f;
+    }
+}
+
+const VectorOps ops = {rms_norm, add, gate, cap, embed, head, append, attend, merge, finish};
 
 }  // namespace
 

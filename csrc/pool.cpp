@@ -12,7 +12,8 @@ namespace bittern {
 
 namespace {
 
-constexpr int stage_bits = 24, count_bits = 20;
+// A stage's number may come round again: a claim of a word that is the present one is a claim of the present stage.
+constexpr int stage_bits = 16, count_bits = 24;
 constexpr uint64_t count_mask = (1u << count_bits) - 1, stage_mask = (1u << stage_bits) - 1;
 // A stage of a small model takes 5 to 50 us, and the serial part between two of them 1 to 3.
 constexpr int64_t spin_ns = 50'000;
@@ -93,7 +94,9 @@ void *Pool::enter(void *start) {
 // A successful claim keeps the stage alive until the job is done, so job_ and arguments_ are safe to read after it.
 bool Pool::claim_one(uint64_t word, int thread) {
     if (next_of(word) >= jobs_of(word)) return false;
-    if (!word_.compare_exchange_strong(word, word + 1, std::memory_order_acq_rel, std::memory_order_relaxed)) return true;
+    const bool claimed =
+        word_.compare_exchange_strong(word, word + 1, std::memory_order_acq_rel, std::memory_order_relaxed);
+    if (!claimed) return true;
     const uint32_t jobs = static_cast<uint32_t>(jobs_of(word));
     job_(arguments_, static_cast<int>(next_of(word)), thread);
     if (done_.fetch_add(1, std::memory_order_seq_cst) + 1 == jobs && thread != 0 &&
@@ -124,8 +127,9 @@ void Pool::publish(int jobs, Job job, void *arguments) {
 
 void Pool::work(int thread) {
     for (;;) {
+        // In one order with asleep_: either this sees the new stage, or its publisher sees a sleeper.
         auto free_job = [&] {
-            const uint64_t word = word_.load(std::memory_order_acquire);
+            const uint64_t word = word_.load(std::memory_order_seq_cst);
             return next_of(word) < jobs_of(word);
         };
         while (claim_one(word_.load(std::memory_order_acquire), thread)) {

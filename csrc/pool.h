@@ -26,7 +26,7 @@ class Pool {
     int threads() const { return threads_; }
 
     // f(job, thread) for every job in [0, jobs), in any order, on any thread; all are done on return.
-    // Fewer than 2^20 jobs; one caller at a time.
+    // Fewer than 2^24 jobs; one caller at a time.
     template <typename F>
     void run(int jobs, F &&f) {
         if (jobs <= 0) return;

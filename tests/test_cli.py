@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import bittern
 from bittern import cli
 from bittern.options import byte_size, layer_bits
+from bittern.runtime import native
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = [*("the", "a", "red", "blue", "small", "big", "and", "then"), *("sees", "likes", "finds", "eats")]
@@ -152,6 +153,11 @@ def fails(outcome: Outcome, code: int, *parts: str) -> None:
         (["convert", "m", "-o", "o", "--dtype", "int8"], ["--dtype", "bf16", "fp16", "fp32", "'int8'"]),
         (["run", "m", "--temperature", "-1"], ["--temperature"]),
         (["run", "m", "--top-p", "1.5"], ["--top-p"]),
+        (["run", "m", "--activations", "a4"], ["--activations", "a16", "a8"]),
+        (["run", "m", "--lm-head-bits", "4"], ["--lm-head-bits", "8"]),
+        (["run", "m", "--kv-cache", "int4"], ["--kv-cache", "fp32", "bf16", "int8"]),
+        (["run", "m", "--threads", "0"], ["--threads"]),
+        (["eval", "m", "--kernels", "fast"], ["--kernels", "auto", "native", "torch"]),
         (["eval", "m"], ["--text", "--tasks"]),
         (["eval", "m", "--tasks", "t", "--against", "b"], ["--against", "--text"]),
     ],
@@ -366,7 +372,7 @@ def test_cuda_without_a_cuda_device(run: Bittern, model: Path, text: Path, tmp_p
 def test_run_writes_text_and_ends_with_the_figures(run: Bittern, artifact: Path) -> None:
     options = ["--prompt", "the cat sees", "--max-new-tokens", 5, "--temperature", 0, "--ignore-eos"]
     plain = run("run", artifact, *options)
-    assert plain.code == 0 and plain.err == "" and plain.out.strip()
+    assert plain.code == 0 and re.fullmatch(r"kernels: (native|torch)[^\n]*\n", plain.err) and plain.out.strip()
     shown = run("run", artifact, *options, "--json")
     figures = json.loads(shown.out)
     assert figures["text"].strip() == plain.out.strip()
@@ -376,6 +382,42 @@ def test_run_writes_text_and_ends_with_the_figures(run: Bittern, artifact: Path)
         *("prefill_tokens_per_second", "decode_tokens_per_second"),
     }
     assert figures["peak_memory_bytes"] > 10**7
+
+
+def test_run_continues_several_prompts(run: Bittern, artifact: Path) -> None:
+    prompts, options = ["the cat sees", "a", "the small dog finds a red"], ["--max-new-tokens", 4, "--ignore-eos"]
+    alone = [json.loads(run("run", artifact, "--prompt", prompt, *options, "--json").out) for prompt in prompts]
+    several = [argument for prompt in prompts for argument in ("--prompt", prompt)]
+    shown = json.loads(run("run", artifact, *several, *options, "--json").out)
+    assert [found["text"] for found in shown["results"]] == [found["text"] for found in alone]
+    assert shown["load_seconds"] > 0 and shown["peak_memory_bytes"] > 10**7
+    plain = run("run", artifact, *several, *options)
+    expected = "".join(f"> {prompt}\n{found['text']}\n" for prompt, found in zip(prompts, alone, strict=True))
+    assert plain.code == 0 and plain.out == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--kernels", "torch"], "kernels: torch\n"),
+        (["--activations", "a8", "--threads", 1], "activations a8"),
+        (["--lm-head-bits", 8], "kernels: "),
+        (["--kv-cache", "int8"], "kernels: "),
+        (["--kv-cache", "bf16", "--kernels", "torch"], "kernels: torch\n"),
+    ],
+)
+def test_run_says_what_computes(run: Bittern, artifact: Path, options: list[object], said: str) -> None:
+    shown = run("run", artifact, "--prompt", "the cat", "--max-new-tokens", 3, "--ignore-eos", *options)
+    assert shown.code == 0 and shown.out.strip()
+    assert said in shown.err or not native.available()
+
+
+def test_run_without_native_kernels(run: Bittern, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_load", lambda: (None, "it was not built"))
+    options = ["--prompt", "the cat", "--max-new-tokens", 3]
+    shown = run("run", artifact, *options)
+    assert shown.code == 0 and shown.err == "kernels: torch (native runtime: it was not built)\n"
+    fails(run("run", artifact, *options, "--kernels", "native"), 1, "native runtime: it was not built")
 
 
 def test_run_takes_unquantized_models_and_stdin(run: Bittern, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,7 +476,7 @@ def test_eval_against_the_base(run: Bittern, model: Path, artifact: Path, text: 
 def test_eval_says_when_the_text_is_short(run: Bittern, model: Path, text: Path) -> None:
     shown = run("eval", model, "--text", text, "--seqlen", 32, "--windows", 1000)
     assert shown.code == 0 and re.search(r"^perplexity +\d", shown.out, re.MULTILINE)
-    assert re.fullmatch(r"note: .*1000 windows asked for, 125 found\n", shown.err)
+    assert re.fullmatch(r"note: .*1000 windows asked for, 125 found\nkernels: .*\n", shown.err)
 
 
 @pytest.mark.parametrize(

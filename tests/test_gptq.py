@@ -8,9 +8,9 @@ from torch import Tensor
 
 from bittern.errors import BitternError
 from bittern.quantize import gptq as solver
-from bittern.quantize.gptq import factorize, gptq, round_to_nearest
+from bittern.quantize.gptq import factorize, gptq
 from bittern.quantize.grid import search_grid
-from bittern.weight import QuantSpec
+from bittern.weight import QuantSpec, round_to_nearest
 
 SPECS = [QuantSpec(bits, group_size, sym) for bits in (2, 3, 4, 8) for group_size in (16, -1) for sym in (True, False)]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from bittern.errors import BitternError
-from bittern.quantize.grid import min_max_grid, round_scale, search_grid
-from bittern.weight import QuantSpec
+from bittern.quantize.grid import search_grid
+from bittern.weight import QuantSpec, min_max_grid, round_scale
 
 
 def weighted_error(weight: Tensor, importance: Tensor, spec: QuantSpec, scales: Tensor, zeros: Tensor) -> Tensor:

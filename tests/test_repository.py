@@ -16,7 +16,7 @@ import bittern
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COVERED_BY_FOLDER = ("tests/", "benchmarks/", "docs/", ".ci/", "bittern/demo/model/")
+COVERED_BY_FOLDER = ("tests/", "benchmarks/", "docs/", ".ci/", "csrc/", "bittern/demo/model/")
 """Folders whose files share the phrase of the folder."""
 
 
@@ -86,7 +86,7 @@ def test_the_constraints_pin_every_dependency_exactly() -> None:
 
 def test_dev_knows_its_commands() -> None:
     shown = subprocess.run([ROOT / "dev", "help"], capture_output=True, text=True, check=True).stdout
-    for command in ("setup", "demo", "test", "check", "bench"):
+    for command in ("setup", "demo", "test", "check", "check-native", "bench"):
         assert re.search(rf"^  {command} ", shown, re.MULTILINE)
     wrong = subprocess.run([ROOT / "dev", "nonsense"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2 and "usage:" in wrong.stderr

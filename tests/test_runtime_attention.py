@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from bittern.errors import BitternError
-from bittern.runtime import attention
+from bittern.runtime import attention, native
+from bittern.runtime.cache import new_cache
+from bittern.runtime.flash import flash_attention
 
 SMALL = {
     "vocab_size": 97,
@@ -78,6 +80,7 @@ def test_refuses_what_it_would_ignore() -> None:
         attention.attention(nn.Linear(1, 1), states, states, states, None, softcap=30.0)
 
 
+BIASED = "bittern_alibi" if native.available() else "eager"
 OWN: dict[str, tuple[str, dict[str, Any]]] = {
     "grouped": ("llama", {"num_key_value_heads": 2}),
     "multi-head": ("llama", {}),
@@ -117,13 +120,104 @@ def test_models_compute_what_their_eager_code_does(kind: str, padded: bool) -> N
     torch.testing.assert_close(found[seen], expected[seen], atol=1e-4, rtol=1e-4)
 
 
+ALIBI: dict[str, tuple[str, dict[str, Any]]] = {
+    "bloom": ("bloom", {"n_layer": 2, "n_head": 4}),
+    "bloom, heads no power of two": ("bloom", {"n_layer": 2, "n_head": 6, "hidden_size": 48}),
+    "mpt": ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}),
+    "mpt, heads no power of two": ("mpt", {"d_model": 48, "n_heads": 6, "n_layers": 2, "max_seq_len": 64}),
+}
+
+
+@pytest.mark.skipif(not native.available(), reason=f"native runtime: {native.why_not()}")
+@pytest.mark.parametrize("kind", ALIBI)
+@pytest.mark.parametrize("case", ["plain", "padded", "cached", "single", "gradient"])
+def test_linear_biases_without_the_matrix_of_scores(kind: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    family, options = ALIBI[kind]
+    model = tiny(family, **options)
+    ids = torch.randint(97, (2, 1 if case == "single" else 19), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    if case == "padded":
+        mask[0, :6] = 0
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+    assert attention.use(model) == "bittern_alibi"
+    from bittern.runtime import alibi
+
+    seen: list[int] = []
+
+    def spy(query: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        seen.append(query.shape[2])
+        return flash_attention(query, *arguments, **options)
+
+    monkeypatch.setattr(alibi, "flash_attention", spy)
+    if case == "gradient":
+        found = model(ids, attention_mask=mask).logits
+        found.sum().backward()
+    else:
+        with torch.no_grad():
+            if case == "cached":
+                cache = new_cache(model.config, 19)
+                parts = [ids[:, :12], ids[:, 12:13], ids[:, 13:16], ids[:, 16:17], ids[:, 17:]]
+                found = torch.cat([model(part, past_key_values=cache, use_cache=True).logits for part in parts], dim=1)
+            else:
+                found = model(ids, attention_mask=mask).logits
+    # Steps of several tokens behind others are left to transformers, and so is what is padded.
+    counts = {"plain": [19], "single": [1], "cached": [12, 1, 1]}.get(case, [])
+    assert seen == [count for count in counts for _ in range(2)]
+    shown = mask.bool()
+    torch.testing.assert_close(found[shown], expected[shown], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["window", "mixed windows"])
+@pytest.mark.parametrize("where", ["native", "torch", "half"])
+def test_windows_are_not_written_out(kind: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if where == "native" and not native.available():
+        pytest.skip(f"native runtime: {native.why_not()}")
+    if where == "torch":
+        monkeypatch.setattr(native, "_load", lambda: (None, "not here"))
+    family, options = OWN[kind]
+    model = tiny(family, **options)
+    if where == "half":
+        model = cast(Any, model).bfloat16()
+    ids = torch.randint(97, (2, 19), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(ids).logits
+        attention.use(model)
+        masks: list[Any] = []
+        actual = attention.attention
+
+        def spy(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+            masks.append(mask)
+            return actual(module, query, key, value, mask, **kwargs)
+
+        AttentionInterface.register(attention.NAME, spy)
+        found = model(ids).logits
+    AttentionInterface.register(attention.NAME, actual)
+    assert all(mask is None or mask.shape == (1, 1, 5, 0) for mask in masks)
+    assert any(mask is not None for mask in masks)
+    tolerance = 0.1 if where == "half" else 1e-4
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+
+
+def test_chunks_are_no_windows() -> None:
+    """Llama 4's chunks have a local size too."""
+    config = AutoConfig.for_model("llama", **SMALL)
+    config.attention_chunk_size = config.sliding_window = 4
+    options: dict[str, Any] = {"batch_size": 1, "q_length": 8, "kv_length": 8, "local_size": 4, "device": "cpu"}
+    assert attention._mask(**options, config=config).shape == (1, 1, 8, 8)  # type: ignore[union-attr]
+    config.attention_chunk_size = None
+    assert attention._mask(**options, config=config).shape == (1, 1, 4, 0)  # type: ignore[union-attr]
+    packed = {**options, "allow_is_causal_skip": False}
+    assert attention._mask(**packed, config=config).shape == (1, 1, 8, 8)  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize(
     ("family", "options", "expected"),
     [
         ("gemma2", {"num_key_value_heads": 2, "head_dim": 8}, "eager"),
         ("gpt_oss", {"num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 2}, "eager"),
-        ("bloom", {"n_layer": 2, "n_head": 4}, "eager"),
-        ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2}, "eager"),
+        ("bloom", {"n_layer": 2, "n_head": 4}, BIASED),
+        ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2}, BIASED),
         ("gptj", {**GPT, "rotary_dim": 4}, "eager"),
         ("falcon", {"alibi": True}, "sdpa"),
     ],

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from bittern.errors import BitternError
 from bittern.runtime import attention
-from bittern.runtime.cache import PreallocatedLayer, new_cache
+from bittern.runtime.cache import CompactLayer, PreallocatedLayer, new_cache
 
 SMALL = {
     "vocab_size": 97,
@@ -95,3 +96,32 @@ def test_survives_reordering_and_cropping() -> None:
     keys, values = layer.update(states[:, :, 4:], states[:, :, 4:])
     expected = torch.cat([states[[2, 0, 0], :, :3], states[:, :, 4:]], dim=2)
     assert torch.equal(keys, expected) and torch.equal(values, expected)
+
+
+@pytest.mark.parametrize("stored", ["bf16", "int8"])
+def test_compact_layers_round_each_position_by_itself(stored: str) -> None:
+    layer = CompactLayer(4, stored)
+    states = 10 ** torch.linspace(-3, 3, 9)[:, None] * torch.randn(
+        2, 3, 9, 16, generator=torch.Generator().manual_seed(0)
+    )
+    states[0, 1, 2] = 0
+    layer.update(states[:, :, :4], -states[:, :, :4])
+    layer.update(states[:, :, 4:8], -states[:, :, 4:8])
+    layer.crop(-2)
+    layer.reorder_cache(torch.LongTensor([1, 0]))
+    keys, values = layer.update(states[[1, 0], :, 6:], -states[[1, 0], :, 6:])
+    expected = states[[1, 0]]
+    assert layer.get_seq_length() == 9 and keys.dtype == torch.float32
+    # Half a step: of 2^-7 of each value, or of the largest of a position over 127 (and fp32's own rounding).
+    step = expected.abs() * 2**-7 if stored == "bf16" else expected.abs().amax(-1, keepdim=True) / 127 * 1.0001
+    for found, wanted in ((keys, expected), (values, -expected)):
+        assert bool(((found - wanted).abs() <= step / 2).all())
+    assert layer.keys is not None
+    assert layer.keys.element_size() * layer.keys.shape[-1] == {"bf16": 32, "int8": 20}[stored]
+
+
+def test_another_way_to_store() -> None:
+    config = AutoConfig.for_model("llama", **SMALL)
+    with pytest.raises(BitternError, match="kv_cache: expected one of fp32, bf16, int8, found 'int4'"):
+        new_cache(config, 8, "int4")
+    assert all(type(layer) is PreallocatedLayer for layer in new_cache(config, 8, "fp32").layers)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,8 +14,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 import bittern
 from bittern.errors import BitternError
-from bittern.runtime import attention
-from bittern.runtime.generate import GenerationOptions, GenerationResult, _Chooser, _TextStream, chat_prompt, generate
+from bittern.runtime import attention, native
+from bittern.runtime.generate import (
+    GenerationOptions,
+    GenerationResult,
+    _Chooser,
+    chat_prompt,
+    generate,
+    generate_batch,
+)
+from bittern.runtime.step import can_batch, make_step, native_decoder
+from bittern.runtime.stream import TextStream
 
 TEXT = "The naïve café owner said: “déjà vu!” 🦆🦆 and the brown duck 🦆 swam away. 東京は夜。" * 3
 SMALL = {
@@ -173,7 +183,7 @@ def test_stream_gives_whole_characters(cut: int, tokenizer: PreTrainedTokenizerF
     ids = ids_of(tokenizer, TEXT)[0].tolist()
     while "\ufffd" in tokenizer.decode(ids[:cut]):  # a prompt ends with a whole character
         cut += 1
-    stream = _TextStream(tokenizer, ids[:cut], ())
+    stream = TextStream(tokenizer, ids[:cut], ())
     pieces = [stream.add(token) for token in ids[cut:]]
     assert "" in pieces  # some characters are several tokens
     assert not any("\ufffd" in piece for piece in pieces)
@@ -183,7 +193,7 @@ def test_stream_gives_whole_characters(cut: int, tokenizer: PreTrainedTokenizerF
 def test_stream_leaves_special_tokens_and_broken_bytes_out(tokenizer: PreTrainedTokenizerFast) -> None:
     duck = ids_of(tokenizer, "🦆")[0].tolist()
     ids = ids_of(tokenizer, "duck")[0].tolist()
-    stream = _TextStream(tokenizer, ids, ())
+    stream = TextStream(tokenizer, ids, ())
     assert [stream.add(token) for token in (0, *ids, 1, *duck[:-1])][-1] == ""
     assert stream.finish() == ""
 
@@ -194,9 +204,9 @@ def test_sentencepiece_spaces() -> None:
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     tokenizer = fast(backend)
-    stream = _TextStream(tokenizer, [1, 3], ())
+    stream = TextStream(tokenizer, [1, 3], ())
     assert [stream.add(token) for token in (4, 5, 6, 7)] == [" upon", " a", " ", "time"]
-    assert [_TextStream(tokenizer, [1], ()).add(3)] == ["Once"]
+    assert [TextStream(tokenizer, [1], ()).add(3)] == ["Once"]
 
 
 @pytest.mark.parametrize(
@@ -211,11 +221,111 @@ def test_sentencepiece_spaces() -> None:
         ("a", {"top_p": 1.5}, r"top_p: expected more than 0 and at most 1, found 1\.5"),
         ("a", {"repetition_penalty": 0.0}, r"repetition_penalty: expected more than 0, found 0\.0"),
         ("a", {"stop": ("x", "")}, "stop: expected texts that are not empty"),
+        ("a", {"kv_cache": "int4"}, "kv_cache: expected one of fp32, bf16, int8, found 'int4'"),
     ],
 )
 def test_refuses(prompt: str, options: dict[str, Any], message: str, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(BitternError, match=message):
         run(tiny(tokenizer), tokenizer, prompt, **options)
+
+
+BATCHED: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 2},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 5},
+    "gemma3_text": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 5, "num_hidden_layers": 7},
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 5},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "gpt_neox": {},
+    "falcon": {"alibi": True},
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64},
+    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4},
+    "mamba": {"state_size": 4},
+    "lfm2": {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]},
+}
+ALONE = ("mamba", "lfm2")
+
+
+@pytest.mark.parametrize("family", BATCHED)
+def test_a_batch_is_what_its_prompts_are_alone(family: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny(tokenizer, family, **BATCHED[family])
+    prompts = [ids_of(tokenizer, text) for text in ("The brown", "d", "duck swam away. The na")]
+    assert len({prompt.numel() for prompt in prompts}) == 3
+    options = GenerationOptions(max_new_tokens=12, ignore_eos=True)
+    alone = [generate(model, tokenizer, prompt, options, lambda text: None) for prompt in prompts]
+    together = generate_batch(model, tokenizer, prompts, options)
+    assert can_batch(model) == (family not in ALONE)
+    for one, other in zip(alone, together, strict=True):
+        assert (other.token_ids, other.text, other.prompt_tokens) == (one.token_ids, one.text, one.prompt_tokens)
+
+
+def test_sequences_of_a_batch_end_by_themselves(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny(tokenizer)
+    prompts = [ids_of(tokenizer, text) for text in ("The brown", "d", "duck swam away")]
+    options = GenerationOptions(max_new_tokens=20, ignore_eos=True)
+    whole = generate_batch(model, tokenizer, prompts, options)
+    stop = whole[1].text[3:5]
+    ended = generate_batch(model, tokenizer, prompts, replace(options, stop=(stop,)))
+    assert ended[1].finish_reason == "stop" and ended[1].new_tokens < 20
+    for one, other in zip(ended, whole, strict=True):
+        assert one.text == other.text.partition(stop)[0]
+    sampled = replace(options, temperature=1.2, seed=5, repetition_penalty=1.3)
+    alone = [generate(model, tokenizer, prompt, sampled, lambda text: None).token_ids for prompt in prompts]
+    assert [result.token_ids for result in generate_batch(model, tokenizer, prompts, sampled)] == alone
+    assert generate_batch(model, tokenizer, [], options) == []
+    filled = generate_batch(model, tokenizer, prompts, replace(options, max_new_tokens=None))
+    assert [result.prompt_tokens + result.new_tokens for result in filled] == [64] * 3
+
+
+@pytest.mark.skipif(not native.available(), reason=f"native runtime: {native.why_not()}")
+@pytest.mark.parametrize("kv_cache", [None, "bf16", "int8"])
+def test_the_native_decoder_says_what_the_layers_say(
+    kv_cache: str | None, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny(tokenizer, num_key_value_heads=2).save_pretrained(tmp_path)
+    prompts = [ids_of(tokenizer, text) for text in ("The brown", "d", "duck swam away. The na")]
+    options = GenerationOptions(max_new_tokens=12, ignore_eos=True, kv_cache=kv_cache)
+    model, layers = (bittern.load(tmp_path, device="cpu", decoder=decoder) for decoder in (True, False))
+    assert native_decoder(model) is not None and native_decoder(layers) is None
+    monkeypatch.setattr(model, "forward", None)  # it is not called
+    alone = [generate(model, tokenizer, prompt, options, lambda text: None).token_ids for prompt in prompts]
+    assert [result.token_ids for result in generate_batch(model, tokenizer, prompts, options)] == alone
+    filling = replace(options, max_new_tokens=None)  # the shortest prompt has the most room
+    filled = generate_batch(model, tokenizer, prompts, filling)
+    assert [result.prompt_tokens + result.new_tokens for result in filled] == [64] * 3
+    if kv_cache is None:
+        assert [
+            generate(layers, tokenizer, prompt, options, lambda text: None).token_ids for prompt in prompts
+        ] == alone
+    assert native_decoder(cast(Any, model).bfloat16()) is None
+
+
+def test_a_prompt_of_a_batch_that_does_not_fit(tokenizer: PreTrainedTokenizerFast) -> None:
+    prompts = [ids_of(tokenizer, "d"), ids_of(tokenizer, "a b c" * 12)]
+    with pytest.raises(BitternError, match="do not fit a context of 64"):
+        generate_batch(tiny(tokenizer), tokenizer, prompts, GenerationOptions(max_new_tokens=30))
+
+
+@pytest.mark.parametrize(("kv_cache", "bound"), [("bf16", 2**-8), ("int8", 1 / 127)])
+def test_smaller_caches(kv_cache: str, bound: float, tokenizer: PreTrainedTokenizerFast) -> None:
+    """The logits that a step sees are off by about the rounding of keys and values, and by no more than it."""
+    model = tiny(tokenizer, num_key_value_heads=2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(0.5)
+    prompt = ids_of(tokenizer, "duck swam away")[0].tolist()
+    found = {}
+    for stored in (None, "fp32", kv_cache):
+        step = make_step(model, [prompt], [30], stored)
+        with torch.no_grad():
+            found[stored] = torch.stack([step([prompt])[0], *(step([[token]])[0] for token in (5, 9, 200))])
+    assert torch.equal(found["fp32"], found[None])
+    error = (found[kv_cache] - found[None]).norm() / found[None].norm()
+    assert 1e-6 < error < 8 * bound
+    result = run(model, tokenizer, kv_cache=kv_cache)
+    assert result.new_tokens == 24
 
 
 def test_fills_the_context_when_no_number_is_given(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from bittern.runtime.linear import _STEP, PackedExperts, PackedMatrix, QuantLinear
+from bittern.runtime.linear import PackedExperts, QuantLinear
+from bittern.runtime.packed import _STEP, PackedMatrix
 from bittern.weight import BITS, QuantSpec, QuantWeight
 
 

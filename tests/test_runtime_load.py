@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable
@@ -18,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import bittern
 from bittern.errors import BitternError
 from bittern.formats import gptq
-from bittern.runtime.linear import PackedExperts, QuantLinear
+from bittern.runtime import native
+from bittern.runtime.linear import NativeMatrix, PackedExperts, QuantLinear
 from bittern.weight import QuantSpec, QuantWeight
 
 SMALL = {
@@ -146,10 +148,21 @@ def make(
     return made
 
 
-def assert_same_logits(found: PreTrainedModel, expected: PreTrainedModel) -> None:
+# The inputs of a native matrix are rounded to 16 bits; two blocks deep that is a few parts in a hundred thousand.
+ROUNDING = 2e-4
+
+
+def assert_same_logits(found: PreTrainedModel, expected: PreTrainedModel, kernels: str = "torch") -> None:
     ids = torch.randint(3, 96, (2, 17), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
-        torch.testing.assert_close(found(ids).logits, expected(ids).logits, atol=5e-5, rtol=1e-3)
+        logits, oracle = found(ids).logits, expected(ids).logits
+    if kernels == "torch":
+        torch.testing.assert_close(logits, oracle, atol=5e-5, rtol=1e-3)
+    else:
+        assert (logits - oracle).norm(dim=-1).max() <= ROUNDING * oracle.norm(dim=-1).max()
+
+
+KERNELS = ("torch", pytest.param("native", marks=pytest.mark.skipif(not native.available(), reason=native.why_not())))
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -193,25 +206,28 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("case", CASES)
-def test_logits_are_those_of_the_dequantized_weights(case: str, tmp_path: Path) -> None:
+def test_logits_are_those_of_the_dequantized_weights(case: str, kernels: str, tmp_path: Path) -> None:
     made = make(tmp_path, **CASES[case])
-    model = bittern.load(made.artifact, device="cpu")
-    assert_same_logits(model, made.oracle())
+    model = bittern.load(made.artifact, device="cpu", kernels=kernels)
+    assert_same_logits(model, made.oracle(), kernels)
     assert made.layers
     assert any(isinstance(module, QuantLinear | PackedExperts) for module in model.modules())
     assert not model.training and model.dtype == torch.float32
 
 
-def test_packed_layers_take_the_memory_of_their_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_packed_layers_take_the_memory_of_their_bits(kernels: str, tmp_path: Path) -> None:
     made = make(tmp_path)
-    packed, plain = (bittern.load(folder, device="cpu") for folder in (made.artifact, made.plain))
+    packed, plain = (bittern.load(folder, device="cpu", kernels=kernels) for folder in (made.artifact, made.plain))
     weights = sum(module.weight.numel() for module in packed.modules() if isinstance(module, QuantLinear))
     plain_bytes, packed_bytes = (
         sum(t.nbytes for t in {*model.parameters(), *model.buffers()}) for model in (plain, packed)
     )
     groups = weights // 32
-    assert plain_bytes - packed_bytes == 4 * weights - (weights // 2 + groups * 3)
+    zeros = groups if kernels == "torch" else 0  # a symmetric grid has none in memory
+    assert plain_bytes - packed_bytes == 4 * weights - (weights // 2 + groups * 2 + zeros)
 
 
 def test_loads_plain_checkpoints(tmp_path: Path) -> None:
@@ -270,6 +286,54 @@ def test_autogptq_quirks(tmp_path: Path) -> None:
     oracle.get_submodule(second).bias = torch.nn.Parameter(bias.float())
     assert_same_logits(model, oracle)
     assert model.get_submodule(first).bias is None
+
+
+needs_native = pytest.mark.skipif(not native.available(), reason=f"native runtime: {native.why_not()}")
+
+
+@needs_native
+@pytest.mark.parametrize("activations", ["a16", "a8"])
+def test_the_whole_model_is_native_where_that_fits(activations: str, tmp_path: Path) -> None:
+    made = make(tmp_path)
+    model = bittern.load(made.artifact, device="cpu", activations=activations)
+    assert vars(model)["native_decoder"] is not None
+    assert vars(model)["kernels"] == f"native {native.instructions()}, activations {activations}, whole model"
+    settings = {module.settings for module in model.modules() if isinstance(module, NativeMatrix)}
+    assert settings == {native.Settings(activations)}
+    without = bittern.load(made.artifact, device="cpu", decoder=False)
+    assert vars(without)["native_decoder"] is None
+    assert vars(without)["kernels"].endswith("activations a16, layer by layer (as asked for)")
+    other = bittern.load(make(tmp_path / "gpt2", **CASES["Conv1D"]).artifact, device="cpu")
+    assert vars(other)["native_decoder"] is None
+    assert "layer by layer (GPT2LMHeadModel" in vars(other)["kernels"]
+    half = bittern.load(made.artifact, device="cpu", dtype=torch.bfloat16)
+    assert vars(half)["native_decoder_reason"] == "it computes in float32, not in torch.bfloat16"
+
+
+@needs_native
+def test_a_decoder_that_computes_something_else_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bittern.runtime import decoder
+
+    made = make(tmp_path)
+    forward = decoder.Decoder.forward
+    monkeypatch.setattr(decoder.Decoder, "forward", lambda *arguments: forward(*arguments) * 1.02)
+    with pytest.warns(UserWarning, match="the native decoder is not used: its logits differ .*by 2.0e-02"):
+        model = bittern.load(made.artifact, device="cpu")
+    assert vars(model)["native_decoder"] is None
+    assert "layer by layer (its logits differ" in vars(model)["kernels"]
+    assert_same_logits(model, made.oracle(), "native")
+
+
+@needs_native
+def test_a_copy_of_a_model_has_tensors_of_its_own(tmp_path: Path) -> None:
+    made = make(tmp_path)
+    model = bittern.load(made.artifact, device="cpu")
+    other = copy.deepcopy(model)
+    assert vars(other)["native_decoder"] is None
+    with torch.no_grad():
+        for tensor in model.buffers():
+            tensor.zero_()
+    assert_same_logits(other, made.oracle(), "native")
 
 
 BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {

@@ -1,5 +1,6 @@
 """How a worker of ../decode.py is spoken to: JSON lines on its standard input, one JSON line back for each.
 
+Answers go to the file descriptor that its only argument names, as libraries print what they like on the standard ones.
 A worker says first, once its imports are done, {"imports_s", "rss_mb", "peak_mb"}. A request is {"command": NAME, and
 that command's arguments}; the answer is what the command returned plus "rss_mb" and "peak_mb", or {"error": MESSAGE}.
 The end of the input ends the worker.
@@ -26,15 +27,12 @@ def process_age() -> float:
 def memory() -> dict[str, float]:
     """Resident set now and at its peak, in MB (10^6 bytes), pages of mapped files included (Linux)."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return {
-        name: int(lines[key].split()[0]) * 1024 / 1e6 for name, key in (("rss_mb", "VmRSS"), ("peak_mb", "VmHWM"))
-    }
+    return {name: int(lines[key].split()[0]) * 1024 / 1e6 for name, key in (("rss_mb", "VmRSS"), ("peak_mb", "VmHWM"))}
 
 
 def serve(commands: Mapping[str, Callable[..., dict[str, Any]]]) -> None:
-    """Answer requests until the input ends. What libraries print goes to standard error."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
+    """Answer requests until the input ends."""
+    answers = os.fdopen(int(sys.argv[1]), "w", buffering=1)
     print(json.dumps({"imports_s": process_age(), **memory()}), file=answers)
     for line in sys.stdin:
         request = json.loads(line)

@@ -184,7 +184,7 @@ def unpack(tensors: Mapping[str, Tensor], *, in_features: int, checkpoint_format
             f"qzeros: expected {spec.mid_code} everywhere in a symmetric {checkpoint_format!r} layer, found {wrong}"
         )
     return QuantWeight(
-        codes=unpack_rows(qweight, bits, in_features).T.contiguous(),
+        codes=unpack_rows(qweight, bits, in_features).T,
         scales=scales.T.contiguous() if scales.dtype == torch.float16 else scales.T.to(torch.float32).contiguous(),
         zeros=zeros,
         spec=spec,
@@ -329,13 +329,15 @@ def unpack_rows(words: Tensor, bits: int, count: int) -> Tensor:
         words = torch.cat([words, words.new_zeros(blocks * bits - height, width)])
     words = words.view(blocks, bits, width)
     lanes = torch.empty(blocks, _WORD, width, dtype=torch.uint8, device=words.device)
-    mask = 2**bits - 1
+    value = torch.empty_like(words[:, 0])
     for lane in range(_WORD):
         word, shift = divmod(lane * bits, _WORD)
-        value = words[:, word] >> shift  # keeps the sign, which the mask cuts off
+        torch.bitwise_right_shift(words[:, word], shift, out=value)  # keeps the sign, which the mask cuts off
         if shift + bits > _WORD:
-            value = value & (2 ** (_WORD - shift) - 1) | words[:, word + 1] << (_WORD - shift)
-        lanes[:, lane] = value & mask
+            value &= 2 ** (_WORD - shift) - 1
+            value |= words[:, word + 1] << (_WORD - shift)
+        lanes[:, lane] = value  # the lower 8 bits of it
+    lanes &= 2**bits - 1
     return lanes.view(blocks * _WORD, width)[:count]
 
 

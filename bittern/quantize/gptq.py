@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bittern.errors import BitternError
-from bittern.quantize.grid import min_max_grid, search_grid
+from bittern.quantize.grid import search_grid
 from bittern.weight import QuantSpec, QuantWeight
 
 BLOCK_SIZE = 64
@@ -150,17 +150,3 @@ def _sweep(
             loss.addcmul_(rounded - target, rounded - target, value=float(factor.pivots[start + j]))
             torch.sub(rounded, originals[start + j], out=errors[start + j])
     return codes.T.contiguous(), loss
-
-
-def round_to_nearest(weight: Tensor, spec: QuantSpec) -> QuantWeight:
-    """Round each weight to the nearest point of its group's min-max grid; no data, no error feedback.
-
-    Args:
-        weight: (out_features, in_features).
-        spec: the grid; ``group_size`` divides ``in_features``.
-    """
-    weight = weight.float()
-    scales, zeros = min_max_grid(weight, spec)
-    grouped = weight.view(*scales.shape, -1)
-    codes = (grouped / scales.unsqueeze(2)).round_().add_(zeros.unsqueeze(2)).clamp_(0, spec.max_code)
-    return QuantWeight(codes.to(torch.uint8).view(weight.shape), scales.half(), zeros, spec)

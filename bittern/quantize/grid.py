@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bittern.errors import BitternError
-from bittern.weight import QuantSpec
+from bittern.weight import QuantSpec, min_max_grid, round_scale
 
 COARSE_STEPS = 20
 FINE_STEPS = 6
@@ -18,45 +17,8 @@ LARGEST_RATIO = 1.05
 SMALLEST_RATIO = {2: 0.25, 3: 0.3, 4: 0.4, 8: 0.8}
 """Searched scales, by bits, as a share of the one that covers the whole range of the group."""
 
-SMALLEST_SCALE = 2.0**-24
-"""The smallest positive fp16 number: an all-zero group needs some scale."""
-
 CHUNK = {"cpu": 1 << 16, "cuda": 1 << 25}
 """Weights searched at a time; on a CPU the temporaries of a chunk stay in its second-level cache."""
-
-
-def round_scale(scale: Tensor) -> Tensor:
-    """Round scales to what fp16 can hold, away from zero, as fp32.
-
-    Codes are chosen for the rounded scale; rounding afterwards would move every weight.
-
-    Raises:
-        BitternError: when a scale is too large for fp16.
-    """
-    sign = torch.where(scale < 0, -1.0, 1.0)
-    rounded = sign * scale.abs().clamp_min(SMALLEST_SCALE).half().float()
-    if not bool(torch.isfinite(rounded).all()):
-        raise BitternError(f"scales: fp16 holds at most 65504, found {scale.abs().max():.4g}")
-    return rounded
-
-
-def min_max_grid(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """The grid that covers every weight of its group: the textbook choice, used by round-to-nearest.
-
-    Args:
-        weight: fp32 (out_features, in_features).
-        spec: the grid; ``group_size`` divides ``in_features``.
-
-    Returns:
-        scales fp32 (out_features, groups), exactly representable in fp16, and zeros uint8.
-    """
-    grouped = weight.view(weight.shape[0], -1, spec.columns_per_group(weight.shape[1]))
-    if spec.sym:
-        scales = round_scale(grouped.abs().amax(2) * 2 / spec.max_code)
-        return scales, torch.full_like(scales, spec.mid_code, dtype=torch.uint8)
-    low, high = grouped.amin(2).clamp_max(0), grouped.amax(2).clamp_min(0)
-    scales = round_scale((high - low) / spec.max_code)
-    return scales, (-low / scales).round().clamp(0, spec.max_code).to(torch.uint8)
 
 
 def search_grid(weight: Tensor, spec: QuantSpec, importance: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,11 +21,11 @@ from bittern import model as live
 from bittern.checkpoint import Checkpoint
 from bittern.errors import BitternError
 from bittern.model import Matrix, Piece
-from bittern.quantize.gptq import factorize, gptq, round_to_nearest
+from bittern.quantize.gptq import factorize, gptq
 from bittern.quantize.hessian import Inputs, collect
 from bittern.quantize.plan import Plan
 from bittern.replay import BlockCall, capture, share_equal
-from bittern.weight import QuantSpec, QuantWeight
+from bittern.weight import QuantSpec, QuantWeight, round_to_nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -5,12 +5,15 @@ Keys and values of grouped heads are never repeated, and a mask is only built fo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from bittern.errors import BitternError
+from bittern.runtime import native
+from bittern.runtime.flash import flash_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,18 +26,22 @@ _UNSUPPORTED = ("softcap", "s_aux", "position_bias", "cache")
 def use(model: PreTrainedModel) -> str:
     """Give a model this attention if it can have it; the name of the implementation that it ends up with.
 
-    Architectures that compute attention themselves (BLOOM, MPT, GPT-J, Falcon with ALiBi) or ask for
-    more than SDPA does (soft caps in Gemma 2, sinks in gpt-oss) keep their own code.
+    Architectures that compute attention themselves (GPT-J, Falcon with ALiBi) or ask for more than SDPA does (soft
+    caps in Gemma 2, sinks in gpt-oss) keep their own code. BLOOM and MPT get that of alibi.py, where it runs.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
 
     config = model.config.get_text_config(decoder=True)
+    if config.model_type in ("bloom", "mpt") and model.device.type == "cpu" and native.available():
+        from bittern.runtime import alibi
+
+        alibi.use(model)
+        return alibi.NAME
     if getattr(config, "attn_logit_softcapping", None) is not None or not model._supports_sdpa:
         implementation = "eager"
     elif model._can_set_attn_implementation():
         AttentionInterface.register(NAME, attention)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
+        AttentionMaskInterface.register(NAME, _mask)
         implementation = NAME
     else:
         implementation = model.config._attn_implementation
@@ -62,6 +69,7 @@ def attention(
         key, value: (batch, key_value_heads, keys, head_dim); key_value_heads divides heads.
         attention_mask: (batch, 1 or heads, queries, keys), boolean (True attends) or added to the scores.
             None means causal, the queries being the last ones, or the first ones of an empty static cache.
+            (1, 1, window, 0) stands for a window over keys that are as many as queries.
         dropout, scaling: as in SDPA.
 
     Returns:
@@ -73,6 +81,8 @@ def attention(
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise BitternError(f"attention: {type(module).__name__} asks for {name}; load it with its own attention")
+    if attention_mask is not None and attention_mask.numel() == 0:
+        return _windowed(query, key, value, attention_mask.shape[2], dropout, scaling), None
     batch, heads, queries, head_dim = query.shape
     key_value_heads = key.shape[1]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -95,3 +105,56 @@ def attention(
         enable_gqa=query.shape[1] != key_value_heads,
     )
     return output.reshape(batch, heads, queries, value.shape[-1]).transpose(1, 2).contiguous(), None
+
+
+def _mask(
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    **options: Any,
+) -> Tensor | None:
+    """What :func:`attention` takes for a mask: as transformers' sdpa_mask, but a plain window is not written out."""
+    from transformers.masking_utils import sdpa_mask
+
+    config = options.get("config")
+    window = local_size is not None and local_size == getattr(config, "sliding_window", None)
+    window = window and getattr(config, "attention_chunk_size", None) is None  # chunks have a local size too
+    unpadded = attention_mask is None or bool(attention_mask.all())
+    whole = q_length == kv_length > 1 and int(q_offset) == 0
+    if window and unpadded and whole and allow_is_causal_skip and kv_length >= cast(int, local_size):
+        return torch.empty(1, 1, cast(int, local_size), 0, dtype=torch.bool, device=options.get("device"))
+    mask: Tensor | None = sdpa_mask(
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        allow_is_causal_skip=allow_is_causal_skip,
+        **options,
+    )
+    return mask
+
+
+def _windowed(query: Tensor, key: Tensor, value: Tensor, window: int, dropout: float, scaling: float | None) -> Tensor:
+    """Attention to the last ``window`` positions, the own one included: (batch, queries, heads, head_dim)."""
+    heads, queries, head_dim = query.shape[1:]
+    wanted = torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value))
+    fit = query.is_cpu and query.dtype == torch.float32 and key.shape == value.shape and dropout == 0 and not wanted
+    if fit and native.available():
+        scale = head_dim**-0.5 if scaling is None else scaling
+        return flash_attention(query, key, value, scale=scale, window=window)
+    positions = torch.arange(queries, device=query.device)
+    distances = positions[:, None] - positions
+    output = functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=(distances >= 0) & (distances < window),
+        dropout_p=dropout,
+        scale=scaling,
+        enable_gqa=heads != key.shape[1],
+    )
+    return output.transpose(1, 2).contiguous()

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from bittern.errors import BitternError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+
+TYPES = ("fp32", "bf16", "int8")
 
 
 class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -50,7 +56,46 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return buffer[..., :end, :]
 
 
-def new_cache(config: PreTrainedConfig, capacity: int) -> DynamicCache:
+class CompactLayer(PreallocatedLayer):  # type: ignore[no-untyped-call]
+    """Keys and values stored in 16 or 8 bits, and handed out in their own dtype.
+
+    Every step makes them anew from what is stored, for one layer at a time: this saves memory, not time.
+
+    Args:
+        capacity: as in :class:`PreallocatedLayer`.
+        stored: "bf16", or "int8" with a scale for every position of every head.
+    """
+
+    def __init__(self, capacity: int, stored: str) -> None:
+        super().__init__(capacity)
+        self.stored = stored
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append (batch, heads, new positions, head_dim); all positions so far, rounded."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        keys, values = super().update(_compress(key_states, self.stored), _compress(value_states, self.stored))
+        return _expand(keys, self.stored, key_states.dtype), _expand(values, self.stored, value_states.dtype)
+
+
+def _compress(states: Tensor, stored: str) -> Tensor:
+    """(..., head_dim) as bfloat16, or as int8 (..., head_dim + 4): the last four bytes are the float32 scale."""
+    if stored == "bf16":
+        return states.bfloat16()
+    scale = (states.float().abs().amax(dim=-1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    codes = (states.float() / scale).round().to(torch.int8)
+    return torch.cat([codes, scale.view(torch.int8)], dim=-1)
+
+
+def _expand(compact: Tensor, stored: str, dtype: torch.dtype) -> Tensor:
+    """The inverse of :func:`_compress`, as far as there is one."""
+    if stored == "bf16":
+        return compact.to(dtype)
+    scale = compact[..., -4:].contiguous().view(torch.float32)
+    return (compact[..., :-4] * scale).to(dtype)
+
+
+def new_cache(config: PreTrainedConfig, capacity: int, stored: str | None = None) -> DynamicCache:
     """An empty cache for a model, its full-attention layers preallocated.
 
     Sliding windows and recurrent layers keep transformers' own layers, which are small already.
@@ -58,7 +103,17 @@ def new_cache(config: PreTrainedConfig, capacity: int) -> DynamicCache:
     Args:
         config: the model's.
         capacity: positions that are going to be used.
+        stored: how full-attention layers store keys and values: "bf16", "int8", or as they come (None, "fp32").
+
+    Raises:
+        BitternError: for another way to store them.
     """
+    if stored is not None and stored not in TYPES:
+        raise BitternError(f"kv_cache: expected one of {', '.join(TYPES)}, found {stored!r}")
+    compact = stored in ("bf16", "int8")
     cache = DynamicCache(config=config)
-    cache.layers = [PreallocatedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            made = CompactLayer(capacity, str(stored)) if compact else PreallocatedLayer(capacity)
+            cache.layers[index] = made
     return cache

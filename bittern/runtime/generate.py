@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -12,6 +11,9 @@ import torch
 from torch import Tensor
 
 from bittern.errors import BitternError
+from bittern.runtime.cache import TYPES as CACHE_TYPES
+from bittern.runtime.step import can_batch, make_step, native_decoder
+from bittern.runtime.stream import TextStream
 from bittern.tokenizer import check_vocabulary, context_length
 
 if TYPE_CHECKING:
@@ -31,6 +33,8 @@ class GenerationOptions:
         stop: end before any of these texts.
         seed: of the sampling; the same on every device.
         ignore_eos: go on after an end-of-sequence token.
+        kv_cache: how keys and values are kept: "fp32", "bf16", or "int8" with a scale per position and head. None is
+            the dtype that the model computes in.
 
     Raises:
         BitternError: naming the option that is out of range.
@@ -44,6 +48,7 @@ class GenerationOptions:
     stop: tuple[str, ...] = ()
     seed: int = 0
     ignore_eos: bool = False
+    kv_cache: str | None = None
 
     def __post_init__(self) -> None:
         checks = {
@@ -53,6 +58,7 @@ class GenerationOptions:
             "top_p: expected more than 0 and at most 1": self.top_p is None or 0 < self.top_p <= 1,
             "repetition_penalty: expected more than 0": 0 < self.repetition_penalty < float("inf"),
             "stop: expected texts that are not empty": all(self.stop),
+            f"kv_cache: expected one of {', '.join(CACHE_TYPES)}": self.kv_cache in (None, *CACHE_TYPES),
         }
         for message, holds in checks.items():
             if not holds:
@@ -70,6 +76,7 @@ class GenerationResult:
         prompt_tokens, new_tokens: their numbers.
         prefill_tokens_per_second: prompt tokens over the time to the first new token.
         decode_tokens_per_second: tokens after the first one over the time they took; 0 if there were none.
+            In a batch, both are this sequence's tokens over a time that all of them shared.
     """
 
     text: str
@@ -81,7 +88,8 @@ class GenerationResult:
     decode_tokens_per_second: float
 
 
-@torch.inference_mode()
+# Not inference mode: layers that share their input recognize it by its version, which tensors of that mode lack.
+@torch.no_grad()
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -102,46 +110,124 @@ def generate(
         BitternError: for an empty prompt, one that leaves no room in the model's context, tokens
             that the model does not have, or logits that are NaN.
     """
-    prompt = input_ids.reshape(-1).tolist()
-    room = _room(model, tokenizer, prompt, options)
-    step = _step(model, capacity=len(prompt) + room)
-    choose = _Chooser(prompt, options)
-    stream = _TextStream(tokenizer, prompt, options.stop)
+    return _generate(model, tokenizer, [input_ids.reshape(-1).tolist()], options, on_text)[0]
+
+
+@torch.no_grad()
+def generate_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Tensor],
+    options: GenerationOptions,
+) -> list[GenerationResult]:
+    """Continue several prompts side by side; the results are those of :func:`generate` one by one, up to rounding.
+
+    Models that cannot be padded (state spaces, convolutions), and prompts that together would leave the context, run
+    one after the other.
+
+    Args:
+        prompts: int64 (prompt tokens,) or (1, prompt tokens) each, of any lengths.
+        model, tokenizer, options: as in :func:`generate`; every sequence is sampled with the same seed.
+
+    Raises:
+        BitternError: as :func:`generate`.
+    """
+    ids = [prompt.reshape(-1).tolist() for prompt in prompts]
+    rooms = [_room(model, tokenizer, prompt, options) for prompt in ids]
+    limit = None if native_decoder(model) is not None else context_length(model.config)
+    # Shorter prompts are filled up to the longest one, and go on as long as the one with most room.
+    fits = bool(ids) and (limit is None or max(map(len, ids)) + max(rooms) <= limit)
+    together = [ids] if fits and can_batch(model) else [[prompt] for prompt in ids]
+    return [result for some in together for result in _generate(model, tokenizer, some, options, _unheard)]
+
+
+def _unheard(text: str) -> None:
+    """Text that only the result carries."""
+
+
+def _generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    options: GenerationOptions,
+    on_text: Callable[[str], None],
+) -> list[GenerationResult]:
+    rooms = [_room(model, tokenizer, prompt, options) for prompt in prompts]
     ends = set() if options.ignore_eos else _eos_ids(model, tokenizer)
-    tokens: list[int] = []
-    pieces: list[str] = []
-    steps = 0
-
-    def show(piece: str) -> None:
-        if piece:
-            pieces.append(piece)
-            on_text(piece)
-
+    sequences = [
+        _Sequence(tokenizer, prompt, options, room, ends, on_text) for prompt, room in zip(prompts, rooms, strict=True)
+    ]
+    step = make_step(model, prompts, rooms, options.kv_cache)
     started = perf_counter()
-    token = choose(step(prompt))
+    chosen = [sequence.choose(row) for sequence, row in zip(sequences, step(prompts), strict=True)]
     decoding = perf_counter()
     while True:
-        if token in ends:
-            reason: Literal["eos", "stop", "length"] = "eos"
+        for sequence, token in zip(sequences, chosen, strict=True):
+            if sequence.reason is None:
+                sequence.add(token)
+        if all(sequence.reason is not None for sequence in sequences):
             break
-        tokens.append(token)
-        show(stream.add(token))
-        if stream.stopped or len(tokens) == room:
-            reason = "stop" if stream.stopped else "length"
-            break
-        token = choose(step([token]))
-        steps += 1
-    ended = perf_counter()
-    show(stream.finish())
-    return GenerationResult(
-        text="".join(pieces),
-        token_ids=tuple(tokens),
-        finish_reason=reason,
-        prompt_tokens=len(prompt),
-        new_tokens=len(tokens),
-        prefill_tokens_per_second=len(prompt) / (decoding - started),
-        decode_tokens_per_second=steps / (ended - decoding) if steps else 0.0,
-    )
+        logits = step([[] if sequence.reason else [sequence.tokens[-1]] for sequence in sequences])
+        chosen = [
+            0 if sequence.reason else sequence.choose(row) for sequence, row in zip(sequences, logits, strict=True)
+        ]
+    return [sequence.result(started, decoding) for sequence in sequences]
+
+
+class _Sequence:
+    """One prompt and what has come of it."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: list[int],
+        options: GenerationOptions,
+        room: int,
+        ends: set[int],
+        on_text: Callable[[str], None],
+    ) -> None:
+        self.tokens: list[int] = []
+        self.reason: Literal["eos", "stop", "length"] | None = None
+        self.choose = _Chooser(prompt, options)
+        self._stream = TextStream(tokenizer, prompt, options.stop)
+        self._prompt, self._room, self._ends, self._on_text = prompt, room, ends, on_text
+        self._pieces: list[str] = []
+        self._steps = -1
+        self._ended = 0.0
+
+    def add(self, token: int) -> None:
+        """Take the next token, which may be the last one."""
+        self._steps += 1
+        if token in self._ends:
+            self.reason = "eos"
+        else:
+            self.tokens.append(token)
+            self._show(self._stream.add(token))
+            if self._stream.stopped:
+                self.reason = "stop"
+            elif len(self.tokens) == self._room:
+                self.reason = "length"
+        if self.reason is not None:
+            self._ended = perf_counter()
+            self._show(self._stream.finish())
+
+    def result(self, started: float, decoding: float) -> GenerationResult:
+        """What came of it, from the times when the prompts began and when their first tokens were there."""
+        assert self.reason is not None
+        return GenerationResult(
+            text="".join(self._pieces),
+            token_ids=tuple(self.tokens),
+            finish_reason=self.reason,
+            prompt_tokens=len(self._prompt),
+            new_tokens=len(self.tokens),
+            prefill_tokens_per_second=len(self._prompt) / (decoding - started),
+            decode_tokens_per_second=self._steps / (self._ended - decoding) if self._steps else 0.0,
+        )
+
+    def _show(self, piece: str) -> None:
+        if piece:
+            self._pieces.append(piece)
+            self._on_text(piece)
 
 
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> Tensor:
@@ -191,27 +277,6 @@ def _room(
     return wanted
 
 
-def _step(model: PreTrainedModel, capacity: int) -> Callable[[list[int]], Tensor]:
-    """A function that appends tokens to the context and returns the last one's logits, fp32 (vocabulary,) on CPU."""
-    from bittern.runtime.cache import new_cache
-
-    parameters = inspect.signature(model.forward).parameters
-    # State-space models call their cache by another name.
-    name = "cache_params" if "cache_params" in parameters else "past_key_values"
-    fixed: dict[str, Any] = {name: new_cache(model.config, capacity), "use_cache": True}
-    if "logits_to_keep" in parameters:
-        fixed["logits_to_keep"] = 1
-
-    def step(tokens: list[int]) -> Tensor:
-        logits: Tensor = model(torch.tensor([tokens], device=model.device), **fixed).logits[0, -1]
-        logits = logits.float().cpu()
-        if bool(logits.isnan().any()):
-            raise BitternError("logits: the model computed NaN")
-        return logits
-
-    return step
-
-
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     for holder in (model.generation_config, model.config, tokenizer):
         found = getattr(holder, "eos_token_id", None)
@@ -221,7 +286,7 @@ def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[
 
 
 class _Chooser:
-    """The next token from logits, of shape (vocabulary,)."""
+    """The next token from logits, fp32 (vocabulary,) on the CPU."""
 
     def __init__(self, prompt: list[int], options: GenerationOptions) -> None:
         self._options = options
@@ -234,72 +299,29 @@ class _Chooser:
             scores = logits[self._seen]
             penalty = options.repetition_penalty
             logits = logits.index_copy(0, self._seen, torch.where(scores > 0, scores / penalty, scores * penalty))
-        token = int(logits.argmax()) if options.temperature == 0 else self._sample(logits)
+        # NumPy's argmax is many times as fast as torch's, and stops at a NaN.
+        token = int(logits.numpy().argmax())
+        if bool(logits[token].isnan()):
+            raise BitternError("logits: the model computed NaN")
+        if options.temperature != 0:
+            token = self._sample(logits)
         if options.repetition_penalty != 1:
             self._seen = torch.cat([self._seen, torch.tensor([token])]).unique()  # type: ignore[no-untyped-call]
         return token
 
     def _sample(self, logits: Tensor) -> int:
-        options = self._options
-        # Subtracting the largest first keeps a tiny temperature from overflowing.
-        logits = (logits - logits.max()) / options.temperature
+        options, tokens = self._options, None
         if options.top_k is not None and options.top_k < logits.numel():
-            kept = logits.topk(options.top_k)
-            logits = torch.full_like(logits, -torch.inf).index_copy(0, kept.indices, kept.values)
-        probabilities = logits.softmax(dim=0)
+            logits, tokens = logits.topk(options.top_k)
+        # Subtracting the largest first keeps a tiny temperature from overflowing.
+        probabilities = ((logits - logits.max()) / options.temperature).softmax(dim=0)
         if options.top_p is not None and options.top_p < 1:
-            ordered, order = probabilities.sort(descending=True)
-            before = ordered.cumsum(dim=0) - ordered
-            ordered[before >= options.top_p] = 0
-            probabilities = torch.zeros_like(probabilities).index_copy(0, order, ordered)
-        return int(torch.multinomial(probabilities, 1, generator=self._generator))
-
-
-class _TextStream:
-    """Tokens in, text out, in pieces that end neither inside a character nor inside a stop text."""
-
-    _CONTEXT = 16  # prompt tokens that the first new ones are decoded after
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: list[int], stop: tuple[str, ...]) -> None:
-        self._tokenizer = tokenizer
-        self._ids = prompt[-self._CONTEXT :]
-        self._read = len(self._ids)  # how many of them the text so far covers
-        self._stop = stop
-        self._held = ""
-        self.stopped = False
-
-    def add(self, token: int) -> str:
-        """The text that has become certain with this token."""
-        self._ids.append(token)
-        # Tokenizers join words by what stands before them, so new tokens are decoded behind old ones.
-        before = self._decode(self._ids[: self._read]).rstrip("\ufffd")
-        now = self._decode(self._ids)
-        if now.endswith("\ufffd"):  # the first bytes of a character
-            return ""
-        new = now[len(before) :]
-        if new:
-            self._ids = self._ids[self._read :]
-        self._read = len(self._ids)
-        return self._certain(new)
-
-    def finish(self) -> str:
-        """What was held back because a stop text could have begun there."""
-        rest, self._held = self._held, ""
-        return rest
-
-    def _decode(self, ids: list[int]) -> str:
-        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
-        return text
-
-    def _certain(self, new: str) -> str:
-        text = self._held + new
-        found = [start for start in map(text.find, self._stop) if start >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
-        keep = max(
-            (size for stop in self._stop for size in range(1, len(stop)) if text.endswith(stop[:size])), default=0
-        )
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+            probabilities, order = probabilities.sort(descending=True)
+            tokens = order if tokens is None else tokens[order]
+            before = probabilities.cumsum(dim=0) - probabilities
+            probabilities[before >= options.top_p] = 0
+        # The inverse of the distribution function; torch.multinomial draws a number for every token.
+        cumulative = probabilities.cumsum(dim=0, dtype=torch.float64)
+        drawn = torch.rand(1, dtype=torch.float64, generator=self._generator) * cumulative[-1]
+        found = min(int(torch.searchsorted(cumulative, drawn, right=True)), len(cumulative) - 1)
+        return found if tokens is None else int(tokens[found])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
+from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -25,12 +27,34 @@ from bittern.model import (
     unexpected_tensors,
     weight_map,
 )
-from bittern.runtime import attention
-from bittern.runtime.linear import PackedExperts, PackedMatrix, QuantLinear
+from bittern.runtime import attention, native
+from bittern.runtime.ends import place_ends, plan_ends
+from bittern.runtime.linear import NativeMatrix, PackedExperts, QuantLinear, share_inputs
+from bittern.runtime.packed import PackedMatrix
 from bittern.weight import QuantWeight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from bittern.runtime.decoder import Decoder
+
+# How far the native decoder's logits may be from the model's, relative to the largest. With inputs of 16 bits they are
+# 1e-4 apart, from digits that are rounded to the other side, and 3e-3 in a 2-bit model that hardly works.
+TOLERANCE = 1e-2
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where layers go: dtype, device, and settings of the native kernels, or None for torch's operations."""
+
+    dtype: torch.dtype
+    device: torch.device
+    settings: native.Settings | None
+
+    def pack(self, weight: QuantWeight) -> NativeMatrix | PackedMatrix:
+        if self.settings is None:
+            return PackedMatrix(weight, self.dtype).to(self.device)
+        return NativeMatrix(weight, self.dtype, self.settings)
 
 
 def load(
@@ -39,12 +63,18 @@ def load(
     device: str = "auto",
     dtype: torch.dtype | None = None,
     revision: str | None = None,
+    threads: int | None = None,
+    activations: str = "a16",
+    lm_head_bits: int | None = None,
+    kernels: str = "auto",
+    decoder: bool = True,
 ) -> PreTrainedModel:
     """Load an artifact of bittern, GPTQModel or AutoGPTQ, or a plain checkpoint.
 
     The result is a normal transformers model in evaluation mode: ``generate``, pipelines and lm-eval
     work on it. Layers that the checkpoint holds packed stay packed (:class:`QuantLinear`,
-    :class:`PackedExperts`) and are dequantized when they are used.
+    :class:`PackedExperts`) and are dequantized when they are used. Its attribute ``kernels`` says in a few
+    words how it computes.
 
     Args:
         path: a folder, a GGUF file or a Hub id.
@@ -52,15 +82,23 @@ def load(
         dtype: of what is not packed, and of the arithmetic. Default: float32 on a CPU, what config.json
             says on CUDA.
         revision: of a Hub id.
+        threads: of the native kernels; None for ``torch.get_num_threads()`` at the time of a call. Torch's own
+            operations keep torch's number.
+        activations: how the native kernels round the inputs of packed layers: "a16" or "a8" (faster).
+        lm_head_bits: 8 packs the output head while loading, rounding to nearest in groups of 32.
+        kernels: "native" or "torch" for packed layers; "auto" is native on a CPU where the library was built.
+        decoder: whether :func:`bittern.runtime.generate.generate` may run the whole model natively.
 
     Raises:
-        BitternError: for an unknown architecture or format, and naming any tensor that is missing,
-            unexpected or of the wrong shape.
+        BitternError: for an unknown architecture or format, an argument out of range, native kernels that are not
+            there, and naming any tensor that is missing, unexpected or of the wrong shape.
     """
     target = pick_device(device)
+    settings = _native_settings(target, kernels, native.Settings(activations, threads))
     with open_checkpoint(path, revision) as checkpoint:
         if dtype is None:
             dtype = _stored_dtype(checkpoint.config) if target.type == "cuda" else torch.float32
+        place = _Place(dtype, target, settings)
         model = build(checkpoint.config, dtype)
         sources = weight_map(model, checkpoint.tensors)
         layers = _packed_matrices(model, sources, checkpoint)
@@ -68,13 +106,74 @@ def load(
         if layers:
             quantization = _quantization_config(checkpoint)
             for _, same in groupby(layers, key=lambda matrix: matrix.parameter):
-                _place(model, list(same), checkpoint, quantization, dtype, target)
-        replaced = {matrix.parameter for matrix in layers}
+                _replace(model, list(same), checkpoint, quantization, place)
+        stored = bool(layers) and settings is not None and dtype == torch.float32
+        ends = plan_ends(model, stored=stored, head_bits=lm_head_bits)
+        replaced = {matrix.parameter for matrix in layers} | ends.parameters
         load_tensors(model, checkpoint, sources, (name for name in sources if name not in replaced), dtype, target)
         model.tie_weights()
+        place_ends(model, ends, checkpoint, sources, place.pack, threads)
         model.to(target)  # type: ignore[arg-type]
-        _finish(model, checkpoint, packed=bool(layers))
+        share_inputs(model)
+        _finish(model, checkpoint, packed=bool(layers) or lm_head_bits is not None)
+    _choose_tier(model, settings, decoder, dtype)
     return model
+
+
+def _native_settings(target: torch.device, kernels: str, settings: native.Settings) -> native.Settings | None:
+    """The settings when packed layers are to be native, None when torch computes them."""
+    if kernels not in ("auto", "torch", "native"):
+        raise BitternError(f"kernels: expected auto, torch or native, found {kernels!r}")
+    if kernels == "native" and target.type != "cpu":
+        raise BitternError(f"kernels: the native ones run on a CPU, the device is {target.type}")
+    if kernels == "native":
+        native.library()
+    return settings if target.type == "cpu" and kernels != "torch" and native.available() else None
+
+
+def _choose_tier(model: PreTrainedModel, settings: native.Settings | None, decoder: bool, dtype: torch.dtype) -> None:
+    """Attach the native decoder where it fits, and say in ``model.kernels`` how the model computes."""
+    attached, reason = None, ""
+    if settings is None:
+        reason = "torch kernels"
+    elif not decoder:
+        reason = "as asked for"
+    elif dtype != torch.float32:
+        reason = f"it computes in float32, not in {dtype}"
+    else:
+        attached, reason = _attach(model, settings)
+    vars(model).update(native_decoder=attached, native_decoder_reason=reason)
+    if settings is None:
+        why = native.why_not() if model.device.type == "cpu" else ""
+        description = f"torch (native runtime: {why})" if why else "torch"
+    else:
+        whole = "whole model" if attached is not None else f"layer by layer ({reason})"
+        description = f"native {native.instructions()}, activations {settings.activations}, {whole}"
+    vars(model).update(kernels=description)
+
+
+def _attach(model: PreTrainedModel, settings: native.Settings) -> tuple[Decoder | None, str]:
+    """The native decoder when it computes what the model does, or None and why not."""
+    from bittern.runtime.decoder import Unsupported, attach
+
+    packed = [module for module in model.modules() if isinstance(module, NativeMatrix)]
+    fine = native.Settings("a16", settings.threads)  # the roundings of 8 bits would hide mistakes
+    try:
+        found = attach(model, settings.activations, settings.threads)
+        checked = found if settings == fine else attach(model, fine.activations, fine.threads)
+    except Unsupported as error:
+        return None, str(error)
+    try:
+        for module in packed:
+            module.settings = fine
+        checked.check(model, TOLERANCE)
+    except Unsupported as error:
+        warnings.warn(f"{model.name_or_path}: the native decoder is not used: {error}", stacklevel=4)
+        return None, str(error)
+    finally:
+        for module in packed:
+            module.settings = settings
+    return found, ""
 
 
 def _stored_dtype(config: dict[str, Any]) -> torch.dtype:
@@ -135,19 +234,13 @@ def _quantization_config(checkpoint: Checkpoint) -> GPTQConfig:
     return read_config(found)
 
 
-def _place(
-    model: PreTrainedModel,
-    same: list[Matrix],
-    checkpoint: Checkpoint,
-    quantization: GPTQConfig,
-    dtype: torch.dtype,
-    device: torch.device,
+def _replace(
+    model: PreTrainedModel, same: list[Matrix], checkpoint: Checkpoint, quantization: GPTQConfig, place: _Place
 ) -> None:
     """Put packed layers in the place of one parameter: a Linear's, a Conv1D's or a fused one of experts."""
     first = same[0]
     filled = [
-        QuantLinear([_part(matrix, part, checkpoint, quantization, dtype).to(device) for part in matrix.parts])
-        for matrix in same
+        QuantLinear([_part(matrix, part, checkpoint, quantization, place) for part in matrix.parts]) for matrix in same
     ]
     if first.expert is not None:
         owner, leaf = model.get_submodule(first.module), first.parameter.rpartition(".")[2]
@@ -159,26 +252,26 @@ def _place(
     stored = f"{first.parts[0][0]}.bias"
     if bias is None and stored in checkpoint.tensors:
         values = checkpoint.read(stored)
-        bias = nn.Parameter(values.to(device, dtype), requires_grad=False) if bool(values.any()) else None
+        bias = nn.Parameter(values.to(place.device, place.dtype), requires_grad=False) if bool(values.any()) else None
     layer.register_parameter("bias", bias)  # type: ignore[arg-type]
     model.set_submodule(first.module, layer)
 
 
 def _part(
-    matrix: Matrix, part: tuple[str, int, int], checkpoint: Checkpoint, quantization: GPTQConfig, dtype: torch.dtype
-) -> PackedMatrix | nn.Linear:
+    matrix: Matrix, part: tuple[str, int, int], checkpoint: Checkpoint, quantization: GPTQConfig, place: _Place
+) -> NativeMatrix | PackedMatrix | nn.Linear:
     """Rows of a matrix that are one layer of the checkpoint, packed there or not."""
     layer, start, stop = part
     if f"{layer}.qweight" in checkpoint.tensors:
         weight = _read_packed(layer, matrix.in_features, checkpoint, quantization)
         if weight.out_features != stop - start:
             raise BitternError(f"{layer}: expected {stop - start} output features, found {weight.out_features}")
-        return PackedMatrix(weight, dtype)
+        return place.pack(weight)
     name = f"{layer}.weight" if f"{layer}.weight" in checkpoint.tensors else layer
     shape = (stop - start, matrix.in_features)
     dense = nn.Linear(matrix.in_features, stop - start, bias=False, device="meta")
-    values = read_tensor(checkpoint, (Piece(name, name, 0, stop - start),), shape, dtype)
-    dense.weight = nn.Parameter(values, requires_grad=False)
+    values = read_tensor(checkpoint, (Piece(name, name, 0, stop - start),), shape, place.dtype)
+    dense.weight = nn.Parameter(values.to(place.device), requires_grad=False)
     return dense
 
 

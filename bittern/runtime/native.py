@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from bittern.errors import BitternError
 from bittern.weight import QuantWeight
 
-ABI = 1
+ABI = 2
 LIBRARY = Path(__file__).with_name("libbittern.so")
 # Forces an instruction set, for tests and for bug reports.
 VARIABLE = "BITTERN_INSTRUCTIONS"
@@ -26,6 +27,7 @@ VARIABLE = "BITTERN_INSTRUCTIONS"
 INSTRUCTIONS = ("scalar", "avx2", "avx512", "amx", "neon")
 ACTIVATIONS = {"a16": 0, "a8": 1}
 TYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.int8: 4}
+MOST_MATRICES = 16
 _CODES = 0
 _TILE = 16
 
@@ -45,6 +47,28 @@ class Matrix(ctypes.Structure):
         ("zeros", ctypes.c_void_p),
         ("order", ctypes.c_void_p),
     )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the native layers of a model compute.
+
+    Attributes:
+        activations: how the inputs of a packed matrix are rounded: "a16" (16 bits) or "a8" (8 bits per 32 columns).
+        threads: None for ``torch.get_num_threads()`` at the time of a call.
+
+    Raises:
+        BitternError: for other values.
+    """
+
+    activations: str = "a16"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.activations not in ACTIVATIONS:
+            raise BitternError(f"activations: expected one of {', '.join(ACTIVATIONS)}, found {self.activations!r}")
+        if self.threads is not None and self.threads < 1:
+            raise BitternError(f"threads: expected at least 1, found {self.threads}")
 
 
 @cache
@@ -68,6 +92,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         "bt_pack": (integer, [pointer, *[integer] * 4, pointer, size, size, pointer]),
         "bt_dequantize": (integer, [pointer, pointer, integer, integer, pointer]),
         "bt_linear": (integer, [pointer, pointer, integer, integer, integer, pointer, size, pointer, pointer]),
+        "bt_attention": (integer, [pointer, pointer]),
+        "bt_forward": (integer, [pointer] * 8),
         "bt_read_probe": (ctypes.c_double, [pointer, pointer, ctypes.c_size_t]),
     }
     for name, (result, arguments) in signatures.items():
@@ -111,10 +137,15 @@ def instructions() -> str:
     """
     forced = os.environ.get(VARIABLE)
     if forced is None:
-        return INSTRUCTIONS[library().bt_best()]
+        return _best()
     if forced not in instruction_sets():
         raise BitternError(f"{VARIABLE}: expected one of {', '.join(instruction_sets())}, found {forced!r}")
     return forced
+
+
+@cache
+def _best() -> str:
+    return INSTRUCTIONS[library().bt_best()]
 
 
 @cache
@@ -141,11 +172,12 @@ def check(status: int, function: str) -> None:
         raise BitternError(f"native runtime: {function}: {reasons.get(status, status)}")
 
 
-def pack(weight: QuantWeight) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def pack(weight: QuantWeight, threads: int | None = None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """A weight in the order in which the kernels read it (csrc/kernels.h).
 
     Args:
         weight: on the CPU. With a ``g_idx`` its columns are stored group by group.
+        threads: as in :class:`Settings`.
 
     Returns:
         codes: uint8, one-dimensional.
@@ -159,11 +191,9 @@ def pack(weight: QuantWeight) -> tuple[Tensor, Tensor, Tensor | None, Tensor | N
     if weight.g_idx is not None:
         order = torch.argsort(weight.g_idx, stable=True)
         codes = codes[:, order]
-    packed = torch.empty(
-        library().bt_packed_bytes(out_features, in_features, spec.bits, group_size), dtype=torch.uint8
-    )
+    packed = torch.empty(library().bt_packed_bytes(out_features, in_features, spec.bits, group_size), dtype=torch.uint8)
     status = library().bt_pack(
-        context(),
+        context(threads),
         out_features,
         in_features,
         spec.bits,
@@ -207,22 +237,29 @@ def dense_matrix(weight: Tensor) -> Matrix:
     return Matrix(out_features, in_features, TYPES[weight.dtype], 0, 0, 0, weight.data_ptr(), None, None, None)
 
 
-def linear(x: Tensor, matrices: Sequence[Matrix], activations: str = "a16") -> list[Tensor]:
+def linear(
+    x: Tensor,
+    matrices: Sequence[Matrix],
+    activations: str = "a16",
+    threads: int | None = None,
+    out: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
     """``x @ W.T`` for matrices that share their input.
 
     Args:
         x: float32 (rows, in_features) on the CPU, its rows contiguous.
-        matrices: at most 16.
-        activations: "a16" or "a8".
+        matrices: at most :data:`MOST_MATRICES`.
+        activations, threads: as in :class:`Settings`.
+        out: where to write, float32 (rows, out_features) each, their rows contiguous; None makes them.
 
     Returns:
         float32 (rows, out_features) each.
     """
     rows = x.shape[0]
-    results = [torch.empty(rows, m.out_features) for m in matrices]
+    results = [torch.empty(rows, m.out_features) for m in matrices] if out is None else list(out)
     count = len(matrices)
     status = library().bt_linear(
-        context(),
+        context(threads),
         (ctypes.c_void_p * count)(*[ctypes.addressof(m) for m in matrices]),
         count,
         ACTIVATIONS[activations],
@@ -236,11 +273,11 @@ def linear(x: Tensor, matrices: Sequence[Matrix], activations: str = "a16") -> l
     return results
 
 
-def dequantize(m: Matrix, start: int = 0, stop: int | None = None) -> Tensor:
+def dequantize(m: Matrix, start: int = 0, stop: int | None = None, threads: int | None = None) -> Tensor:
     """Rows [start, stop) as float32, columns in stored order."""
     stop = m.out_features if stop is None else stop
     out = torch.empty(stop - start, m.in_features)
-    check(library().bt_dequantize(context(), ctypes.addressof(m), start, stop, out.data_ptr()), "bt_dequantize")
+    check(library().bt_dequantize(context(threads), ctypes.addressof(m), start, stop, out.data_ptr()), "bt_dequantize")
     return out
 
 

@@ -1,0 +1,67 @@
+"""Generated tokens as text, as soon as it is certain."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class TextStream:
+    """Tokens in, text out, in pieces that end neither inside a character nor inside a stop text.
+
+    Args:
+        tokenizer: the model's.
+        prompt: tokens before the first one that is added.
+        stop: texts that end the stream and do not appear in it.
+
+    Attributes:
+        stopped: whether one of them has come.
+    """
+
+    _CONTEXT = 16  # prompt tokens that the first new ones are decoded after
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: list[int], stop: tuple[str, ...]) -> None:
+        self._tokenizer = tokenizer
+        self._ids = prompt[-self._CONTEXT :]
+        self._read = len(self._ids)  # how many of them the text so far covers
+        self._stop = stop
+        self._held = ""
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """The text that has become certain with this token."""
+        self._ids.append(token)
+        # Tokenizers join words by what stands before them, so new tokens are decoded behind old ones.
+        before = self._decode(self._ids[: self._read]).rstrip("\ufffd")
+        now = self._decode(self._ids)
+        if now.endswith("\ufffd"):  # the first bytes of a character
+            return ""
+        new = now[len(before) :]
+        if new:
+            self._ids = self._ids[self._read :]
+        self._read = len(self._ids)
+        return self._certain(new)
+
+    def finish(self) -> str:
+        """What was held back because a stop text could have begun there."""
+        rest, self._held = self._held, ""
+        return rest
+
+    def _decode(self, ids: list[int]) -> str:
+        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+    def _certain(self, new: str) -> str:
+        text = self._held + new
+        found = [start for start in map(text.find, self._stop) if start >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = max(
+            (size for stop in self._stop for size in range(1, len(stop)) if text.endswith(stop[:size])), default=0
+        )
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
