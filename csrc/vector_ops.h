@@ -66,6 +66,8 @@ struct VectorOps {
     void (*attend)(const Queries &queries, const HeadCache &cache, int begin, int end, float *state, float *scratch);
     void (*merge)(const float *piece, int rows, int width, float *state);
     void (*finish)(const float *state, int size, int width, float *out);
+    // Reads `bytes`, a multiple of 1024, as fast as the instruction set can; some function of all of them.
+    int32_t (*read)(const void *data, int64_t bytes);
 };
 
 }  // namespace bittern

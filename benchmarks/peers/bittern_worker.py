@@ -6,7 +6,9 @@ import time
 from typing import Any
 
 import torch
+import transformers.conversion_mapping  # noqa: F401  (what transformers imports as late as it can: imports, not load)
 from protocol import serve
+from transformers.models.llama import modeling_llama  # noqa: F401
 
 from bittern.checkpoint import open_checkpoint
 from bittern.runtime import native
