@@ -292,6 +292,12 @@ needs_native = pytest.mark.skipif(not native.available(), reason=f"native runtim
 
 
 @needs_native
+def test_activations_that_nothing_would_round_are_refused(tmp_path: Path) -> None:
+    made = make(tmp_path)
+    with pytest.raises(BitternError, match=r"^activations: only native kernels on a CPU round inputs to a8"):
+        bittern.load(made.artifact, device="cpu", kernels="torch", activations="a8")
+
+
 @pytest.mark.parametrize("activations", ["a16", "a8"])
 def test_the_whole_model_is_native_where_that_fits(activations: str, tmp_path: Path) -> None:
     made = make(tmp_path)

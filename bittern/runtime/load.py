@@ -128,7 +128,14 @@ def _native_settings(target: torch.device, kernels: str, settings: native.Settin
         raise BitternError(f"kernels: the native ones run on a CPU, the device is {target.type}")
     if kernels == "native":
         native.library()
-    return settings if target.type == "cpu" and kernels != "torch" and native.available() else None
+    if target.type == "cpu" and kernels != "torch" and native.available():
+        return settings
+    if settings.activations != "a16":
+        raise BitternError(
+            f"activations: only native kernels on a CPU round inputs to {settings.activations}, and none are in use here "
+            f"(device {target.type}, kernels {kernels}{'; ' + native.why_not() if native.why_not() else ''})"
+        )
+    return None
 
 
 def _choose_tier(model: PreTrainedModel, settings: native.Settings | None, decoder: bool, dtype: torch.dtype) -> None:
