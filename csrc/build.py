@@ -31,6 +31,7 @@ ANY = {
     "context.cpp": (),
     "decoder.cpp": (),
     "linear.cpp": (),
+    "pack.cpp": (),
     "pool.cpp": (),
     "kernels_scalar.cpp": (),
 }

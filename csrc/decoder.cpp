@@ -133,7 +133,8 @@ class Forward {
         for (int s = 0; s < segments_; s++) {
             for (int h = 0; h < m_.kv_heads; h++) caches_[s * m_.kv_heads + h] = head_cache(index, sequence_[s], h);
         }
-        each_row(4 * (queries_ + 4 * keys_), [&](int row, int thread) { place(layer, row, head_ + int64_t{thread} * width_); });
+        each_row(4 * (queries_ + 4 * keys_),
+                 [&](int row, int thread) { place(layer, row, head_ + int64_t{thread} * width_); });
         Attention a = {};
         a.heads = m_.heads;
         a.kv_heads = m_.kv_heads;

@@ -12,6 +12,7 @@ namespace {
 constexpr int most_matrices = 16;
 constexpr int64_t job_bytes = 24 << 10;        // of weights: a few microseconds
 constexpr int64_t row_block_bytes = 512 << 10;  // of digits: they stay in L2 while tiles pass by
+constexpr int row_quantum = 48, strip_quantum = 4;  // rows and tiles that kernels take at a time
 
 // Memory of `rows` rounded rows.
 struct Digits {
@@ -73,6 +74,61 @@ Input rows_of(const Digits &d, int begin, int end) {
     return part;
 }
 
+// The rounded inputs of a call: one set for every group size (and order of columns) among its matrices.
+struct Rounded {
+    Digits digits[most_matrices];
+    const bt_matrix *owner[most_matrices];  // some matrix that takes it
+    int kinds = 0;
+    int kind_of[most_matrices];  // by matrix; -1 for floats, which take x as it is
+};
+
+// Rounds x for all matrices of a call; false when there is no memory.
+bool round_inputs(bt_context *c, const Output *outputs, int count, int activations, int rows, const float *x,
+                  ptrdiff_t x_stride, Rounded &rounded) {
+    size_t offsets[most_matrices], bytes = 0;
+    int widest = 0;  // row that has to be put in order
+    for (int j = 0; j < count; j++) {
+        const bt_matrix &m = *outputs[j].matrix;
+        rounded.kind_of[j] = -1;
+        if (m.type != BT_CODES) continue;
+        int kind = 0;
+        while (kind < rounded.kinds && !same_input(*rounded.owner[kind], m)) kind++;
+        rounded.kind_of[j] = kind;
+        if (kind < rounded.kinds) continue;
+        rounded.owner[rounded.kinds++] = &m;
+        rounded.digits[kind].layout = layout_of(m, activations);
+        offsets[kind] = bytes;
+        bytes += (digits_bytes(rounded.digits[kind].layout, rows, activations) + 63) / 64 * 64;
+        if (m.order != nullptr && m.in_features > widest) widest = m.in_features;
+    }
+    const int room = round_up(widest, 16);
+    char *memory = static_cast<char *>(c->input.take(bytes + sizeof(float) * room * c->pool.threads() + 64));
+    if (memory == nullptr) return false;
+    float *gathered = reinterpret_cast<float *>(memory + bytes);
+    const int rows_a_job = 4;
+    for (int kind = 0; kind < rounded.kinds; kind++) {
+        Digits &d = rounded.digits[kind];
+        d = place(memory + offsets[kind], d.layout, rows, activations);
+        c->pool.run((rows + rows_a_job - 1) / rows_a_job, [&](int job, int thread) {
+            const int begin = job * rows_a_job, end = begin + rows_a_job < rows ? begin + rows_a_job : rows;
+            quantize_rows(*c->kernels, *rounded.owner[kind], d, x, x_stride, begin, end, gathered + thread * room);
+        });
+    }
+    return true;
+}
+
+// Rows of x that are taken together: as many as leave their digits in the second-level cache.
+int rows_a_block(const Rounded &rounded, int activations, int rows) {
+    int block = rows;
+    for (int kind = 0; kind < rounded.kinds; kind++) {
+        const int64_t row_bytes = rounded.digits[kind].input.digits * (activations == BT_A16 ? 2 : 1);
+        const int fit = static_cast<int>(row_block_bytes / row_bytes / row_quantum * row_quantum);
+        const int wanted = fit < row_quantum ? row_quantum : fit;
+        if (block > wanted) block = wanted;
+    }
+    return block;
+}
+
 // One matrix's share of a stage: strips of tiles (of features, for floats) times blocks of rows.
 struct Share {
     Output output;
@@ -81,6 +137,25 @@ struct Share {
     int units, strip, strips;
     int jobs;
 };
+
+Share share_of(const Output &output, const Digits *digits, int activations, int row_blocks) {
+    const bt_matrix &m = *output.matrix;
+    Share s = {};
+    s.output = output;
+    s.digits = digits;
+    if (digits != nullptr) {
+        s.layout = layout_of(m, activations);
+        s.units = s.layout.tiles;
+        s.strip = static_cast<int>(job_bytes / s.layout.tile_bytes) / strip_quantum * strip_quantum;
+    } else {
+        s.units = m.out_features;
+        s.strip = static_cast<int>(job_bytes / (static_cast<int64_t>(m.in_features) * (m.type == BT_F32 ? 4 : 2)));
+    }
+    if (s.strip < strip_quantum) s.strip = strip_quantum;
+    s.strips = (s.units + s.strip - 1) / s.strip;
+    s.jobs = s.strips * row_blocks;
+    return s;
+}
 
 }  // namespace
 
@@ -95,68 +170,15 @@ bool valid(const bt_matrix &m) {
 int linear(bt_context *c, const Output *outputs, int count, int activations, int rows, const float *x,
            ptrdiff_t x_stride) {
     const Kernels &k = *c->kernels;
-    // Matrices of one group size share digits; others get their own.
-    Digits digits[most_matrices];
-    const bt_matrix *owner[most_matrices];
-    int kinds = 0, widest = 0, kind_of[most_matrices];
-    size_t offsets[most_matrices], bytes = 0;
-    for (int j = 0; j < count; j++) {
-        const bt_matrix &m = *outputs[j].matrix;
-        kind_of[j] = -1;
-        if (m.type != BT_CODES) continue;
-        int kind = 0;
-        while (kind < kinds && !same_input(*owner[kind], m)) kind++;
-        if (kind == kinds) {
-            owner[kinds] = &m;
-            digits[kinds].layout = layout_of(m, activations);
-            offsets[kinds++] = bytes;
-            bytes += (digits_bytes(digits[kind].layout, rows, activations) + 63) / 64 * 64;
-            if (m.order != nullptr && m.in_features > widest) widest = m.in_features;
-        }
-        kind_of[j] = kind;
-    }
-    const size_t gathered_at = bytes;
-    bytes += static_cast<size_t>(round_up(widest, 16)) * sizeof(float) * c->pool.threads();
-    char *memory = static_cast<char *>(c->input.take(bytes + 64));
-    if (memory == nullptr) return BT_NO_MEMORY;
-    for (int kind = 0; kind < kinds; kind++) {
-        digits[kind] = place(memory + offsets[kind], digits[kind].layout, rows, activations);
-        const int rows_a_job = rows <= 4 ? rows : 4;
-        c->pool.run((rows + rows_a_job - 1) / rows_a_job, [&](int job, int thread) {
-            float *gathered = reinterpret_cast<float *>(memory + gathered_at) + thread * round_up(widest, 16);
-            const int begin = job * rows_a_job, end = begin + rows_a_job < rows ? begin + rows_a_job : rows;
-            quantize_rows(k, *owner[kind], digits[kind], x, x_stride, begin, end, gathered);
-        });
-    }
-
+    Rounded rounded;
+    if (!round_inputs(c, outputs, count, activations, rows, x, x_stride, rounded)) return BT_NO_MEMORY;
+    const int row_block = rows_a_block(rounded, activations, rows), row_blocks = (rows + row_block - 1) / row_block;
     Share shares[most_matrices];
-    int jobs = 0, row_block = rows;
-    for (int kind = 0; kind < kinds; kind++) {
-        const int64_t row_bytes = digits[kind].input.digits * (activations == BT_A16 ? 2 : 1);
-        const int fit = static_cast<int>(row_block_bytes / row_bytes / 48 * 48);
-        if (row_block > (fit < 48 ? 48 : fit)) row_block = fit < 48 ? 48 : fit;
-    }
-    const int row_blocks = (rows + row_block - 1) / row_block;
+    int jobs = 0;
     for (int j = 0; j < count; j++) {
-        const bt_matrix &m = *outputs[j].matrix;
-        Share &s = shares[j];
-        s.output = outputs[j];
-        s.digits = kind_of[j] < 0 ? nullptr : &digits[kind_of[j]];
-        int64_t unit_bytes;
-        if (s.digits != nullptr) {
-            s.layout = layout_of(m, activations);
-            s.units = s.layout.tiles;
-            unit_bytes = s.layout.tile_bytes;
-        } else {
-            s.units = m.out_features;
-            unit_bytes = static_cast<int64_t>(m.in_features) * (m.type == BT_F32 ? 4 : 2);
-        }
-        s.strip = static_cast<int>(job_bytes / unit_bytes);
-        if (s.digits != nullptr) s.strip = s.strip < 4 ? 4 : s.strip / 4 * 4;  // kernels take 4 tiles at a time
-        else if (s.strip < 4) s.strip = 4;
-        s.strips = (s.units + s.strip - 1) / s.strip;
-        s.jobs = s.strips * row_blocks;
-        jobs += s.jobs;
+        const Digits *digits = rounded.kind_of[j] < 0 ? nullptr : &rounded.digits[rounded.kind_of[j]];
+        shares[j] = share_of(outputs[j], digits, activations, row_blocks);
+        jobs += shares[j].jobs;
     }
     c->pool.run(jobs, [&](int job, int) {
         int j = 0;
@@ -181,71 +203,6 @@ int linear(bt_context *c, const Output *outputs, int count, int activations, int
 using namespace bittern;
 
 extern "C" {
-
-int64_t bt_packed_bytes(int out_features, int in_features, int bits, int group_size) {
-    bt_matrix m = {};
-    m.out_features = out_features;
-    m.in_features = in_features;
-    m.bits = bits;
-    m.group_size = group_size;
-    const Layout l = layout_of(m, BT_A16);
-    return l.tiles * l.tile_bytes;
-}
-
-int bt_pack(bt_context *c, int out_features, int in_features, int bits, int group_size, const uint8_t *codes,
-            ptrdiff_t row_stride, ptrdiff_t column_stride, void *packed) {
-    bt_matrix m = {};
-    m.out_features = out_features;
-    m.in_features = in_features;
-    m.type = BT_CODES;
-    m.bits = bits;
-    m.group_size = group_size;
-    m.scale_type = BT_F16;
-    m.codes = m.scales = packed;
-    if (c == nullptr || codes == nullptr || !valid(m)) return BT_BAD_ARGUMENT;
-    const Layout l = layout_of(m, BT_A16);
-    Lock lock(c);
-    c->pool.run(l.tiles, [&](int tile, int) {
-        uint8_t *out = static_cast<uint8_t *>(packed) + tile * l.tile_bytes;
-        const int first = tile * tile_rows;
-        const int rows = out_features - first < tile_rows ? out_features - first : tile_rows;
-        for (int group = 0; group < l.groups; group++) {
-            const int start = group * group_size;
-            const int columns = in_features - start < group_size ? in_features - start : group_size;
-            const int padded = group == l.groups - 1 ? l.last_columns : l.group_columns;
-            for (int block = 0; block < padded; block += quantum, out += bits * 32) {
-                uint8_t quads[4][64] = {};  // [quad][row * 4 + column]
-                const int here = columns - block < quantum ? columns - block : quantum;
-                for (int row = 0; row < rows; row++) {
-                    const uint8_t *from = codes + (first + row) * row_stride + (start + block) * column_stride;
-                    for (int i = 0; i < here; i++) quads[i >> 2][row * 4 + (i & 3)] = from[i * column_stride];
-                }
-                if (bits == 8) {
-                    memcpy(out, quads, sizeof quads);
-                } else if (bits == 4) {
-                    for (int half = 0; half < 2; half++) {
-                        for (int i = 0; i < 64; i++) {
-                            out[half * 64 + i] = static_cast<uint8_t>(quads[2 * half][i] | quads[2 * half + 1][i] << 4);
-                        }
-                    }
-                } else {
-                    for (int i = 0; i < 64; i++) {
-                        out[i] = static_cast<uint8_t>((quads[0][i] & 3) | (quads[1][i] & 3) << 2 |
-                                                      (quads[2][i] & 3) << 4 | (quads[3][i] & 3) << 6);
-                    }
-                    if (bits == 3) {
-                        for (int quad = 0; quad < 4; quad++) {
-                            uint64_t third = 0;
-                            for (int i = 0; i < 64; i++) third |= static_cast<uint64_t>(quads[quad][i] >> 2 & 1) << i;
-                            memcpy(out + 64 + quad * 8, &third, 8);
-                        }
-                    }
-                }
-            }
-        }
-    });
-    return 0;
-}
 
 int bt_dequantize(bt_context *c, const bt_matrix *m, int begin, int end, float *out) {
     if (c == nullptr || m == nullptr || !valid(*m) || m->type != BT_CODES || begin < 0 || end < begin ||

@@ -131,9 +131,10 @@ def _native_settings(target: torch.device, kernels: str, settings: native.Settin
     if target.type == "cpu" and kernels != "torch" and native.available():
         return settings
     if settings.activations != "a16":
+        reason = f"; {native.why_not()}" if native.why_not() else ""
         raise BitternError(
-            f"activations: only native kernels on a CPU round inputs to {settings.activations}, and none are in use here "
-            f"(device {target.type}, kernels {kernels}{'; ' + native.why_not() if native.why_not() else ''})"
+            f"activations: only native kernels on a CPU round inputs to {settings.activations}, and none are in use "
+            f"(device {target.type}, kernels {kernels}{reason})"
         )
     return None
 
