@@ -192,6 +192,13 @@ inline void add_products(const uint8_t *block, bool whole, const int8_t *hi, con
     }
 }
 
+// Bytes that codes and scales are asked for ahead of their use, when one row leaves the memory little time.
+constexpr int codes_ahead = 1024, scales_ahead = 256;
+
+inline void prefetch(const void *data, int64_t offset) {
+    _mm_prefetch(static_cast<const char *>(data) + offset, _MM_HINT_T0);
+}
+
 // One tile times at most `most` rows; with 1 the sums are registers.
 template <int bits, bool a16, int most>
 void multiply_tile(const bt_matrix &m, const Layout &l, const Input &input, int first_row, int given, int tile,
@@ -205,6 +212,7 @@ void multiply_tile(const bt_matrix &m, const Layout &l, const Input &input, int 
     for (int row = 0; row < rows; row++) total[row][0] = total[row][1] = _mm256_setzero_ps();
     for (int group = 0; group < l.groups; group++) {
         const int64_t at = (static_cast<int64_t>(tile) * l.groups + group) * tile_rows;
+        if (most == 1) prefetch(m.scales, at * (m.scale_type == BT_F32 ? 4 : 2) + scales_ahead);
         const __m256 zeros[2] = {load_zeros(m, at), load_zeros(m, at + 8)};
         const int filled = columns_of_group(l, group);
         for (int row = 0; row < rows; row++) part[row][0] = part[row][1] = _mm256_setzero_ps();
@@ -214,6 +222,9 @@ void multiply_tile(const bt_matrix &m, const Layout &l, const Input &input, int 
             for (int row = 0; row < rows; row++) dots[row][0] = dots[row][1] = _mm256_setzero_si256();
             for (int i = 0; i < width; i += step) {
                 const uint8_t *at_step = block + i * bits * 2;
+                if (most == 1) {
+                    for (int line = 0; line < step * bits * 2; line += 64) prefetch(at_step, line + codes_ahead);
+                }
                 const int8_t *lo_step = a16 ? lo + i : nullptr;
                 add_products<bits, a16, most>(at_step, width - i >= step, hi + i, lo_step, input.digits, rows, dots);
             }
