@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bittern.errors import BitternError
+from bittern.errors import BitternError, first_line
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -88,7 +88,7 @@ def read_header(path: Path) -> dict[str, Stored]:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(length, _MAX_HEADER_BYTES)), object_pairs_hook=_no_repeats)
     except (SafetensorError, ValueError, OSError) as error:
-        raise BitternError(f"{path}: not a whole safetensors file: {_one_line(error)}") from error
+        raise BitternError(f"{path}: not a whole safetensors file: {first_line(error)}") from error
     header.pop("__metadata__", None)
     stored = [_stored(path, name, entry, 8 + length) for name, entry in header.items()]
     return {item.info.name: item for item in sorted(stored, key=lambda item: item.offset)}
@@ -152,7 +152,3 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         raise ValueError("a name stands twice in the header")
     return result
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

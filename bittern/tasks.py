@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bittern.errors import BitternError
-from bittern.tokenizer import check_vocabulary, context_length, encode, first_line, leading_bos
+from bittern.errors import BitternError, first_line
+from bittern.tokenizer import check_vocabulary, context_length, encode, leading_bos
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -52,9 +52,3 @@ def check_vocabulary(ids: Tensor, tokenizer: PreTrainedTokenizerBase, vocab_size
             f"tokenizer {tokenizer.name_or_path!r} ({len(tokenizer)} tokens) does not fit the model: token {token!r} "
             f"has id {largest}, the model's vocabulary has {vocab_size}"
         )
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a foreign exception's message, for an error that must fit on one line."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -51,11 +51,17 @@ def library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     native._load.cache_clear()
 
 
+def surroundings(compiler: str, **variables: str) -> dict[str, str]:
+    """The environment of a build, whatever this one asks of builds."""
+    kept = {name: value for name, value in os.environ.items() if name != "BITTERN_REQUIRE_NATIVE"}
+    return {**kept, "CXX": compiler, **variables}
+
+
 def build(source: Path, kind: str, compiler: str, **variables: str) -> tuple[Path, str]:
     """A wheel or an sdist, and what was said meanwhile."""
     output = source.parent / "dist"
     output.mkdir(exist_ok=True)
-    environment = {**os.environ, "CXX": compiler, **variables}
+    environment = surroundings(compiler, **variables)
     command = [sys.executable, "-c", BACKEND, f"build_{kind}", str(output)]
     done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -72,7 +78,7 @@ def stand_in(folder: Path) -> str:
 
 def run_build_script(output: Path, compiler: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "csrc" / "build.py"), str(output)]
-    environment = {**os.environ, "CXX": compiler}
+    environment = surroundings(compiler)
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -119,7 +125,7 @@ def test_an_editable_install_leaves_no_library_of_older_sources(source: Path) ->
     def install(compiler: str, **variables: str) -> subprocess.CompletedProcess[str]:
         (source.parent / "dist").mkdir(exist_ok=True)
         command = [sys.executable, "-c", BACKEND, "build_editable", str(source.parent / "dist")]
-        environment = {**os.environ, "CXX": compiler, **variables}
+        environment = surroundings(compiler, **variables)
         return subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, check=False)
 
     assert install(stand_in(source.parent)).returncode == 0

@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bittern.errors import BitternError
-from bittern.tokenizer import check_vocabulary, encode, first_line, leading_bos
+from bittern.errors import BitternError, first_line
+from bittern.tokenizer import check_vocabulary, encode, leading_bos
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
