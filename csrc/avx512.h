@@ -24,10 +24,6 @@ struct alignas(64) Strip {
     uint8_t codes[strip_tiles][most_quads][64];
 };
 
-inline int columns_of_group(const Layout &l, int group) {
-    return group == l.groups - 1 ? l.last_columns : l.group_columns;
-}
-
 inline int least(int a, int b) { return a < b ? a : b; }
 
 // How many quads a line of 64 bytes holds, and the bytes of a block of 16 columns.

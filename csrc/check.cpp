@@ -161,9 +161,9 @@ void check_kernels(const bt_context *c, const Problem &p, int activations, const
     Buffer<float> row_of_x = make<float>(p.in_features);
     for (int row = 0; row < p.rows; row++) {
         for (int i = 0; i < p.in_features; i++) row_of_x[i] = static_cast<float>(p.stored(row, i));
-        c->kernels->quantize(p.matrix, l, row_of_x.get(), hi.get() + row * input.digits,
-                             a16 ? lo.get() + row * input.digits : nullptr, scales.get() + row * l.chunks,
-                             sums.get() + row * l.chunks);
+        quantize_row(*c->kernels, p.matrix, l, row_of_x.get(), hi.get() + row * input.digits,
+                     a16 ? lo.get() + row * input.digits : nullptr, scales.get() + row * l.chunks,
+                     sums.get() + row * l.chunks);
     }
     input.hi = hi.get(), input.lo = lo.get(), input.scales = scales.get(), input.sums = sums.get();
     Buffer<float> y = make<float>(static_cast<int64_t>(p.rows) * p.out_features);

@@ -53,6 +53,10 @@ struct Output {
 // False for a matrix that no kernel can take.
 bool valid(const bt_matrix &m);
 
+// One row of x, in stored order (in_features floats), to digits; filled-up columns and the tail become 0.
+void quantize_row(const Kernels &k, const bt_matrix &m, const Layout &l, const float *x, int8_t *hi, int8_t *lo,
+                  float *scales, float *sums);
+
 // x W^T for matrices that share their input; the caller holds the context.
 int linear(bt_context *c, const Output *outputs, int count, int activations, int rows, const float *x,
            ptrdiff_t x_stride);

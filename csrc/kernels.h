@@ -55,6 +55,14 @@ static inline Layout layout_of(const bt_matrix &m, int activations) {
     return l;
 }
 
+// Columns of a group, filled up.
+static inline int columns_of_group(const Layout &l, int group) {
+    return group == l.groups - 1 ? l.last_columns : l.group_columns;
+}
+
+// Digits lie in [-limit, limit]. 32639 = 127 * 256 + 127: hi stays within int8.
+static inline float digit_limit(const int8_t *lo) { return lo != nullptr ? 32639.0f : 127.0f; }
+
 // Rounded rows of x. `digits` is the distance of two rows of hi and of lo, l.columns plus the tail.
 struct Input {
     int rows;
@@ -68,9 +76,9 @@ struct VectorOps;  // csrc/ops.h: what a decoder does between its matrices
 
 // What one instruction set provides. All functions are pure: memory in, memory out.
 struct Kernels {
-    // One row of x, in stored order (in_features floats), to digits (filled-up columns and the tail become 0).
-    void (*quantize)(const bt_matrix &m, const Layout &l, const float *x, int8_t *hi, int8_t *lo, float *scales,
-                     float *sums);
+    // One chunk of x to `width` digits, `real` of its columns there and the others 0; its scale, and the sum of its
+    // digits. Infinity and NaN show in the scale.
+    float (*quantize)(const float *x, int real, int width, int8_t *hi, int8_t *lo, float *sum);
     // y[r * stride + f] for r in [0, input.rows) and the features f of tiles [begin, end).
     void (*multiply)(const bt_matrix &m, const Layout &l, const Input &input, int begin, int end, float *y,
                      ptrdiff_t stride);

@@ -239,9 +239,8 @@ void multiply(const bt_matrix &m, const Layout &l, const Input &input, int begin
 
 // The rest is AVX-512's, called rather than copied: copying the table would be code that runs when the library is
 // loaded, on any machine.
-void quantize(const bt_matrix &m, const Layout &l, const float *x, int8_t *hi, int8_t *lo, float *scales,
-              float *sums) {
-    kernels_avx512.quantize(m, l, x, hi, lo, scales, sums);
+float quantize(const float *x, int real, int width, int8_t *hi, int8_t *lo, float *sum) {
+    return kernels_avx512.quantize(x, real, width, hi, lo, sum);
 }
 
 void multiply_dense(const bt_matrix &m, const float *x, ptrdiff_t x_stride, int rows, int begin, int end, float *y,

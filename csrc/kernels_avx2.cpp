@@ -14,8 +14,6 @@ namespace {
 
 constexpr int step = 32;  // columns that are added up in int16
 
-int columns_of_group(const Layout &l, int group) { return group == l.groups - 1 ? l.last_columns : l.group_columns; }
-
 __m256i load_codes(const uint8_t *at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(at)); }
 
 // 32 bits to 32 bytes: 0 or 255.
@@ -120,8 +118,8 @@ float sum_of(__m256 v) {
 }
 
 // One chunk of `width` columns, `real` of them there; returns its scale.
-float quantize_chunk(const float *x, int real, int width, int8_t *hi, int8_t *lo, float *sum) {
-    const float limit = lo != nullptr ? 32639.0f : 127.0f;
+float quantize(const float *x, int real, int width, int8_t *hi, int8_t *lo, float *sum) {
+    const float limit = digit_limit(lo);
     __m256i magnitudes = _mm256_setzero_si256();
     for (int i = 0; i < real; i += 8) {
         const __m256i v = _mm256_castps_si256(load_some(x + i, real - i));
@@ -149,24 +147,6 @@ float quantize_chunk(const float *x, int real, int width, int8_t *hi, int8_t *lo
     }
     *sum = static_cast<float>(sum_of(total));
     return largest / limit;
-}
-
-void quantize(const bt_matrix &m, const Layout &l, const float *x, int8_t *hi, int8_t *lo, float *scales,
-              float *sums) {
-    for (int group = 0; group < l.groups; group++) {
-        const int first = group * m.group_size;
-        const int filled = columns_of_group(l, group);
-        const int there = m.in_features - first < m.group_size ? m.in_features - first : m.group_size;
-        for (int start = 0; start < filled; start += l.chunk) {
-            const int width = filled - start < l.chunk ? filled - start : l.chunk;
-            const int real = there - start < width ? there - start : width;
-            *scales++ = quantize_chunk(x + first + start, real, width, hi, lo, sums++);
-            hi += width;
-            if (lo != nullptr) lo += width;
-        }
-    }
-    memset(hi, 0, digits_tail);
-    if (lo != nullptr) memset(lo, 0, digits_tail);
 }
 
 constexpr int most_rows = 16;  // of x, that share an unpacking; their sums stay in L1

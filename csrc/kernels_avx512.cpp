@@ -258,42 +258,26 @@ inline float largest_magnitude(const float *x, int count) {
     return result;
 }
 
-void quantize(const bt_matrix &m, const Layout &l, const float *x, int8_t *hi, int8_t *lo, float *scales,
-              float *sums) {
-    const float limit = lo != nullptr ? 32639.0f : 127.0f;  // 32639 = 127 * 256 + 127: hi stays within int8
-    for (int group = 0; group < l.groups; group++) {
-        const int first = group * m.group_size;
-        const int filled = columns_of_group(l, group);
-        const int there = m.in_features - first < m.group_size ? m.in_features - first : m.group_size;
-        for (int start = 0; start < filled; start += l.chunk) {
-            const int width = filled - start < l.chunk ? filled - start : l.chunk;
-            const int real = there - start < width ? there - start : width;
-            const float *from = x + first + start;
-            const float largest = largest_magnitude(from, real), inverse = limit / largest;
-            // Zeros, and what is as small, have digits of 0. So have infinity and NaN: their scale says it.
-            const bool usable = inverse > 0 && inverse < INFINITY;
-            const __m512 factor = _mm512_set1_ps(usable ? inverse : 0.0f);
-            __m512i sum = _mm512_setzero_si512();
-            for (int i = 0; i < width; i += quantum) {
-                const __m512 values = _mm512_maskz_loadu_ps(usable ? first_lanes(real - i) : 0, from + i);
-                const __m512i digits = _mm512_cvtps_epi32(_mm512_mul_ps(values, factor));
-                sum = _mm512_add_epi32(sum, digits);
-                __m512i high = digits;
-                if (lo != nullptr) {
-                    // The low half is signed, so the high one is rounded to the nearest: (digit + 128) >> 8.
-                    high = _mm512_srai_epi32(_mm512_add_epi32(digits, _mm512_set1_epi32(128)), 8);
-                    _mm_storeu_si128(reinterpret_cast<__m128i *>(lo + i), _mm512_cvtepi32_epi8(digits));
-                }
-                _mm_storeu_si128(reinterpret_cast<__m128i *>(hi + i), _mm512_cvtepi32_epi8(high));
-            }
-            *scales++ = largest / limit;
-            *sums++ = static_cast<float>(_mm512_reduce_add_epi32(sum));
-            hi += width;
-            if (lo != nullptr) lo += width;
+float quantize(const float *x, int real, int width, int8_t *hi, int8_t *lo, float *sum) {
+    const float limit = digit_limit(lo), largest = largest_magnitude(x, real), inverse = limit / largest;
+    // Zeros, and what is as small, have digits of 0. So have infinity and NaN: their scale says it.
+    const bool usable = inverse > 0 && inverse < INFINITY;
+    const __m512 factor = _mm512_set1_ps(usable ? inverse : 0.0f);
+    __m512i total = _mm512_setzero_si512();
+    for (int i = 0; i < width; i += quantum) {
+        const __m512 values = _mm512_maskz_loadu_ps(usable ? first_lanes(real - i) : 0, x + i);
+        const __m512i digits = _mm512_cvtps_epi32(_mm512_mul_ps(values, factor));
+        total = _mm512_add_epi32(total, digits);
+        __m512i high = digits;
+        if (lo != nullptr) {
+            // The low half is signed, so the high one is rounded to the nearest: (digit + 128) >> 8.
+            high = _mm512_srai_epi32(_mm512_add_epi32(digits, _mm512_set1_epi32(128)), 8);
+            _mm_storeu_si128(reinterpret_cast<__m128i *>(lo + i), _mm512_cvtepi32_epi8(digits));
         }
+        _mm_storeu_si128(reinterpret_cast<__m128i *>(hi + i), _mm512_cvtepi32_epi8(high));
     }
-    memset(hi, 0, digits_tail);
-    if (lo != nullptr) memset(lo, 0, digits_tail);
+    *sum = static_cast<float>(_mm512_reduce_add_epi32(total));
+    return largest / limit;
 }
 
 // 16 weights from `index` on, zero where the mask says so.

@@ -11,8 +11,6 @@ namespace bittern {
 
 namespace {
 
-int columns_of_group(const Layout &l, int group) { return group == l.groups - 1 ? l.last_columns : l.group_columns; }
-
 constexpr int offset_of(int bits) { return bits == 8 ? 128 : 0; }
 
 // 16 columns of a tile, less the offset: [quad][quarter], byte r * 4 + i of a quarter being its row r, column i.
@@ -82,8 +80,8 @@ void load_some(const float *from, int count, float32x4_t to[size / 4]) {
 }
 
 // One chunk of `width` columns, `real` of them there; returns its scale.
-float quantize_chunk(const float *x, int real, int width, int8_t *hi, int8_t *lo, float *sum) {
-    const float limit = lo != nullptr ? 32639.0f : 127.0f;
+float quantize(const float *x, int real, int width, int8_t *hi, int8_t *lo, float *sum) {
+    const float limit = digit_limit(lo);
     float32x4_t values[4];
     uint32x4_t magnitudes = vdupq_n_u32(0);
     for (int i = 0; i < real; i += 16) {
@@ -116,24 +114,6 @@ float quantize_chunk(const float *x, int real, int width, int8_t *hi, int8_t *lo
     }
     *sum = static_cast<float>(vaddvq_s32(total));
     return largest / limit;
-}
-
-void quantize(const bt_matrix &m, const Layout &l, const float *x, int8_t *hi, int8_t *lo, float *scales,
-              float *sums) {
-    for (int group = 0; group < l.groups; group++) {
-        const int first = group * m.group_size;
-        const int filled = columns_of_group(l, group);
-        const int there = m.in_features - first < m.group_size ? m.in_features - first : m.group_size;
-        for (int start = 0; start < filled; start += l.chunk) {
-            const int width = filled - start < l.chunk ? filled - start : l.chunk;
-            const int real = there - start < width ? there - start : width;
-            *scales++ = quantize_chunk(x + first + start, real, width, hi, lo, sums++);
-            hi += width;
-            if (lo != nullptr) lo += width;
-        }
-    }
-    memset(hi, 0, digits_tail);
-    if (lo != nullptr) memset(lo, 0, digits_tail);
 }
 
 constexpr int most_rows = 8;  // of x, that share an unpacking; their sums stay in L1

@@ -15,8 +15,6 @@ float load(const void *data, int type, int64_t index) {
     return type == BT_F16 ? half_to_float(raw) : bfloat_to_float(raw);
 }
 
-int columns_of_group(const Layout &l, int group) { return group == l.groups - 1 ? l.last_columns : l.group_columns; }
-
 int zero(const bt_matrix &m, int64_t index) { return m.zeros == nullptr ? 1 << (m.bits - 1) : m.zeros[index]; }
 
 // 16 columns of a tile, codes[column][row].
@@ -51,38 +49,20 @@ float largest_magnitude(const float *x, int count) {
     return bits_to_float(largest);
 }
 
-void quantize(const bt_matrix &m, const Layout &l, const float *x, int8_t *hi, int8_t *lo, float *scales,
-              float *sums) {
-    const float limit = lo != nullptr ? 32639.0f : 127.0f;  // 32639 = 127 * 256 + 127: hi stays within int8
-    for (int group = 0; group < l.groups; group++) {
-        const int first = group * m.group_size;
-        const int filled = columns_of_group(l, group);
-        const int there = m.in_features - first < m.group_size ? m.in_features - first : m.group_size;
-        for (int start = 0; start < filled; start += l.chunk) {
-            const int width = filled - start < l.chunk ? filled - start : l.chunk;
-            const int real = there - start < width ? there - start : width;
-            const float largest = largest_magnitude(x + first + start, real);
-            const float inverse = limit / largest;
-            // Zeros, and what is as small, have digits of 0. So have infinity and NaN: their scale says it.
-            const bool usable = inverse > 0 && inverse < INFINITY;
-            int sum = 0;
-            for (int i = 0; i < width; i++) {
-                const int digit = usable && i < real ? static_cast<int>(lrintf(x[first + start + i] * inverse)) : 0;
-                const int low = lo != nullptr ? static_cast<int8_t>(digit & 255) : 0;
-                hi[i] = static_cast<int8_t>(lo != nullptr ? (digit - low) >> 8 : digit);
-                if (lo != nullptr) lo[i] = static_cast<int8_t>(low);
-                sum += digit;
-            }
-            *scales++ = largest / limit;
-            *sums++ = static_cast<float>(sum);
-            hi += width;
-            if (lo != nullptr) lo += width;
-        }
+float quantize(const float *x, int real, int width, int8_t *hi, int8_t *lo, float *sum) {
+    const float limit = digit_limit(lo), largest = largest_magnitude(x, real), inverse = limit / largest;
+    // Zeros, and what is as small, have digits of 0. So have infinity and NaN: their scale says it.
+    const bool usable = inverse > 0 && inverse < INFINITY;
+    int total = 0;
+    for (int i = 0; i < width; i++) {
+        const int digit = usable && i < real ? static_cast<int>(lrintf(x[i] * inverse)) : 0;
+        const int low = lo != nullptr ? static_cast<int8_t>(digit & 255) : 0;
+        hi[i] = static_cast<int8_t>(lo != nullptr ? (digit - low) >> 8 : digit);
+        if (lo != nullptr) lo[i] = static_cast<int8_t>(low);
+        total += digit;
     }
-    for (int i = 0; i < digits_tail; i++) {
-        hi[i] = 0;
-        if (lo != nullptr) lo[i] = 0;
-    }
+    *sum = static_cast<float>(total);
+    return largest / limit;
 }
 
 // 16 columns of a tile times the digits of one row.

@@ -59,8 +59,8 @@ void quantize_rows(const Kernels &k, const bt_matrix &m, const Digits &d, const 
         int8_t *hi = const_cast<int8_t *>(d.input.hi) + row * d.input.digits;
         int8_t *lo = d.input.lo == nullptr ? nullptr : const_cast<int8_t *>(d.input.lo) + row * d.input.digits;
         const int64_t at = static_cast<int64_t>(row) * d.layout.chunks;
-        k.quantize(m, d.layout, values, hi, lo, const_cast<float *>(d.input.scales) + at,
-                   const_cast<float *>(d.input.sums) + at);
+        quantize_row(k, m, d.layout, values, hi, lo, const_cast<float *>(d.input.scales) + at,
+                     const_cast<float *>(d.input.sums) + at);
     }
 }
 
@@ -165,6 +165,23 @@ bool valid(const bt_matrix &m) {
     const bool bits = m.bits == 2 || m.bits == 3 || m.bits == 4 || m.bits == 8;
     return m.type == BT_CODES && bits && m.group_size >= 1 && m.scales != nullptr &&
            (m.scale_type == BT_F16 || m.scale_type == BT_F32);
+}
+
+void quantize_row(const Kernels &k, const bt_matrix &m, const Layout &l, const float *x, int8_t *hi, int8_t *lo,
+                  float *scales, float *sums) {
+    for (int group = 0; group < l.groups; group++) {
+        const int first = group * m.group_size, filled = columns_of_group(l, group);
+        const int there = m.in_features - first < m.group_size ? m.in_features - first : m.group_size;
+        for (int start = 0; start < filled; start += l.chunk) {
+            const int width = filled - start < l.chunk ? filled - start : l.chunk;
+            const int real = there - start < width ? there - start : width;
+            *scales++ = k.quantize(x + first + start, real, width, hi, lo, sums++);
+            hi += width;
+            if (lo != nullptr) lo += width;
+        }
+    }
+    memset(hi, 0, digits_tail);
+    if (lo != nullptr) memset(lo, 0, digits_tail);
 }
 
 int linear(bt_context *c, const Output *outputs, int count, int activations, int rows, const float *x,

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from bittern.errors import BitternError
 from bittern.runtime import native
-from bittern.runtime.packed import PackedMatrix
+from bittern.runtime.packed import PackedMatrix, keep_dtype
 from bittern.weight import QuantWeight
 
 # From how many rows of input on a block of the weight is dequantized and multiplied in fp32 by torch, which is then
@@ -108,8 +108,7 @@ class NativeMatrix(nn.Module):
             )
         scales = self.scales
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.scales.dtype != scales.dtype:  # a model in bf16 keeps exact scales
-            self.scales = scales
+        keep_dtype(self, "scales", scales)  # a model in bf16 keeps exact scales
         return self
 
     def extra_repr(self) -> str:
@@ -252,8 +251,7 @@ class StoredLinear(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         weight = self.weight
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.weight.dtype != weight.dtype:
-            self._buffers["weight"] = weight.to(self.weight.device)
+        keep_dtype(self, "weight", weight)
         return self
 
 
@@ -286,8 +284,7 @@ class StoredEmbedding(nn.Embedding):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         weight = self.weight
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.weight.dtype != weight.dtype:
-            self._buffers["weight"] = weight.to(self.weight.device)
+        keep_dtype(self, "weight", weight)
         return self
 
 

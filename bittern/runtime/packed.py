@@ -21,6 +21,13 @@ _PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 _STEP = 2**20
 
 
+def keep_dtype(module: nn.Module, name: str, before: Tensor) -> None:
+    """Undo what ``nn.Module._apply`` did to the dtype of a buffer; its device stays the new one."""
+    now = module.get_buffer(name)
+    if now.dtype != before.dtype:
+        module._buffers[name] = before.to(now.device)
+
+
 class PackedMatrix(nn.Module):
     """One quantized matrix of shape (out_features, in_features).
 
@@ -110,8 +117,7 @@ class PackedMatrix(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         scales = self.scales
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.scales.dtype != scales.dtype:  # a model in bf16 keeps exact scales
-            self.scales = scales.to(self.scales.device)
+        keep_dtype(self, "scales", scales)  # a model in bf16 keeps exact scales
         return self
 
     def extra_repr(self) -> str:
