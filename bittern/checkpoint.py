@@ -8,25 +8,27 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 import shutil
 import threading
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from torch import Tensor
 
 from bittern.errors import BitternError
+from bittern.formats.legacy_bin import BinFiles, read_bin
 from bittern.shards import Stored, TensorInfo, read_elements, read_header
 from bittern.writer import CheckpointWriter, explained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from bittern.formats.gguf_file import GgufFile
 
 __all__ = ["Checkpoint", "CheckpointWriter", "TensorInfo", "open_checkpoint"]
 
@@ -51,6 +53,10 @@ SIDE_FILES = (
     "COPYING*",
     "USE_POLICY*",
 )
+_MAX_JSON_BYTES = 100_000_000  # the index of a model with 400,000 tensors takes 60 million
+_MAX_NAME = 1000  # characters of a tensor's name
+_MAX_COUNT = 1024  # of what transformers builds so many of as config.json says, where there are fewer tensors
+_COUNTS = re.compile(r"(num|n)_(\w*_)?(layer|block|expert|label)s?|(en|de)coder_layers")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -73,7 +79,7 @@ class Checkpoint:
         source: what the user named: a path or a Hub id.
         revision: the resolved commit when it came from the Hub.
         folder: where its files are; for a GGUF file, the folder that holds it.
-        gguf_file: the name of the GGUF file in ``folder``, else None.
+        gguf: the open GGUF file when it is one, else None.
         config: the parsed config.json (for a GGUF file, what transformers makes of its metadata).
         tensors: what it holds, in the order of the files.
     """
@@ -87,12 +93,12 @@ class Checkpoint:
         storage: Storage,
         *,
         revision: str | None = None,
-        gguf_file: str | None = None,
+        gguf: GgufFile | None = None,
     ) -> None:
         self.source = source
         self.revision = revision
         self.folder = folder
-        self.gguf_file = gguf_file
+        self.gguf = gguf
         self.config = config
         self.tensors = dict(tensors)
         self._storage = storage
@@ -100,7 +106,7 @@ class Checkpoint:
     @property
     def path(self) -> Path:
         """What is read: the folder, or the GGUF file."""
-        return self.folder if self.gguf_file is None else self.folder / self.gguf_file
+        return self.folder if self.gguf is None else self.gguf.path
 
     def read(self, name: str) -> Tensor:
         """A whole tensor, on the CPU, in its stored dtype.
@@ -132,7 +138,7 @@ class Checkpoint:
         Tokenizer, generation config, chat template, processor files, model code, licence. Out of a
         GGUF file come the tokenizer and its chat template, in transformers' format.
         """
-        if self.gguf_file is not None:
+        if self.gguf is not None:
             tokenizer = self.tokenizer()
             try:
                 saved = tokenizer.save_pretrained(folder)
@@ -157,8 +163,11 @@ class Checkpoint:
         from transformers import AutoTokenizer
 
         try:
-            options: dict[str, Any] = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
-            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False, **options)
+            if self.gguf is None:
+                return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+            with TemporaryDirectory() as alone:  # else it would take what lies beside the file, whosever that is
+                (Path(alone) / self.gguf.path.name).symlink_to(self.gguf.path.resolve())
+                return AutoTokenizer.from_pretrained(alone, gguf_file=self.gguf.path.name, trust_remote_code=False)
         except Exception as error:  # the tokenizers library raises nothing narrower
             raise BitternError(f"{self.source}: no tokenizer that transformers loads: {_line(error)}") from error
 
@@ -215,10 +224,17 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        BitternError: when the file is missing or holds anything else.
+        BitternError: when the file is missing, endless or holds anything else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        if not path.is_file():  # a pipe would wait for ever
+            raise BitternError(f"{path}: expected a JSON file, found {'something else' if path.exists() else 'none'}")
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise BitternError(f"{path}: expected at most {_MAX_JSON_BYTES} bytes, found {path.stat().st_size}")
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair could be written nowhere
     except (OSError, ValueError, RecursionError) as error:
         raise BitternError(f"{path}: expected a JSON file: {error}") from error
     if not isinstance(value, dict):
@@ -234,8 +250,12 @@ def contained(folder: Path, name: str) -> Path:
     Raises:
         BitternError: when it lies elsewhere.
     """
-    inside, path = folder.resolve(), folder / name
-    real = path.resolve()
+    path = folder / name
+    try:
+        inside, real = folder.resolve(), path.resolve()
+        path.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL or too many characters, a link to itself
+        raise BitternError(f"{folder}: the file {name} cannot be found: {error}") from error
     blobs = inside.parent.parent / "blobs" if inside.parent.name == "snapshots" else None
     plain = not Path(name).is_absolute() and ".." not in Path(name).parts
     if not plain or not (real.is_relative_to(inside) or real.parent == blobs):
@@ -248,11 +268,12 @@ def _line(error: BaseException) -> str:
 
 
 def _open_folder(source: str, folder: Path, revision: str | None) -> Checkpoint:
+    _refuse_special_files(folder)
     config = read_json(contained(folder, "config.json"))
     weights = _weight_file(folder)
     where = _read_index(folder, weights) if weights.suffix == ".json" else None
     files = [weights] if where is None else list(dict.fromkeys(where.values()))
-    read = _read_bin if files and files[0].suffix == ".bin" else read_header
+    read = read_bin if files and files[0].suffix == ".bin" else read_header
     stored: dict[str, Stored] = {}
     for file in files:
         for name, item in read(file).items():
@@ -263,16 +284,41 @@ def _open_folder(source: str, folder: Path, revision: str | None) -> Checkpoint:
     for name in where or ():
         if name not in stored:
             raise BitternError(f"{weights}: lists tensor {name}, which is not in its file")
-    storage = _BinFiles(stored) if read is _read_bin else _SafetensorsFiles(stored)
+    storage = BinFiles(stored) if read is read_bin else _SafetensorsFiles(stored)
     infos = {name: item.info for name, item in stored.items()}
+    for name in infos:
+        if not name.isprintable() or len(name) > _MAX_NAME:
+            raise BitternError(f"{folder}: tensor {name}: expected a name of at most {_MAX_NAME} printable characters")
+    _check_counts(folder / "config.json", config, len(infos))
     return Checkpoint(source, folder, config, infos, storage, revision=revision)
 
 
-def _open_gguf(source: str, path: Path) -> Checkpoint:
-    from bittern.formats.gguf import open_gguf
+def _refuse_special_files(folder: Path) -> None:
+    """Pipes and devices never end or keep their reader waiting, and libraries open what they find in a folder."""
+    for path in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise BitternError(f"{path}: expected a file, found a pipe, a socket or a device")
 
+
+def _check_counts(path: Path, config: dict[str, Any], tensors: int) -> None:
+    """Refuse numbers that would keep transformers building modules until memory ends."""
+    limit = max(_MAX_COUNT, tensors)
+    unseen = [config]
+    while unseen:
+        part = unseen.pop()
+        unseen += [value for value in part.values() if isinstance(value, dict)]
+        for key, value in part.items():
+            if isinstance(value, int) and value > limit and _COUNTS.fullmatch(key):
+                raise BitternError(f"{path}: {key}: {value} is too many for a checkpoint of {tensors} tensors")
+
+
+def _open_gguf(source: str, path: Path) -> Checkpoint:
+    from bittern.formats.gguf_file import open_gguf
+    from bittern.formats.gguf_header import check
+
+    check(path)  # before the gguf package believes what the file says
     config, tensors, storage = open_gguf(path)
-    return Checkpoint(source, path.parent, config, tensors, storage, gguf_file=path.name)
+    return Checkpoint(source, path.parent, config, tensors, storage, gguf=storage)
 
 
 def _weight_file(folder: Path) -> Path:
@@ -294,7 +340,11 @@ def _weight_file(folder: Path) -> Path:
 
 def _read_index(folder: Path, path: Path) -> dict[str, Path]:
     weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(file, str) for file in weight_map.values())
+    ):
         raise BitternError(f"{path}: expected a weight_map from tensor names to file names")
     suffix = path.name.removesuffix(".index.json").rpartition(".")[2]
     for name, file in weight_map.items():
@@ -303,7 +353,7 @@ def _read_index(folder: Path, path: Path) -> dict[str, Path]:
     paths = {file: contained(folder, file) for file in dict.fromkeys(weight_map.values())}
     for file, path_of_file in paths.items():
         if not path_of_file.is_file():
-            raise BitternError(f"{path}: lists the file {file}, which is missing")
+            raise BitternError(f"{path}: lists the file {file}, which is missing or no file")
     return {name: paths[file] for name, file in weight_map.items()}
 
 
@@ -328,51 +378,3 @@ class _SafetensorsFiles:
         for file in self._files.values():
             os.close(file)
         self._files.clear()
-
-
-def _load_bin(path: Path) -> dict[str, Tensor]:
-    """The mapped tensors of a file that torch.save wrote; nothing but tensors is ever unpickled."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
-        reason = str(error).split("\n")[0]
-        raise BitternError(f"{path}: expected tensors alone, as torch.save writes them since 1.6: {reason}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise BitternError(f"{path}: expected a flat dict of tensors")
-    return state
-
-
-def _read_bin(path: Path) -> dict[str, Stored]:
-    return {
-        name: Stored(TensorInfo(name, value.dtype, tuple(value.shape)), path, 0)
-        for name, value in _load_bin(path).items()
-    }
-
-
-class _BinFiles:
-    """Reads elements from legacy pytorch_model.bin files.
-
-    One file is mapped at a time, and mapped anew after every 256 MiB, for the pages that were read stay
-    in the resident set as long as the mapping lives.
-    """
-
-    _MAPPED_BYTES = 256 * 2**20
-
-    def __init__(self, stored: Mapping[str, Stored]) -> None:
-        self._stored = stored
-        self._lock = threading.Lock()
-        self._path: Path | None = None
-        self._state: dict[str, Tensor] = {}
-        self._read_bytes = 0
-
-    def read(self, name: str, start: int, stop: int) -> Tensor:
-        item = self._stored[name]
-        with self._lock:
-            if self._path != item.path or self._read_bytes > self._MAPPED_BYTES:
-                self._state = {}  # unmap before mapping again
-                self._path, self._state, self._read_bytes = item.path, _load_bin(item.path), 0
-            self._read_bytes += (stop - start) * item.info.dtype.itemsize
-            return self._state[name].reshape(-1)[start:stop].clone()
-
-    def close(self) -> None:
-        self._path, self._state = None, {}

@@ -1,12 +1,30 @@
 """The one exception that bittern raises for a mistake that its user can mend, and foreign ones in one line."""
 
+import re
+
+_BREAKS = re.compile(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")
+_MAX_CHARACTERS = 2000
+
 
 class BitternError(Exception):
     """Bad input, a refused combination or a failed check.
 
     The message is one line that names the tensor, file or option, what was expected and what was
-    found. The command line prints it without a traceback and exits with 1.
+    found. The command line prints it without a traceback and exits with 1. What it quotes may come from
+    a hostile file: line breaks become spaces, control characters are shown as escapes, and the middle of
+    an endless message is left out.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """A text that a terminal shows as one line and that cannot command the terminal."""
+    if len(text) > _MAX_CHARACTERS:
+        text = f"{text[: _MAX_CHARACTERS // 2]} ... {text[-_MAX_CHARACTERS // 2 :]}"
+    text = _BREAKS.sub(" ", text)
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def first_line(error: BaseException) -> str:

@@ -18,11 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from bittern.errors import BitternError
+from bittern.weight import is_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from bittern.checkpoint import Checkpoint
+
+
+# Buffers that old checkpoints hold and that are computed today.
+_COMPUTED = re.compile(r"rotary_emb\.inv_freq$|attn\.(masked_)?bias$|attention\.(masked_)?bias$")
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ def build(config: dict[str, Any], dtype: torch.dtype = torch.float32, attention:
             their own ("eager").
 
     Raises:
-        BitternError: for an architecture that transformers does not know.
+        BitternError: for an architecture that transformers does not know, and a config that it makes no model of.
     """
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -93,15 +98,21 @@ def build(config: dict[str, Any], dtype: torch.dtype = torch.float32, attention:
     if model_type not in CONFIG_MAPPING:
         raise BitternError(f"config.json: model_type {model_type!r} is not an architecture that transformers knows")
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    model_config = CONFIG_MAPPING[model_type].from_dict(plain)
     make: Callable[..., PreTrainedModel] = AutoModelForCausalLM.from_config
-    with _parameters_on_meta(), no_init_weights():
-        try:
-            model = make(model_config, dtype=dtype, attn_implementation=attention)
-        except ValueError as error:
-            if "attention implementation" not in str(error) and "attn_implementation" not in str(error):
-                raise BitternError(f"config.json: {model_type} is no causal language model: {error}") from error
-            model = make(model_config, dtype=dtype, attn_implementation="eager")
+    try:
+        model_config = CONFIG_MAPPING[model_type].from_dict(plain)
+        with _parameters_on_meta(), no_init_weights():
+            try:
+                model = make(model_config, dtype=dtype, attn_implementation=attention)
+            except ValueError as error:
+                if "attention implementation" not in str(error) and "attn_implementation" not in str(error):
+                    raise BitternError(f"config.json: {model_type} is no causal language model: {error}") from error
+                model = make(model_config, dtype=dtype, attn_implementation="eager")
+    except BitternError:
+        raise
+    except Exception as error:  # of a config that lies, transformers and torch raise whatever comes
+        reason = f"{type(error).__name__}: {error}"
+        raise BitternError(f"config.json: transformers cannot build this {model_type}: {reason}") from error
     model.tie_weights()
     if model._can_set_experts_implementation():
         # Only this implementation reads one expert at a time, by index.
@@ -153,7 +164,9 @@ def tied_names(model: PreTrainedModel) -> set[str]:
     return set(model.all_tied_weights_keys)
 
 
-def weight_map(model: PreTrainedModel, available: Iterable[str]) -> dict[str, tuple[Piece, ...]]:
+def weight_map(
+    model: PreTrainedModel, available: Iterable[str], packed: Iterable[str] = ()
+) -> dict[str, tuple[Piece, ...]]:
     """Find every parameter and persistent buffer of a model in a checkpoint.
 
     Transformers renames and fuses tensors when it loads (Mixtral's experts) and undoes that when it
@@ -164,6 +177,7 @@ def weight_map(model: PreTrainedModel, available: Iterable[str]) -> dict[str, tu
         model: a model of :func:`build`.
         available: names of the tensors in the checkpoint. A missing or an additional base prefix
             (``transformer.``) is understood, and so are the live names themselves.
+        packed: layers that it holds packed; each stands for the tensor of its name with ``.weight``.
 
     Returns:
         Live name -> pieces in row order. Tied parameters are left out.
@@ -174,7 +188,7 @@ def weight_map(model: PreTrainedModel, available: Iterable[str]) -> dict[str, tu
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    present = set(available)
+    present = {*available, *(f"{layer}.weight" for layer in packed)}
     tied = tied_names(model)
     numbers: dict[str, Tensor] = {}
     owners: list[tuple[int, str]] = []
@@ -210,7 +224,7 @@ def _locate(pieces: list[Piece], live: str, rows: int, present: set[str], model:
 
     def stored_as(name: str) -> str | None:
         for candidate in (name, name.removeprefix(prefix), prefix + name):
-            if candidate in present or f"{candidate.removesuffix('.weight')}.qweight" in present:
+            if candidate in present:
                 return candidate
         return None
 
@@ -221,8 +235,8 @@ def _locate(pieces: list[Piece], live: str, rows: int, present: set[str], model:
     fused = stored_as(live)
     if fused is None and len(pieces) > 1:
         # Experts that share one checkpoint tensor are packed one by one under that tensor's name.
-        fused = live if f"{live}.0.qweight" in present else None
-    elif fused is None and f"{missing[0].removesuffix('.weight')}.0.qweight" in present:
+        fused = live if f"{live}.0.weight" in present else None
+    elif fused is None and f"{missing[0].removesuffix('.weight')}.0.weight" in present:
         return tuple(pieces)
     if fused is None:
         raise BitternError(f"{missing[0]}: the checkpoint has no such tensor, and {live} of the model needs it")
@@ -258,6 +272,28 @@ def matrices(model: PreTrainedModel, prefix: str, sources: dict[str, tuple[Piece
                 if parameter_.ndim == 3:
                     found += _experts(f"{name}.{leaf}", tuple(parameter_.shape), bool(module.is_transposed), sources)
     return found
+
+
+def stored_matrices(model: PreTrainedModel, sources: dict[str, tuple[Piece, ...]]) -> list[Matrix]:
+    """The matrices of all blocks and of an output head of its own, named as the checkpoint at hand names them.
+
+    Args:
+        model: a model of :func:`build`.
+        sources: the result of :func:`weight_map`.
+    """
+    here = {name: tuple(Piece(p.source, p.source, p.start, p.stop) for p in pieces) for name, pieces in sources.items()}
+    prefix, modules = blocks(model)
+    places = [f"{prefix}.{index}" for index in range(len(modules))]
+    head = output_head(model)
+    if head is not None and f"{head}.weight" in here:
+        places.append(head)
+    return [matrix for place in places for matrix in matrices(model, place, here)]
+
+
+def output_head(model: PreTrainedModel) -> str | None:
+    """The name of the live module that computes logits; None where the architecture has none."""
+    output = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return next((name for name, module in model.named_modules() if module is output), None)
 
 
 def _layer(tensor: str) -> str:
@@ -331,14 +367,6 @@ def read_tensor(
     return result.view(shape)
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Whether floats hold neither NaN nor infinity; ten times as fast as isfinite().all() and without a copy."""
-    if tensor.numel() == 0:
-        return True
-    low, high = tensor.aminmax()  # a NaN anywhere makes both of them NaN
-    return bool(torch.isfinite(low) & torch.isfinite(high))
-
-
 def load_tensors(
     model: PreTrainedModel,
     checkpoint: Checkpoint,
@@ -386,19 +414,25 @@ def load_dense(
     return model
 
 
-def unexpected_tensors(
+def unused_tensors(
     model: PreTrainedModel, sources: dict[str, tuple[Piece, ...]], available: Iterable[str]
 ) -> list[str]:
-    """Checkpoint tensors that the model has no place for and that transformers does not know to be useless."""
+    """Checkpoint tensors that the model has no place for: extra modules, but no ties and no computed buffers."""
     used = {piece.source for pieces in sources.values() for piece in pieces}
     prefix = f"{model.base_model_prefix}."
     ties = tied_names(model)
     computed = {name for name, _ in model.named_buffers()}
     known = used | ties | computed | {name.removeprefix(prefix) for name in ties | computed}
+    return [name for name in available if name not in known and not _COMPUTED.search(name)]
+
+
+def unexpected_tensors(
+    model: PreTrainedModel, sources: dict[str, tuple[Piece, ...]], available: Iterable[str]
+) -> list[str]:
+    """Those of :func:`unused_tensors` that transformers does not know to be useless to it."""
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
-    # Old checkpoints hold buffers that are computed today.
-    ignored.append(re.compile(r"rotary_emb\.inv_freq$|attn\.(masked_)?bias$|attention\.(masked_)?bias$"))
-    return [name for name in available if name not in known and not any(p.search(name) for p in ignored)]
+    unused = unused_tensors(model, sources, available)
+    return [name for name in unused if not any(pattern.search(name) for pattern in ignored)]
 
 
 def pick_device(name: str) -> torch.device:

@@ -79,15 +79,20 @@ def read_header(path: Path) -> dict[str, Stored]:
     holes, shapes that contradict sizes, and giant headers.
 
     Raises:
-        BitternError: for a file that it refuses, a dtype that torch has not, a repeated name.
+        BitternError: for a file that it refuses, what is no file (a pipe would wait for ever), a dtype that
+            torch has not, a repeated name.
     """
+    if not path.is_file():
+        raise BitternError(f"{path}: expected a safetensors file, found none or something else")
     try:
-        with safe_open(path, framework="pt"):
-            pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, _MAX_HEADER_BYTES)), object_pairs_hook=_no_repeats)
-    except (SafetensorError, ValueError, OSError) as error:
+            if length > _MAX_HEADER_BYTES:  # before the library maps the file, however large that says it is
+                raise BitternError(f"{path}: expected a header of at most {_MAX_HEADER_BYTES} bytes, found {length}")
+            with safe_open(path, framework="pt"):
+                pass
+            header = json.loads(file.read(length), object_pairs_hook=_no_repeats)
+    except (SafetensorError, ValueError, OSError, MemoryError) as error:
         raise BitternError(f"{path}: not a whole safetensors file: {first_line(error)}") from error
     header.pop("__metadata__", None)
     stored = [_stored(path, name, entry, 8 + length) for name, entry in header.items()]

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 import bittern
-from bittern.formats.gptq import names, packed_layers, unpack
+from bittern.formats.gptq import names, packed_layers, read_config, unpack
+from bittern.formats.scheme import PackedLayer
 from tests import tiny
 
 GPT = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 64}
@@ -66,14 +67,13 @@ def dequantized(artifact: Path, source: Path, folder: Path) -> Path:
     stored = load_file(artifact / "model.safetensors")
     originals = load_file(source / "model.safetensors")
     config = json.loads((artifact / "config.json").read_text())
-    checkpoint_format = config.pop("quantization_config")["checkpoint_format"]
+    scheme = read_config(config.pop("quantization_config"))
     plain: dict[str, torch.Tensor] = {}
     packed = packed_layers(stored)
     for layer in packed:
         tensors = {suffix: stored.pop(name) for suffix, name in names(layer).items()}
-        weight = unpack(
-            tensors, in_features=tensors["g_idx"].numel(), checkpoint_format=checkpoint_format, sym=True
-        ).dequantize()
+        shape = (tensors["qweight"].shape[1], tensors["g_idx"].numel())
+        weight = unpack(tensors, PackedLayer(*shape, scheme.default), scheme).dequantize()
         original = originals.get(f"{layer}.weight")
         if original is not None:
             # GPT-2's Conv1D stores (in, out), which a square matrix does not show.
@@ -110,6 +110,11 @@ def test_quantized_family_computes_what_its_codes_say(
         expected, found = oracle(ids).logits, model(ids).logits
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-3)
+    # What convert writes has the very tensors of the oracle, under the architecture's own names and arrangement.
+    bittern.convert(tmp_path / "out", tmp_path / "floats", format="safetensors", dtype="fp32")
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "floats", plain))
+    assert set(ours) == set(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     # The comparison would be empty if nothing had been packed, or if packing had changed nothing.
     assert len(manifest["layers"]) >= 6
     assert all(record["tokens"] > 0 or record["fallback"] for record in manifest["layers"])

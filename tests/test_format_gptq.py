@@ -13,6 +13,9 @@ from torch import Tensor
 
 from bittern.errors import BitternError
 from bittern.formats import gptq
+from bittern.formats.bits import pack_rows, unpack_rows
+from bittern.formats.scheme import PackedLayer, Scheme
+from bittern.shards import TensorInfo
 from bittern.weight import BITS, QuantSpec, QuantWeight
 
 
@@ -82,16 +85,16 @@ GOLDEN = {
 @pytest.mark.parametrize("bits", BITS)
 def test_golden_words(bits: int) -> None:
     values = (torch.arange(32) % 2**bits).to(torch.uint8).unsqueeze(1)
-    words = gptq.pack_rows(values, bits)
+    words = pack_rows(values, bits)
     assert [f"{word & 0xFFFFFFFF:08x}" for word in words[:, 0].tolist()] == GOLDEN[bits]
-    assert torch.equal(gptq.unpack_rows(words, bits, 32), values)
+    assert torch.equal(unpack_rows(words, bits, 32), values)
 
 
 def test_three_bit_values_10_and_21_straddle_words() -> None:
     for lane, expected in ((10, ["c0000000", "00000001", "00000000"]), (21, ["00000000", "80000000", "00000003"])):
         values = torch.zeros(32, 1, dtype=torch.uint8)
         values[lane] = 7
-        words = gptq.pack_rows(values, 3)
+        words = pack_rows(values, 3)
         assert [f"{word & 0xFFFFFFFF:08x}" for word in words[:, 0].tolist()] == expected
 
 
@@ -132,7 +135,7 @@ def test_round_trip_and_bit_by_bit(
         assert torch.equal(tensor, expected[suffix]), suffix
         assert (tuple(tensor.shape), tensor.dtype) == (info.shape, info.dtype)
         assert tensor.is_contiguous()
-    assert_same(gptq.unpack(packed, in_features=in_features, checkpoint_format=version, sym=sym), weight)
+    assert_same(unpack(packed, weight.spec, in_features, version), weight)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -140,7 +143,7 @@ def test_reads_sizes_that_do_not_fill_the_last_word(bits: int) -> None:
     """Never written here, but the layout's ceil() allows them."""
     weight = random_weight(bits, 5, 43, -1)
     tensors = packed_bit_by_bit(weight, zero_offset=0)
-    assert_same(gptq.unpack(tensors, in_features=43, checkpoint_format=gptq.V2, sym=False), weight)
+    assert_same(unpack(tensors, weight.spec, 43, gptq.V2), weight)
 
 
 def test_act_order_keeps_its_g_idx() -> None:
@@ -148,7 +151,7 @@ def test_act_order_keeps_its_g_idx() -> None:
     permuted = plain.group_index()[torch.randperm(96, generator=torch.Generator().manual_seed(1))].int()
     weight = QuantWeight(plain.codes, plain.scales, plain.zeros, plain.spec, permuted)
     packed = gptq.pack(weight, checkpoint_format=gptq.V2)
-    found = gptq.unpack(packed, in_features=96, checkpoint_format=gptq.V2, sym=False)
+    found = unpack(packed, weight.spec, 96, gptq.V2)
     assert_same(found, weight)
     one_by_one = torch.empty(32, 96)
     for row in range(32):
@@ -162,7 +165,7 @@ def test_act_order_keeps_its_g_idx() -> None:
 def test_last_group_may_be_short_when_reading() -> None:
     weight = random_weight(4, 32, 80, 32)
     tensors = packed_bit_by_bit(weight, zero_offset=0)
-    found = gptq.unpack(tensors, in_features=80, checkpoint_format=gptq.V2, sym=False)
+    found = unpack(tensors, weight.spec, 80, gptq.V2)
     assert found.spec.group_size == 32
     assert torch.equal(found.dequantize(), weight.dequantize())
 
@@ -171,9 +174,9 @@ def test_g_idx_may_be_missing_and_scales_may_be_bfloat16() -> None:
     weight = random_weight(4, 32, 64, 32)
     packed = gptq.pack(weight, checkpoint_format=gptq.V2)
     del packed["g_idx"]
-    assert_same(gptq.unpack(packed, in_features=64, checkpoint_format=gptq.V2, sym=False), weight)
+    assert_same(unpack(packed, weight.spec, 64, gptq.V2), weight)
     packed["scales"] = packed["scales"].bfloat16()
-    found = gptq.unpack(packed, in_features=64, checkpoint_format=gptq.V2, sym=False)
+    found = unpack(packed, weight.spec, 64, gptq.V2)
     assert found.scales.dtype == torch.float32
     assert torch.equal(found.scales, packed["scales"].T.float())
 
@@ -212,7 +215,7 @@ def test_refuses_to_plan(out_features: int, in_features: int, group_size: int, m
     ("change", "message"),
     [
         ({"qweight": None}, "qweight: expected a tensor of two dimensions, found none"),
-        ({"qweight": torch.zeros(9, 32, dtype=torch.int32)}, "qweight: expected one of 4 .* found 9"),
+        ({"qweight": torch.zeros(9, 32, dtype=torch.int32)}, r"qweight: expected shape \(8, 32\), found \(9, 32\)"),
         ({"qweight": torch.zeros(8, 32)}, "qweight: expected int32, found torch.float32"),
         ({"qweight": torch.zeros(8, 64, dtype=torch.int32)}, r"qzeros: expected shape \(2, 8\), found \(2, 4\)"),
         ({"qzeros": torch.zeros(2, 5, dtype=torch.int32)}, r"qzeros: expected shape \(2, 4\), found \(2, 5\)"),
@@ -231,15 +234,44 @@ def test_refuses_to_read(change: dict[str, Any], message: str) -> None:
     tensors: dict[str, Any] = gptq.pack(random_weight(4, 32, 64, 32, sym=True), checkpoint_format=gptq.V1) | change
     present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     with pytest.raises(BitternError, match=message):
-        gptq.unpack(present, in_features=64, checkpoint_format=gptq.V1, sym=True)
+        unpack(present, QuantSpec(4, 32), 64, gptq.V1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"qweight": (9, 32)}, r"l\.qweight: expected 8 rows \(64 columns of 4 bits\), found 9"),
+        ({"qweight": (8,)}, r"l\.qweight: expected a tensor of two dimensions, found shape \(8,\)"),
+        ({"scales": None}, r"l\.scales: expected a tensor of two dimensions, found none"),
+        ({"qzeros": (2, 5)}, r"l\.qzeros: expected shape \(2, 4\), found \(2, 5\)"),
+        ({"g_idx": (64, 1)}, r"l\.g_idx: expected one dimension, found shape \(64, 1\)"),
+        ({"g_idx": (96,)}, r"l\.qweight: expected 12 rows \(96 columns of 4 bits\), found 8"),
+    ],
+)
+def test_refuses_shapes_that_contradict_the_config(change: dict[str, Any], message: str) -> None:
+    good = {info.name: info for info in gptq.plan("l", 32, 64, QuantSpec(4, 32))}
+    assert gptq.layer_shape("l", good, QuantSpec(4, 32)) == (32, 64)
+    for suffix, shape in change.items():
+        name = f"l.{suffix}"
+        good.pop(name)
+        if shape is not None:
+            good[name] = TensorInfo(name, torch.int32, shape)
+    with pytest.raises(BitternError, match=message):
+        gptq.layer_shape("l", good, QuantSpec(4, 32))
 
 
 def test_a_wrong_checkpoint_format_shows_in_symmetric_zeros() -> None:
     packed = gptq.pack(random_weight(4, 32, 64, 32, sym=True), checkpoint_format=gptq.V1)
     with pytest.raises(BitternError, match="expected 8 everywhere in a symmetric 'gptq_v2' layer, found 7"):
-        gptq.unpack(packed, in_features=64, checkpoint_format=gptq.V2, sym=True)
+        unpack(packed, QuantSpec(4, 32), 64, gptq.V2)
     with pytest.raises(BitternError, match="checkpoint_format: expected 'gptq' or 'gptq_v2', found 'marlin'"):
-        gptq.unpack(packed, in_features=64, checkpoint_format="marlin", sym=True)
+        unpack(packed, QuantSpec(4, 32), 64, "marlin")
+
+
+def unpack(tensors: dict[str, Tensor], grid: QuantSpec, in_features: int, version: str) -> QuantWeight:
+    """The layer as a config that states ``grid`` describes it."""
+    layer = PackedLayer(tensors["qweight"].shape[1] if "qweight" in tensors else 32, in_features, grid)
+    return gptq.unpack(tensors, layer, Scheme(version, grid))
 
 
 def layers_of(*, blocks: int = 2) -> list[str]:
@@ -309,7 +341,7 @@ def test_config_refuses() -> None:
 
 def test_read_config_of_other_tools() -> None:
     autogptq = {"bits": 4, "group_size": 128, "damp_percent": 0.01, "desc_act": True, "sym": False}
-    assert gptq.read_config(autogptq) == gptq.GPTQConfig(4, 128, False, True, "gptq", (), ())
+    assert gptq.read_config(autogptq) == Scheme("gptq", QuantSpec(4, 128, sym=False), desc_act=True)
     gptqmodel = {
         "bits": 3,
         "group_size": -1,
@@ -322,7 +354,7 @@ def test_read_config_of_other_tools() -> None:
         "dynamic": {r"-:.*down_proj": {}, r".*\.q_proj$": {"bits": 8}},
     }
     found = gptq.read_config(gptqmodel)
-    assert (found.bits, found.group_size, found.checkpoint_format) == (3, -1, "gptq_v2")
+    assert (found.default, found.format) == (QuantSpec(3, -1), "gptq_v2")
     assert found.quantizer == ("gptqmodel:7.7.0",)
     assert found.spec("model.layers.0.mlp.down_proj") is None
     assert found.spec("model.layers.0.self_attn.q_proj") == QuantSpec(8, -1)
@@ -338,7 +370,7 @@ def test_read_config_of_other_tools() -> None:
         ({"pack_dtype": "int64"}, "pack_dtype: expected 'int32', found 'int64'"),
         ({"bits": "4"}, "bits: expected int, found '4'"),
         ({"sym": 1}, "sym: expected bool, found 1"),
-        ({"dynamic": {"-:(": {}}}, "dynamic: '-:\\(' is no regular expression"),
+        ({"dynamic": {"-:(": {}}}, "quantization_config: '\\(' is no regular expression"),
     ],
 )
 def test_read_config_refuses(change: dict[str, Any], message: str) -> None:

@@ -363,17 +363,25 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "a wrong packed shape": (
         {"model.layers.0.mlp.up_proj.qweight": torch.zeros(9, 96, dtype=torch.int32)},
         {},
-        r"model\.layers\.0\.mlp\.up_proj\.qweight: expected one of .* found 9",
+        r"model\.layers\.0\.mlp\.up_proj\.qweight: expected 8 rows \(64 columns of 4 bits\), found 9",
     ),
     "NaN": ({"model.norm.weight": torch.full((64,), torch.nan)}, {}, r"model\.norm\.weight: .*NaN"),
-    "no config": ({}, {"quantization_config": None}, "holds packed layers, but neither config.json nor"),
-    "another format": ({}, {"quantization_config": {"quant_method": "awq"}}, "expected 'gptq', found 'awq'"),
+    "no config": ({}, {"quantization_config": None}, r"holds packed layers \(\S+\), but neither config.json nor"),
+    "another format": (
+        {},
+        {"quantization_config": {"quant_method": "fp8"}},
+        "quant_method: expected one of gptq, .* found 'fp8'",
+    ),
     "other bits": (
         {},
         {"quantization_config": {"quant_method": "gptq", "bits": 3, "group_size": 32}},
-        r"model\.layers\.0\.\S+\.qweight: config\.json says 3 bits, its shape 4",
+        r"model\.layers\.0\.\S+\.qweight: expected 9 rows \(96 columns of 3 bits\), found 12",
     ),
-    "other size": ({}, {"intermediate_size": 160}, r"gate_proj: expected 160 output features, found 96"),
+    "other size": (
+        {},
+        {"intermediate_size": 160},
+        r"gate_proj: config.json asks for shape \(160, 64\), found \(96, 64\)",
+    ),
     "an unknown architecture": ({}, {"model_type": "nonesuch"}, "model_type 'nonesuch' is not an architecture"),
 }
 

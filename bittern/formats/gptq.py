@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,52 +26,16 @@ from torch import Tensor
 
 from bittern import __version__
 from bittern.errors import BitternError
+from bittern.formats.bits import WORD, check_range, pack_rows, unpack_rows, words
+from bittern.formats.scheme import PackedLayer, Scheme
 from bittern.shards import TensorInfo
-from bittern.weight import BITS, QuantSpec, QuantWeight
+from bittern.weight import QuantSpec, QuantWeight
 
 V1 = "gptq"  # stores zero - 1
 V2 = "gptq_v2"  # stores zero
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
-_WORD = 32
 # vLLM looks a fused layer up in ``dynamic`` by its own name; it exists when all of its parts share a grid.
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-
-
-@dataclass(frozen=True)
-class GPTQConfig:
-    """What the quantization config of an artifact says about its layers.
-
-    Attributes:
-        bits, group_size, sym: the grid of layers that ``dynamic`` does not name.
-        desc_act: whether columns were stored under a permuted ``g_idx``.
-        checkpoint_format: "gptq" or "gptq_v2".
-        quantizer: who made it, such as ("gptqmodel:7.7.0",); empty when it does not say.
-        dynamic: (pattern, overrides) in order, the first match counts; None skips the layer.
-    """
-
-    bits: int
-    group_size: int
-    sym: bool
-    desc_act: bool
-    checkpoint_format: str
-    quantizer: tuple[str, ...]
-    dynamic: tuple[tuple[str, Mapping[str, Any] | None], ...]
-
-    def spec(self, layer: str) -> QuantSpec | None:
-        """The grid of a layer, None for one that is not quantized.
-
-        Raises:
-            BitternError: for bits or a group size that bittern does not have.
-        """
-        overrides: Mapping[str, Any] | None = {}
-        for pattern, values in self.dynamic:
-            if re.match(pattern, layer):
-                overrides = values
-                break
-        if overrides is None:
-            return None
-        grid = {"bits": self.bits, "group_size": self.group_size, "sym": self.sym}
-        return QuantSpec(**{key: overrides.get(key, value) for key, value in grid.items()})
 
 
 def names(layer: str) -> dict[str, str]:
@@ -85,6 +48,35 @@ def packed_layers(tensors: Iterable[str]) -> list[str]:
     return [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
 
 
+def layer_shape(layer: str, tensors: Mapping[str, TensorInfo], spec: QuantSpec) -> tuple[int, int]:
+    """(out_features, in_features) of a packed layer, from the shapes of its tensors.
+
+    Raises:
+        BitternError: when they contradict each other or the grid that the config states.
+    """
+    stored = {suffix: tensors[name] for suffix, name in names(layer).items() if name in tensors}
+    for suffix in ("qweight", "qzeros", "scales"):
+        if suffix not in stored or len(stored[suffix].shape) != 2:
+            found = f"shape {stored[suffix].shape}" if suffix in stored else "none"
+            raise BitternError(f"{layer}.{suffix}: expected a tensor of two dimensions, found {found}")
+    rows, out_features = stored["qweight"].shape
+    # The rows are rounded up; without a g_idx, as in the oldest files, columns come in multiples of 32.
+    columns = stored["g_idx"].shape if "g_idx" in stored else (rows * WORD // spec.bits,)
+    if len(columns) != 1:
+        raise BitternError(f"{layer}.g_idx: expected one dimension, found shape {columns}")
+    in_features = columns[0]
+    if rows != words(in_features, spec.bits):
+        raise BitternError(
+            f"{layer}.qweight: expected {words(in_features, spec.bits)} rows ({in_features} columns of {spec.bits}"
+            f" bits), found {rows}"
+        )
+    groups = spec.groups(in_features)
+    for suffix, shape in {"qzeros": (groups, words(out_features, spec.bits)), "scales": (groups, out_features)}.items():
+        if stored[suffix].shape != shape or not groups:
+            raise BitternError(f"{layer}.{suffix}: expected shape {shape}, found {stored[suffix].shape}")
+    return out_features, in_features
+
+
 def plan(layer: str, out_features: int, in_features: int, spec: QuantSpec) -> list[TensorInfo]:
     """Names, dtypes and shapes of the tensors that :func:`pack` will return for a layer.
 
@@ -94,8 +86,8 @@ def plan(layer: str, out_features: int, in_features: int, spec: QuantSpec) -> li
     _check_shape(out_features, in_features, spec, layer)
     groups = spec.groups(in_features)
     shapes = {
-        "qweight": (torch.int32, (in_features * spec.bits // _WORD, out_features)),
-        "qzeros": (torch.int32, (groups, out_features * spec.bits // _WORD)),
+        "qweight": (torch.int32, (in_features * spec.bits // WORD, out_features)),
+        "qzeros": (torch.int32, (groups, out_features * spec.bits // WORD)),
         "scales": (torch.float16, (groups, out_features)),
         "g_idx": (torch.int32, (in_features,)),
     }
@@ -115,11 +107,7 @@ def pack(weight: QuantWeight, *, checkpoint_format: str) -> dict[str, Tensor]:
     """
     spec = weight.spec
     _check_shape(weight.out_features, weight.in_features, spec, "weight")
-    for name, values in (("codes", weight.codes), ("zeros", weight.zeros)):
-        if int(values.max()) > spec.max_code:
-            raise BitternError(
-                f"{name}: expected at most {spec.max_code} at {spec.bits} bits, found {int(values.max())}"
-            )
+    check_range(weight)
     scales = weight.scales.to(torch.float16)
     if not bool(torch.isfinite(scales).all()) or not torch.equal(scales.to(weight.scales.dtype), weight.scales):
         raise BitternError("scales: expected finite values that float16 holds exactly, found others")
@@ -136,16 +124,15 @@ def pack(weight: QuantWeight, *, checkpoint_format: str) -> dict[str, Tensor]:
     }
 
 
-def unpack(tensors: Mapping[str, Tensor], *, in_features: int, checkpoint_format: str, sym: bool) -> QuantWeight:
+def unpack(tensors: Mapping[str, Tensor], layer: PackedLayer, scheme: Scheme) -> QuantWeight:
     """Read one layer back.
 
-    Bits and group size follow from the shapes. A whole-row group comes back as group_size -1.
+    The group size follows from the shapes; for a whole-row group it is the config's.
 
     Args:
         tensors: suffix -> tensor; a missing ``g_idx`` means columns in order, as in the oldest files.
-        in_features: K, which the shapes alone do not fix at 3 bits.
-        checkpoint_format: "gptq" (v1) or "gptq_v2".
-        sym: whether the config calls the layer symmetric.
+        layer: shape and grid that headers and config state.
+        scheme: of the artifact; its format says whether zeros are stored minus one.
 
     Raises:
         BitternError: when dtypes, shapes or values contradict each other or the arguments. Of v1, a
@@ -160,18 +147,23 @@ def unpack(tensors: Mapping[str, Tensor], *, in_features: int, checkpoint_format
             raise BitternError(f"{suffix}: expected int32, found {tensors[suffix].dtype}")
     if not scales.is_floating_point() or not bool(torch.isfinite(scales).all()):
         raise BitternError(f"scales: expected finite floats, found {scales.dtype} with others")
-    out_features = qweight.shape[1]
-    bits = _infer_bits(qweight.shape[0], in_features)
+    bits, sym, out_features, in_features = layer.spec.bits, layer.spec.sym, layer.out_features, layer.in_features
     groups = scales.shape[0]
-    expected = {"qzeros": (groups, _words(out_features, bits)), "scales": (groups, out_features)}
+    expected = {
+        "qweight": (words(in_features, bits), out_features),
+        "qzeros": (groups, words(out_features, bits)),
+        "scales": (groups, out_features),
+    }
     for suffix, shape in expected.items():
         if tuple(tensors[suffix].shape) != shape or groups == 0:
             raise BitternError(f"{suffix}: expected shape {shape}, found {tuple(tensors[suffix].shape)}")
     group_size, g_idx = _infer_groups(tensors.get("g_idx"), in_features, groups)
+    if groups == 1:
+        group_size = layer.spec.group_size  # the whole row, by whichever name the config has for it
 
     zeros = unpack_rows(qzeros.T.contiguous(), bits, out_features)
     spec = QuantSpec(bits, group_size, sym)
-    if _is_v1(checkpoint_format):
+    if _is_v1(scheme.format):
         if int(zeros.max()) == spec.max_code:
             raise BitternError(
                 f"qzeros: found a stored {spec.max_code}, which readers of {V1!r} decode in different ways; "
@@ -181,7 +173,7 @@ def unpack(tensors: Mapping[str, Tensor], *, in_features: int, checkpoint_format
     if sym and not bool((zeros == spec.mid_code).all()):
         wrong = int(zeros[zeros != spec.mid_code][0])
         raise BitternError(
-            f"qzeros: expected {spec.mid_code} everywhere in a symmetric {checkpoint_format!r} layer, found {wrong}"
+            f"qzeros: expected {spec.mid_code} everywhere in a symmetric {scheme.format!r} layer, found {wrong}"
         )
     return QuantWeight(
         codes=unpack_rows(qweight, bits, in_features).T,
@@ -193,7 +185,12 @@ def unpack(tensors: Mapping[str, Tensor], *, in_features: int, checkpoint_format
 
 
 def config(
-    spec: QuantSpec, *, checkpoint_format: str, layers: Mapping[str, QuantSpec | None], damp_percent: float = 0.01
+    spec: QuantSpec,
+    *,
+    checkpoint_format: str,
+    layers: Mapping[str, QuantSpec | None],
+    damp_percent: float = 0.01,
+    desc_act: bool = False,
 ) -> dict[str, Any]:
     """The object for ``quantization_config`` in config.json and for quantize_config.json.
 
@@ -202,6 +199,7 @@ def config(
         checkpoint_format: "gptq" or "gptq_v2".
         layers: every matrix by its checkpoint name, with its grid or None when it was left as it is.
         damp_percent: the damping asked for, between 0 and 1.
+        desc_act: whether layers have columns in permuted groups, as others' artifacts may.
 
     Raises:
         BitternError: for an asymmetric grid in "gptq", or a damp_percent out of range.
@@ -215,7 +213,7 @@ def config(
         "quant_method": "gptq",
         "bits": spec.bits,
         "group_size": spec.group_size,
-        "desc_act": False,
+        "desc_act": desc_act,
         "sym": spec.sym,
         "lm_head": "lm_head" in kept,
         "checkpoint_format": checkpoint_format,
@@ -226,14 +224,14 @@ def config(
         "pack_dtype": "int32",
         "meta": {"quantizer": [f"bittern:{__version__}"]},
     }
-    inner = {name: grid for name, grid in layers.items() if name != "lm_head"}
+    inner = {name: grid for name, grid in layers.items() if re.search(r"\.\d+\.", name)}  # without the head
     if any(grid != spec for grid in inner.values()):
         result["dynamic"] = _dynamic(spec, inner)
         result["modules_in_block_to_quantize"] = [_kept_modules(inner)]
     return result
 
 
-def read_config(found: Mapping[str, Any]) -> GPTQConfig:
+def read_config(found: Mapping[str, Any]) -> Scheme:
     """Understand the quantization config of an artifact, whoever made it.
 
     Args:
@@ -255,25 +253,23 @@ def read_config(found: Mapping[str, Any]) -> GPTQConfig:
     for key, kind in {"bits": int, "group_size": int, "sym": bool, "desc_act": bool}.items():
         if type(found.get(key, kind())) is not kind or (key == "bits" and key not in found):
             raise BitternError(f"quantization_config: {key}: expected {kind.__name__}, found {found.get(key)!r}")
-    quantizer = (found.get("meta") or {}).get("quantizer") or ()
-    return GPTQConfig(
-        bits=found["bits"],
-        group_size=found.get("group_size", 128),
-        sym=found.get("sym", True),
+    meta, dynamic = found.get("meta") or {}, found.get("dynamic") or {}
+    for key, value in {"meta": meta, "dynamic": dynamic}.items():
+        if not isinstance(value, Mapping):
+            raise BitternError(f"quantization_config: {key}: expected an object, found {value!r}")
+    quantizer = meta.get("quantizer") or ()
+    return Scheme(
+        format=checkpoint_format,
+        default=QuantSpec(found["bits"], found.get("group_size", 128), found.get("sym", True)),
+        overrides=tuple(_patterns(dynamic)),
         desc_act=found.get("desc_act", False),
-        checkpoint_format=checkpoint_format,
-        quantizer=(quantizer,) if isinstance(quantizer, str) else tuple(quantizer),
-        dynamic=tuple(_patterns(found.get("dynamic") or {})),
+        quantizer=tuple(map(str, quantizer)) if isinstance(quantizer, list) else (str(quantizer),) if quantizer else (),
     )
 
 
 def _patterns(dynamic: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str, Any] | None]]:
     for key, values in dynamic.items():
         pattern = key.removeprefix("+:").removeprefix("-:")
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise BitternError(f"quantization_config: dynamic: {key!r} is no regular expression: {error}") from error
         yield pattern, None if key.startswith("-:") else values
 
 
@@ -304,45 +300,8 @@ def _kept_modules(layers: Mapping[str, QuantSpec | None]) -> list[str]:
     return list(dict.fromkeys(name if relative[name] in skipped else relative[name] for name in kept))
 
 
-def pack_rows(values: Tensor, bits: int) -> Tensor:
-    """Pack along dimension 0: uint8 (n, m), each below ``2 ** bits`` -> int32 (ceil(n * bits / 32), m)."""
-    count, width = values.shape
-    blocks = -(-count // _WORD)
-    if count % _WORD:
-        values = torch.cat([values, values.new_zeros(blocks * _WORD - count, width)])
-    lanes = values.view(blocks, _WORD, width)
-    words = torch.zeros(blocks, bits, width, dtype=torch.int32, device=values.device)
-    for lane in range(_WORD):
-        word, shift = divmod(lane * bits, _WORD)
-        value = lanes[:, lane].to(torch.int32)
-        words[:, word] |= value << shift
-        if shift + bits > _WORD:  # the rest of a value that straddles two words
-            words[:, word + 1] |= value >> (_WORD - shift)
-    return words.view(blocks * bits, width)[: _words(count, bits)]
-
-
-def unpack_rows(words: Tensor, bits: int, count: int) -> Tensor:
-    """The inverse of :func:`pack_rows`: int32 (ceil(count * bits / 32), m) -> uint8 (count, m)."""
-    height, width = words.shape
-    blocks = -(-count // _WORD)
-    if height != blocks * bits:
-        words = torch.cat([words, words.new_zeros(blocks * bits - height, width)])
-    words = words.view(blocks, bits, width)
-    lanes = torch.empty(blocks, _WORD, width, dtype=torch.uint8, device=words.device)
-    value = torch.empty_like(words[:, 0])
-    for lane in range(_WORD):
-        word, shift = divmod(lane * bits, _WORD)
-        torch.bitwise_right_shift(words[:, word], shift, out=value)  # keeps the sign, which the mask cuts off
-        if shift + bits > _WORD:
-            value &= 2 ** (_WORD - shift) - 1
-            value |= words[:, word + 1] << (_WORD - shift)
-        lanes[:, lane] = value  # the lower 8 bits of it
-    lanes &= 2**bits - 1
-    return lanes.view(blocks * _WORD, width)[:count]
-
-
 def _check_shape(out_features: int, in_features: int, spec: QuantSpec, what: str) -> None:
-    if out_features % _WORD or in_features % _WORD or not out_features or not in_features:
+    if out_features % WORD or in_features % WORD or not out_features or not in_features:
         raise BitternError(
             f"{what}: GPTQ needs in_features and out_features divisible by 32, found {in_features} and {out_features}"
         )
@@ -354,18 +313,6 @@ def _is_v1(checkpoint_format: str) -> bool:
     if checkpoint_format not in (V1, V2):
         raise BitternError(f"checkpoint_format: expected {V1!r} or {V2!r}, found {checkpoint_format!r}")
     return checkpoint_format == V1
-
-
-def _words(count: int, bits: int) -> int:
-    return -(-count * bits // _WORD)
-
-
-def _infer_bits(height: int, in_features: int) -> int:
-    for bits in BITS:
-        if _words(in_features, bits) == height:
-            return bits
-    options = ", ".join(f"{_words(in_features, bits)} ({bits} bits)" for bits in BITS)
-    raise BitternError(f"qweight: expected one of {options} rows for {in_features} input features, found {height}")
 
 
 def _infer_groups(g_idx: Tensor | None, in_features: int, groups: int) -> tuple[int, Tensor | None]:

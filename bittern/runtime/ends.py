@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from bittern.errors import BitternError
-from bittern.model import is_finite, read_tensor
+from bittern.model import read_tensor
 from bittern.runtime.linear import NativeMatrix, QuantLinear, StoredEmbedding, StoredLinear
 from bittern.runtime.packed import PackedMatrix
-from bittern.weight import QuantSpec, QuantWeight, round_to_nearest
+from bittern.weight import QuantSpec, QuantWeight, is_finite, round_to_nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

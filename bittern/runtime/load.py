@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from dataclasses import dataclass
@@ -12,18 +11,17 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import nn
 
+from bittern.artifact import Artifact
 from bittern.checkpoint import Checkpoint, open_checkpoint
 from bittern.errors import BitternError
-from bittern.formats.gptq import GPTQConfig, names, packed_layers, read_config, unpack
 from bittern.model import (
     Matrix,
     Piece,
-    blocks,
     build,
     load_tensors,
-    matrices,
     pick_device,
     read_tensor,
+    stored_matrices,
     unexpected_tensors,
     weight_map,
 )
@@ -100,13 +98,12 @@ def load(
             dtype = _stored_dtype(checkpoint.config) if target.type == "cuda" else torch.float32
         place = _Place(dtype, target, settings)
         model = build(checkpoint.config, dtype)
-        sources = weight_map(model, checkpoint.tensors)
-        layers = _packed_matrices(model, sources, checkpoint)
-        _check_tensors(model, sources, layers, checkpoint)
-        if layers:
-            quantization = _quantization_config(checkpoint)
-            for _, same in groupby(layers, key=lambda matrix: matrix.parameter):
-                _replace(model, list(same), checkpoint, quantization, place)
+        artifact = Artifact(checkpoint)
+        sources = weight_map(model, artifact.plain, artifact.layers)
+        layers = packed_matrices(model, sources, artifact)
+        _check_tensors(model, sources, layers, artifact)
+        for _, same in groupby(layers, key=lambda matrix: matrix.parameter):
+            _replace(model, list(same), artifact, place)
         stored = bool(layers) and settings is not None and dtype == torch.float32
         ends = plan_ends(model, stored=stored, head_bits=lm_head_bits)
         replaced = {matrix.parameter for matrix in layers} | ends.parameters
@@ -189,36 +186,34 @@ def _stored_dtype(config: dict[str, Any]) -> torch.dtype:
     return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(str(stored), torch.float32)
 
 
-def _packed_matrices(
-    model: PreTrainedModel, sources: dict[str, tuple[Piece, ...]], checkpoint: Checkpoint
-) -> list[Matrix]:
+def packed_matrices(model: PreTrainedModel, sources: dict[str, tuple[Piece, ...]], artifact: Artifact) -> list[Matrix]:
     """The matrices of the model that the checkpoint holds packed, those of one parameter side by side.
 
     A parameter of which only some rows or experts are packed counts with all of them.
     """
-    packed = set(packed_layers(checkpoint.tensors))
-    if not packed:
+    if not artifact.layers:
         return []
-    here = {name: tuple(Piece(p.source, p.source, p.start, p.stop) for p in pieces) for name, pieces in sources.items()}
-    prefix, modules = blocks(model)
-    places = [f"{prefix}.{index}" for index in range(len(modules))]
-    output = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    head = next((name for name, module in model.named_modules() if module is output), None)
-    if head is not None and f"{head}.weight" in here:
-        places.append(head)
-    found = [matrix for place in places for matrix in matrices(model, place, here)]
-    parameters = {matrix.parameter for matrix in found for layer, _, _ in matrix.parts if layer in packed}
+    found = stored_matrices(model, sources)
+    parameters = {matrix.parameter for matrix in found for layer, _, _ in matrix.parts if layer in artifact.layers}
     return [matrix for matrix in found if matrix.parameter in parameters]
 
 
-def _check_tensors(
-    model: PreTrainedModel, sources: dict[str, tuple[Piece, ...]], layers: list[Matrix], checkpoint: Checkpoint
-) -> None:
-    """Every tensor of the checkpoint has a place; what the model lacks was found by weight_map."""
+def unplaced_tensors(
+    model: PreTrainedModel, sources: dict[str, tuple[Piece, ...]], layers: list[Matrix], artifact: Artifact
+) -> list[str]:
+    """Tensors of the checkpoint that the model has no place for; what the model lacks was found by weight_map."""
     used = {part for matrix in layers for part, _, _ in matrix.parts}
-    # AutoGPTQ gave every layer a bias, zeros where the model has none.
-    known = {name for layer in used for name in (*names(layer).values(), f"{layer}.bias")}
-    unexpected = unexpected_tensors(model, sources, (name for name in checkpoint.tensors if name not in known))
+    # Float matrices beside packed ones; and AutoGPTQ gave every layer a bias, zeros where the model has none.
+    known = {name for layer in used for name in (layer, f"{layer}.weight", f"{layer}.bias")}
+    held = [*artifact.plain, *(f"{layer}.weight" for layer in artifact.layers)]
+    return unexpected_tensors(model, sources, (name for name in held if name not in known))
+
+
+def _check_tensors(
+    model: PreTrainedModel, sources: dict[str, tuple[Piece, ...]], layers: list[Matrix], artifact: Artifact
+) -> None:
+    """Every tensor of the checkpoint has a place."""
+    unexpected = unplaced_tensors(model, sources, layers, artifact)
     if unexpected:
         more = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
         raise BitternError(
@@ -226,30 +221,10 @@ def _check_tensors(
         )
 
 
-def _quantization_config(checkpoint: Checkpoint) -> GPTQConfig:
-    found = checkpoint.config.get("quantization_config")
-    file = checkpoint.folder / "quantize_config.json"
-    if found is None and file.is_file():  # AutoGPTQ before transformers knew the format
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise BitternError(f"{file}: no valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise BitternError(
-            f"{checkpoint.source}: holds packed layers, but neither config.json nor quantize_config.json "
-            "has a quantization config"
-        )
-    return read_config(found)
-
-
-def _replace(
-    model: PreTrainedModel, same: list[Matrix], checkpoint: Checkpoint, quantization: GPTQConfig, place: _Place
-) -> None:
+def _replace(model: PreTrainedModel, same: list[Matrix], artifact: Artifact, place: _Place) -> None:
     """Put packed layers in the place of one parameter: a Linear's, a Conv1D's or a fused one of experts."""
     first = same[0]
-    filled = [
-        QuantLinear([_part(matrix, part, checkpoint, quantization, place) for part in matrix.parts]) for matrix in same
-    ]
+    filled = [QuantLinear([_part(matrix, part, artifact, place) for part in matrix.parts]) for matrix in same]
     if first.expert is not None:
         owner, leaf = model.get_submodule(first.module), first.parameter.rpartition(".")[2]
         del owner._parameters[leaf]
@@ -258,46 +233,30 @@ def _replace(
     layer = filled[0]
     bias = model.get_submodule(first.module).bias
     stored = f"{first.parts[0][0]}.bias"
-    if bias is None and stored in checkpoint.tensors:
-        values = checkpoint.read(stored)
+    if bias is None and stored in artifact.plain:
+        values = artifact.checkpoint.read(stored)
         bias = nn.Parameter(values.to(place.device, place.dtype), requires_grad=False) if bool(values.any()) else None
     layer.register_parameter("bias", bias)  # type: ignore[arg-type]
     model.set_submodule(first.module, layer)
 
 
 def _part(
-    matrix: Matrix, part: tuple[str, int, int], checkpoint: Checkpoint, quantization: GPTQConfig, place: _Place
+    matrix: Matrix, part: tuple[str, int, int], artifact: Artifact, place: _Place
 ) -> NativeMatrix | PackedMatrix | nn.Linear:
     """Rows of a matrix that are one layer of the checkpoint, packed there or not."""
     layer, start, stop = part
-    if f"{layer}.qweight" in checkpoint.tensors:
-        weight = _read_packed(layer, matrix.in_features, checkpoint, quantization)
-        if weight.out_features != stop - start:
-            raise BitternError(f"{layer}: expected {stop - start} output features, found {weight.out_features}")
-        return place.pack(weight)
-    name = f"{layer}.weight" if f"{layer}.weight" in checkpoint.tensors else layer
     shape = (stop - start, matrix.in_features)
+    if layer in artifact.layers:
+        weight = artifact.read(layer)
+        found = (weight.out_features, weight.in_features)
+        if found != shape:
+            raise BitternError(f"{layer}: config.json asks for shape {shape}, found {found}")
+        return place.pack(weight)
+    name = f"{layer}.weight" if f"{layer}.weight" in artifact.plain else layer
     dense = nn.Linear(matrix.in_features, stop - start, bias=False, device="meta")
-    values = read_tensor(checkpoint, (Piece(name, name, 0, stop - start),), shape, place.dtype)
+    values = read_tensor(artifact.checkpoint, (Piece(name, name, 0, stop - start),), shape, place.dtype)
     dense.weight = nn.Parameter(values.to(place.device), requires_grad=False)
     return dense
-
-
-def _read_packed(layer: str, in_features: int, checkpoint: Checkpoint, quantization: GPTQConfig) -> QuantWeight:
-    tensors = {suffix: checkpoint.read(name) for suffix, name in names(layer).items() if name in checkpoint.tensors}
-    said = quantization.spec(layer)
-    try:
-        weight = unpack(
-            tensors,
-            in_features=in_features,
-            checkpoint_format=quantization.checkpoint_format,
-            sym=quantization.sym if said is None else said.sym,
-        )
-    except BitternError as error:
-        raise BitternError(f"{layer}.{error}") from error
-    if said is not None and said.bits != weight.spec.bits:
-        raise BitternError(f"{layer}.qweight: config.json says {said.bits} bits, its shape {weight.spec.bits}")
-    return weight
 
 
 def _finish(model: PreTrainedModel, checkpoint: Checkpoint, packed: bool) -> None:

@@ -1,0 +1,110 @@
+"""Writing packed layers to a folder of safetensors, in the format that a caller names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bittern.errors import BitternError
+from bittern.formats import awq, compressed_tensors, gptq, mlx
+from bittern.shards import TensorInfo
+from bittern.weight import QuantSpec, QuantWeight
+
+FORMATS = (gptq.V1, gptq.V2, "compressed-tensors", "awq", "mlx")
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How layers are written.
+
+    Attributes:
+        format: one of ``FORMATS``.
+        dtype: of scales in compressed-tensors and MLX; the other formats have float16 alone.
+        exact: refuse what the format would round. Only MLX's biases can be rounded.
+        damp_percent, desc_act: what a GPTQ config states.
+        dequantize: a compressed-tensors config that makes transformers dequantize while loading.
+
+    Raises:
+        BitternError: for another format.
+    """
+
+    format: str
+    dtype: torch.dtype = torch.float16
+    exact: bool = True
+    damp_percent: float = 0.01
+    desc_act: bool = False
+    dequantize: bool = False
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise BitternError(f"format: expected one of {', '.join(FORMATS)}, found {self.format!r}")
+
+    def plan(self, layer: str, out_features: int, in_features: int, spec: QuantSpec) -> list[TensorInfo]:
+        """The tensors that a layer becomes.
+
+        Raises:
+            BitternError: for a shape or a grid that the format cannot hold or its readers do not take.
+        """
+        if self.format in (gptq.V1, gptq.V2):
+            return gptq.plan(layer, out_features, in_features, spec)
+        if self.format == "awq":
+            return awq.plan(layer, out_features, in_features, spec)
+        reason = mlx.refuse(spec, self.dtype) if self.format == "mlx" and self.exact else None
+        if reason is not None:
+            raise BitternError(f"{layer}: {reason}")
+        if self.format == "mlx":
+            return mlx.plan(layer, out_features, in_features, spec, self.dtype)
+        return compressed_tensors.plan(layer, out_features, in_features, spec, self.dtype)
+
+    def pack(self, layer: str, weight: QuantWeight) -> dict[str, Tensor]:
+        """The tensors of a layer by name.
+
+        Raises:
+            BitternError: naming the layer, for what the format cannot hold exactly.
+        """
+        try:
+            if self.format in (gptq.V1, gptq.V2):
+                return _named(gptq.names(layer), gptq.pack(weight, checkpoint_format=self.format))
+            if self.format == "awq":
+                return _named(awq.names(layer), awq.pack(weight))
+            if self.format == "mlx":
+                return _named(mlx.names(layer), mlx.pack(weight, self.dtype, exact=self.exact))
+            return _named(compressed_tensors.names(layer), compressed_tensors.pack(weight, self.dtype))
+        except BitternError as error:
+            raise BitternError(f"{layer}: {error}") from error
+
+    def config(self, spec: QuantSpec, layers: Mapping[str, QuantSpec | None]) -> dict[str, Any]:
+        """What config.json gets.
+
+        Args:
+            spec: the grid of most layers.
+            layers: every matrix by its checkpoint name, with its grid or None when it stays floats.
+        """
+        if self.format in (gptq.V1, gptq.V2):
+            found = gptq.config(
+                spec,
+                checkpoint_format=self.format,
+                layers=layers,
+                damp_percent=self.damp_percent,
+                desc_act=self.desc_act,
+            )
+            return {"quantization_config": found}
+        if self.format == "awq":
+            return {"quantization_config": awq.config(spec, layers)}
+        if self.format == "mlx":
+            found = mlx.config(spec, layers)
+            return {"quantization": found, "quantization_config": found}
+        return {"quantization_config": compressed_tensors.config(spec, layers, dequantize=self.dequantize)}
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the headers of the weight files state besides."""
+        return {"format": "mlx"} if self.format == "mlx" else {}
+
+
+def _named(names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {names[suffix]: tensor for suffix, tensor in tensors.items()}

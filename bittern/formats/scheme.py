@@ -1,0 +1,90 @@
+"""What an artifact says about its layers, whichever format it is in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+from typing import Any
+
+import regex
+
+from bittern.errors import BitternError
+from bittern.weight import QuantSpec
+
+_MAX_PATTERN = 10_000  # characters of a pattern, and product of its repetition counts: either costs memory
+_SECONDS = 1.0  # for one match; patterns that backtrack for ever are as short as any
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """A packed layer as headers and config describe it.
+
+    Attributes:
+        out_features, in_features: of the weight.
+        spec: its grid.
+    """
+
+    out_features: int
+    in_features: int
+    spec: QuantSpec
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What the quantization config of an artifact says about its layers.
+
+    Attributes:
+        format: "gptq", "gptq_v2", "compressed-tensors", "awq" or "mlx".
+        default: the grid of layers that ``overrides`` does not name.
+        overrides: (pattern, values) in order, the first whose pattern matches a layer's name from its
+            start counts; the values replace bits, group_size or sym, and None leaves the layer floats.
+        desc_act: whether columns were stored under a permuted ``g_idx``.
+        quantizer: who made it, such as ("gptqmodel:7.7.0",); empty when it does not say.
+    """
+
+    format: str
+    default: QuantSpec
+    overrides: tuple[tuple[str, Mapping[str, Any] | None], ...] = ()
+    desc_act: bool = False
+    quantizer: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for pattern, values in self.overrides:
+            _compiled(pattern)
+            if values is not None and not isinstance(values, Mapping):
+                raise BitternError(f"quantization_config: {pattern!r}: expected an object, found {values!r}")
+
+    def spec(self, layer: str) -> QuantSpec | None:
+        """The grid of a layer, None for one that is not quantized.
+
+        Raises:
+            BitternError: for bits or a group size that bittern does not have, and for a pattern that takes too long.
+        """
+        for pattern, values in self.overrides:
+            try:
+                matches = _compiled(pattern).match(layer, timeout=_SECONDS)
+            except TimeoutError as error:
+                raise BitternError(f"quantization_config: matching {pattern!r} with {layer} does not end") from error
+            if matches:
+                if values is None:
+                    return None
+                own = self.default
+                return QuantSpec(
+                    values.get("bits", own.bits), values.get("group_size", own.group_size), values.get("sym", own.sym)
+                )
+        return self.default
+
+
+@cache
+def _compiled(pattern: str) -> Any:
+    """A pattern that was found in a file, by a library whose matches can be given up."""
+    try:
+        repeats = prod(max(1, int(count)) for count in re.findall(r"\d+(?=,?\})", pattern[:_MAX_PATTERN]))
+        if len(pattern) > _MAX_PATTERN or repeats > _MAX_PATTERN:
+            raise BitternError(f"quantization_config: {pattern!r} is too large a regular expression")
+        return regex.compile(pattern)
+    except (regex.error, ValueError, RecursionError, OverflowError) as error:
+        raise BitternError(f"quantization_config: {pattern!r} is no regular expression: {error}") from error
