@@ -1,19 +1,50 @@
 """Which loaders open a checkpoint, and why not: facts of docs/formats.md as plain rules.
 
-A "yes" says that the loader takes this layout; whether it knows the architecture is its own affair.
+A "yes" says that the loader takes this layout; whether it knows the architecture is its own affair. The rules
+were read from the sources of transformers 5.23 (with compressed-tensors 0.20), GPTQModel 7.7, vLLM 0.33, SGLang
+0.5.23 and mlx-lm 0.32, and from runs of those that need no GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
+import torch
+
+from bittern.errors import BitternError
+from bittern.formats import awq, compressed_tensors, gguf, mlx
 from bittern.formats.gptq import V1, V2
+from bittern.layout import EXPERTS, Layout
 from bittern.weight import QuantSpec
 
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # what vLLM runs as one layer
+TARGETS = {
+    "transformers": (V1, V2, "compressed-tensors"),
+    "vllm": (V1, "compressed-tensors"),
+    "sglang": (V1, "compressed-tensors"),
+    "gptqmodel": (V1, V2),
+    "llama.cpp": ("gguf",),
+    "mlx": ("mlx",),
+}
+"""What ``--target`` takes -> the formats that it is given, the preferred one first."""
+
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # what vLLM and SGLang run as one layer
+_MARLIN_GROUPS = (-1, 32, 64, 128)
+_HUMMING_GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
 _GPTQMODEL_GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
-_VLLM_GROUPS = (-1, 32, 64, 128)
+_GPTQMODEL_AWQ_GROUPS = (-1, 16, 32, 64, 128)
+_MLX_AWQ_GROUPS = (32, 64, 128)
+_NAMES = {
+    "compressed-tensors": "compressed-tensors",
+    "awq": "AWQ",
+    "mlx": "MLX",
+    "gguf": "GGUF",
+    V1: "GPTQ",
+    V2: "GPTQ",
+}
+_PLAIN = "a plain checkpoint"
+_NO_SAFETENSORS = "takes safetensors alone"
+_MARLIN = "by its Marlin kernels"
 
 
 @dataclass(frozen=True)
@@ -31,194 +62,330 @@ class Verdict:
     reason: str
 
 
-@dataclass(frozen=True)
-class GptqLayout:
-    """What the rules ask about a GPTQ artifact.
+def verdicts(layout: Layout) -> list[Verdict]:
+    """Who opens a checkpoint."""
+    return [Verdict(consumer, *rule(layout)) for consumer, rule in _RULES.items()]
 
-    Attributes:
-        packed: packed layer -> its grid.
-        plain: matrices inside the decoder blocks that stayed floats.
-        shapes: packed layer -> (out_features, in_features).
-        checkpoint_format: "gptq" or "gptq_v2".
-        desc_act: whether columns are permuted.
-        has_g_idx: whether every packed layer stores one.
-        dynamic, modules: whether the config has ``dynamic`` and ``modules_in_block_to_quantize``.
-        quantizer: who made it, such as ("gptqmodel:7.7.0",).
-        model_type: of the config.
-        tied: whether the head is the embedding.
-        rope_theta: whether config.json has it at its top level.
-        experts: whether layers of experts are packed.
+
+def choose_format(target: str, layout: Layout, *, allow_inexact: bool = False) -> str:
+    """The format for ``--target``: the first in its order of preference that it loads and that loses nothing.
+
+    Args:
+        target: one of :data:`TARGETS`.
+        layout: of the source or the plan; its format does not matter. Without packed layers the choice is
+            "safetensors", or "gguf" for llama.cpp.
+        allow_inexact: leave it to GGUF and MLX to round what they do not hold exactly.
+
+    Raises:
+        BitternError: when none does, with the reason for each and the targets that take it.
     """
-
-    packed: Mapping[str, QuantSpec]
-    plain: tuple[str, ...]
-    shapes: Mapping[str, tuple[int, int]]
-    checkpoint_format: str
-    desc_act: bool
-    has_g_idx: bool
-    dynamic: bool
-    modules: bool
-    quantizer: tuple[str, ...]
-    model_type: str
-    tied: bool
-    rope_theta: bool
-    experts: bool
-
-    @property
-    def bits(self) -> set[int]:
-        return {spec.bits for spec in self.packed.values()}
-
-    @property
-    def groups(self) -> set[int]:
-        return {spec.group_size for spec in self.packed.values()}
-
-    @property
-    def sym(self) -> bool:
-        return all(spec.sym for spec in self.packed.values())
-
-    @property
-    def mixed(self) -> bool:
-        return len(set(self.packed.values())) > 1
+    formats = _formats(target)
+    if not layout.packed:
+        return "gguf" if target == "llama.cpp" else "safetensors"
+    reasons = {name: _refusal(target, layout, name, allow_inexact) for name in formats}
+    for name, reason in reasons.items():
+        if reason is None:
+            return name
+    listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    others = [other for other in TARGETS if any(_refusal(other, layout, name) is None for name in TARGETS[other])]
+    taken = f"these targets take it: {', '.join(others)}" if others else "no other target takes it"
+    raise BitternError(f"--target {target}: {listed}; {taken}")
 
 
-def plain_consumers(stored_as: str) -> list[Verdict]:
-    """Who opens a checkpoint that is not quantized: ``stored_as`` is safetensors, bin or gguf."""
-    if stored_as == "gguf":
-        yes = {
-            "llama.cpp": "its own format",
-            "transformers": "dequantizes it while loading (needs gguf)",
-            "bittern": "as a source: dequantizes it tensor by tensor (needs gguf)",
-        }
-        return _verdicts(yes, "takes no GGUF")
-    yes = {
-        "transformers": "a plain checkpoint",
-        "bittern": "a plain checkpoint",
-        "GPTQModel": "a plain checkpoint, as something to quantize",
-        "vLLM": "a plain checkpoint",
-        "SGLang": "a plain checkpoint",
+def check_target(target: str, layout: Layout) -> None:
+    """Refuse to write the format that a layout names when the target does not load it from there.
+
+    Args:
+        target: one of :data:`TARGETS`.
+        layout: of the source or the plan, with the format to write; "safetensors" are floats.
+
+    Raises:
+        BitternError: with the reason and, when there is one, the format that the target takes.
+    """
+    _formats(target)
+    name = layout.format or "safetensors"
+    loads, reason = _RULES[_CONSUMERS[target]](_written(target, layout, name))
+    if loads:
+        return
+    other = next((other for other in TARGETS[target] if _refusal(target, layout, other) is None), None)
+    hint = f"; {other} would do" if layout.packed and other is not None else ""
+    raise BitternError(f"--target {target}: {name}: {reason}{hint}")
+
+
+def asks_dequantize(target: str | None, layout: Layout) -> bool:
+    """Whether a compressed-tensors config for this target needs ``dequantize: true``.
+
+    transformers needs it for asymmetric grids; others do not look at it.
+    """
+    return target == "transformers" and not layout.sym
+
+
+def cannot_hold(name: str, layout: Layout) -> str | None:
+    """Why a format cannot hold the grids of a layout without loss, None when it can."""
+    if name == V1 and not layout.sym:
+        return f"asymmetric: {V1!r} has no zero of 0 that all its readers agree on"
+    if name in (V1, V2):
+        return None
+    if layout.act_order:
+        return "columns in act-order, which GPTQ alone stores"
+    if name == "awq" and layout.mixed:
+        return "layers of different grids: AWQ has one"
+    refuse: dict[str, Callable[[QuantSpec], str | None]] = {
+        "compressed-tensors": compressed_tensors.refuse,
+        "awq": awq.refuse,
+        "mlx": lambda spec: mlx.refuse(spec, torch.float16 if spec.sym else torch.float32),
+        "gguf": gguf.refuse,
     }
-    if stored_as == "safetensors":
-        yes["exllamav2"] = "a plain checkpoint of an architecture that it has"
-    no = {
-        "llama.cpp": "needs GGUF: convert_hf_to_gguf.py makes it",
-        "auto-gptq": "opens GPTQ artifacts alone",
-        "exllamav2": "takes safetensors alone",
-    }
-    return _verdicts(yes, "", no)
+    return next((reason for reason in map(refuse[name], set(layout.packed.values())) if reason is not None), None)
 
 
-def gptq_consumers(layout: GptqLayout) -> list[Verdict]:
-    """Who opens a GPTQ artifact."""
-    rules: dict[str, tuple[Callable[[GptqLayout], str | None], str]] = {
-        "bittern": (lambda _: None, "any bits, group size and column order"),
-        "transformers": (_transformers, "with optimum and gptqmodel installed"),
-        "GPTQModel": (_gptqmodel, "GPTQModel.load"),
-        "vLLM": (_vllm, "--quantization gptq or its Marlin kernels"),
-        "SGLang": (_sglang, "GPTQ of any bits"),
-        "exllamav2": (_exllamav2, "4-bit GPTQ"),
-        "auto-gptq": (_auto_gptq, "0.7.1, archived, with transformers 4.40"),
-        "llama.cpp": (lambda _: "needs GGUF", ""),
-    }
-    verdicts = []
-    for consumer, (rule, condition) in rules.items():
-        reason = rule(layout)
-        verdicts.append(Verdict(consumer, reason is None, reason or condition))
-    return verdicts
+def _formats(target: str) -> tuple[str, ...]:
+    if target not in TARGETS:
+        raise BitternError(f"--target: expected one of {', '.join(TARGETS)}, found {target!r}")
+    return TARGETS[target]
 
 
-def _verdicts(yes: Mapping[str, str], otherwise: str, no: Mapping[str, str] | None = None) -> list[Verdict]:
-    order = ("bittern", "transformers", "GPTQModel", "vLLM", "SGLang", "exllamav2", "auto-gptq", "llama.cpp")
-    return [Verdict(name, name in yes, yes.get(name) or (no or {}).get(name, otherwise)) for name in order]
+def _refusal(target: str, layout: Layout, name: str, allow_inexact: bool = False) -> str | None:
+    """Why a target cannot have a layout in a format, None when it can."""
+    rounds = allow_inexact and name in ("gguf", "mlx") and not layout.act_order
+    reason = None if rounds else cannot_hold(name, layout)
+    if reason is not None:
+        return reason
+    loads, reason = _RULES[_CONSUMERS[target]](_written(target, layout, name))
+    return None if loads else reason
 
 
-def _odd_shape(layout: GptqLayout) -> str | None:
-    for name, shape in layout.shapes.items():
-        if shape[0] % 32 or shape[1] % 32:
-            return f"{name} is {shape[0]} x {shape[1]}: both must be multiples of 32"
-    return None
+def _written(target: str, layout: Layout, name: str) -> Layout:
+    """The layout as bittern writes it in a format."""
+    if name == "safetensors":
+        return replace(layout, format=None, packed={}, plain=(), shapes={}, desc_act=False, safetensors=True)
+    told = layout.mixed or bool(layout.plain)
+    return replace(
+        layout,
+        format=name,
+        has_g_idx=True,
+        dynamic=told,  # formats.gptq.config writes both keys when layers differ
+        modules=told,
+        dequantize=asks_dequantize(target, layout),
+        quantizer=("bittern",),
+    )
 
 
-def _few(names: tuple[str, ...]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+# The rules: one function for each loader, which says whether it opens a layout, and why not or on what condition.
 
 
-def _gptqmodel(layout: GptqLayout) -> str | None:
-    other = layout.groups - set(_GPTQMODEL_GROUPS)
-    if other:
-        return f"group_size {min(other)}: it takes {', '.join(map(str, _GPTQMODEL_GROUPS))}"
-    if layout.plain and layout.modules and not layout.dynamic:
-        return f"{_few(layout.plain)} stay floats, which it reads from `dynamic` alone"
-    if layout.mixed and not layout.dynamic:
-        return "layers of different grids need `dynamic`"
-    if layout.checkpoint_format == V1 and not layout.sym and "gptqmodel" not in " ".join(layout.quantizer):
-        return f"takes asymmetric {V1!r} of its own making alone"
-    return _odd_shape(layout)
+def _bittern(layout: Layout) -> tuple[bool, str]:
+    if layout.format == "gguf":
+        return True, "Q4_0 and Q8_0 stay packed, other types become floats (needs gguf)"
+    return True, _PLAIN if layout.format is None else "any bits, group size and column order"
 
 
-def _transformers(layout: GptqLayout) -> str | None:
+def _transformers(layout: Layout) -> tuple[bool, str]:
+    if layout.format is None:
+        return True, _PLAIN
+    if layout.format == "gguf":
+        return True, "dequantizes it while loading (needs gguf)"
+    if layout.format == "mlx":
+        return False, "MLX: its config names no method that it knows"
+    if layout.model_type == "gpt2":
+        return False, "cannot replace GPT-2's Conv1D"
+    if layout.format == "compressed-tensors":
+        return _answer(_transformers_compressed(layout), "with compressed-tensors 0.18 or newer installed")
+    if layout.experts:
+        return False, "silently wrong logits from packed experts, which it has fused"
+    if "lm_head" in layout.packed:
+        return False, "never replaces lm_head"
+    if layout.format == "awq":
+        return _answer(_gptqmodel_awq(layout), "with gptqmodel installed")
+    return _answer(_transformers_gptq(layout) or _gptqmodel_gptq(layout), "with optimum and gptqmodel installed")
+
+
+def _transformers_gptq(layout: Layout) -> str | None:
     if not layout.has_g_idx:
         return "aborts without g_idx"
     if layout.mixed:
         return "layers of different grids: it fails on `dynamic` that is more than a skip"
     if layout.plain and not layout.modules:
         return f"{_few(layout.plain)} stay floats, which it reads from `modules_in_block_to_quantize` alone"
-    if layout.experts:
-        return "silently wrong logits from packed experts, which it has fused"
-    if layout.model_type == "gpt2":
-        return "cannot replace GPT-2's Conv1D"
-    if "lm_head" in layout.packed:
-        return "never replaces lm_head"
-    return _gptqmodel(layout)
+    return None
 
 
-def _vllm(layout: GptqLayout) -> str | None:
-    if layout.bits - {4, 8}:
-        return f"{min(layout.bits - {4, 8})} bits: its GPTQ takes 4 and 8 (others as compressed-tensors)"
-    if not layout.sym:
-        return "asymmetric: its GPTQ takes symmetric alone (asymmetric as compressed-tensors)"
-    if layout.groups - set(_VLLM_GROUPS):
-        return f"group_size {min(layout.groups - set(_VLLM_GROUPS))}: it takes {', '.join(map(str, _VLLM_GROUPS))}"
-    if layout.desc_act and layout.groups != {-1}:
-        return "desc_act with groups"
-    return _split_fused(layout)
+def _transformers_compressed(layout: Layout) -> str | None:
+    if not layout.sym and layout.experts:
+        return "asymmetric experts: it finds no zeros for them"
+    if len({spec for name, spec in layout.packed.items() if EXPERTS.search(name)}) > 1:
+        return "experts of different grids: it has one for all of them"
+    if not layout.sym and not layout.dequantize:
+        return "asymmetric: it needs `dequantize: true` in quantization_config"
+    if layout.dequantize and layout.mixed:
+        return "layers of different grids: silently wrong logits from `dequantize`"
+    return None
 
 
-def _split_fused(layout: GptqLayout) -> str | None:
-    """Parts of a layer that vLLM fuses must share a grid."""
+def _gptqmodel(layout: Layout) -> tuple[bool, str]:
+    if layout.format is None:
+        return True, "a plain checkpoint, as something to quantize"
+    if layout.format in (V1, V2):
+        return _answer(_gptqmodel_gptq(layout), "GPTQModel.load")
+    if layout.format != "awq":
+        return False, f"takes GPTQ and AWQ, this is {_NAMES[layout.format]}"
+    skips = f"{_few(layout.plain)} stay floats: silently wrong logits from its AWQ" if layout.plain else None
+    return _answer(_gptqmodel_awq(layout) or skips, "GPTQModel.load")
+
+
+def _gptqmodel_gptq(layout: Layout) -> str | None:
+    if layout.groups - set(_GPTQMODEL_GROUPS):
+        return _wrong_group(layout, _GPTQMODEL_GROUPS)
+    if layout.plain and layout.modules and not layout.dynamic:
+        return f"{_few(layout.plain)} stay floats, which it reads from `dynamic` alone"
+    if layout.mixed and not layout.dynamic:
+        return "layers of different grids need `dynamic`"
+    if layout.format == V1 and not layout.sym and "gptqmodel" not in " ".join(layout.quantizer):
+        return f"takes asymmetric {V1!r} of its own making alone"
+    for name, shape in layout.shapes.items():
+        if shape[0] % 32 or shape[1] % 32:
+            return f"{name} is {shape[0]} x {shape[1]}: both must be multiples of 32"
+    return None
+
+
+def _gptqmodel_awq(layout: Layout) -> str | None:
+    return _wrong_bits(layout, (4,), "its AWQ") or _wrong_group(layout, _GPTQMODEL_AWQ_GROUPS)
+
+
+def _vllm(layout: Layout) -> tuple[bool, str]:
+    if layout.format == "gguf":
+        return True, "with vllm-gguf-plugin installed"
+    if layout.act_order:
+        return False, "columns in act-order, which it no longer takes"
+    if layout.format == "compressed-tensors":
+        marlin = layout.bits <= {4, 8} and layout.groups <= set(_MARLIN_GROUPS) and (layout.sym or layout.bits == {4})
+        condition = _MARLIN if marlin else "on CUDA, by its Humming kernels"
+        return _answer(_wrong_group(layout, _HUMMING_GROUPS) or _split_fused(layout), condition)
+    return _served(layout)
+
+
+def _sglang(layout: Layout) -> tuple[bool, str]:
+    if layout.format == "gguf":
+        return True, "of the architectures that it reads from GGUF"
+    if layout.format == "compressed-tensors":
+        refusal = _wrong_bits(layout, (4, 8), "its compressed-tensors")
+        if not layout.sym:
+            refusal = refusal or _wrong_bits(layout, (4,), "its asymmetric compressed-tensors")
+        return _answer(refusal or _wrong_group(layout, _MARLIN_GROUPS) or _split_fused(layout), _MARLIN)
+    if layout.experts and layout.mixed and layout.format in (V1, V2):
+        return False, "layers of different grids: it reads those of experts from no `dynamic`"
+    return _served(layout)
+
+
+def _served(layout: Layout) -> tuple[bool, str]:
+    """GPTQ and AWQ in vLLM and SGLang, which both have Marlin kernels alone for them."""
+    if layout.format is None:
+        return True, _PLAIN
+    if layout.format == "mlx":
+        return False, "takes no MLX"
+    if layout.format == "awq":
+        refusal = _wrong_bits(layout, (4,), "its AWQ")
+    else:
+        refusal = _wrong_bits(layout, (4, 8), "its GPTQ")
+        if not layout.sym:
+            refusal = refusal or "asymmetric: its GPTQ takes symmetric alone"
+        if layout.mixed and not layout.dynamic:
+            refusal = refusal or "layers of different grids need `dynamic`"
+    return _answer(refusal or _wrong_group(layout, _MARLIN_GROUPS) or _split_fused(layout), _MARLIN)
+
+
+def _split_fused(layout: Layout) -> str | None:
+    """What they run as one layer must share a grid, or be left out together."""
+    grids: dict[tuple[str, str], set[QuantSpec | None]] = {}
     for name in [*layout.packed, *layout.plain]:
         parent, _, leaf = name.rpartition(".")
-        for parts in _FUSED:
-            if leaf == parts[0] and len({layout.packed.get(f"{parent}.{part}") for part in parts}) > 1:
-                return f"{parent}: it fuses {', '.join(parts)}, which have different grids here"
+        whole = [(parent, ", ".join(parts)) for parts in _FUSED if leaf in parts]
+        experts = EXPERTS.search(name)
+        if experts:
+            whole = [(name[: experts.end()].rstrip("."), "all experts")]
+        for key in whole:
+            grids.setdefault(key, set()).add(layout.packed.get(name))
+    for (parent, parts), found in grids.items():
+        if len(found) > 1:
+            return f"{parent}: it fuses {parts}, which have different grids here"
     return None
 
 
-def _sglang(layout: GptqLayout) -> str | None:
+def _exllamav2(layout: Layout) -> tuple[bool, str]:
+    if layout.format is None:
+        return layout.safetensors, f"{_PLAIN} of an architecture that it has" if layout.safetensors else _NO_SAFETENSORS
+    if layout.format not in (V1, V2):
+        return False, f"takes GPTQ, this is {_NAMES[layout.format]}"
+    if layout.format == V1 and not layout.sym:
+        return False, f"asymmetric zeros in {V1!r} borrow across fields"
+    return _answer(_wrong_bits(layout, (4,), "it"), "4-bit GPTQ")
+
+
+def _auto_gptq(layout: Layout) -> tuple[bool, str]:
+    refusal = None
+    if layout.format is None:
+        refusal = "opens GPTQ artifacts alone"
+    elif layout.format != V1:
+        refusal = f"takes {V1!r} alone, this is {layout.format!r}"
+    elif layout.mixed or layout.plain:
+        refusal = "one grid for every layer of the blocks, none left out"
+    elif "lm_head" in layout.packed:
+        refusal = "never replaces lm_head"
+    elif 8 in layout.bits:
+        refusal = "its 8-bit CUDA kernels mask zeros to 4 bits"
+    elif layout.tied:
+        refusal = "loads tied embeddings as zeros"
+    elif not layout.rope_theta:
+        refusal = "needs rope_theta at the top level of config.json"
+    return _answer(refusal, "0.7.1, archived, with transformers 4.40")
+
+
+def _llama_cpp(layout: Layout) -> tuple[bool, str]:
+    if layout.format == "gguf":
+        return True, "of an architecture that it has"
+    return False, "needs GGUF: bittern convert --format gguf makes it"
+
+
+def _mlx(layout: Layout) -> tuple[bool, str]:
+    if layout.format is None:
+        return layout.safetensors, f"{_PLAIN} of an architecture that it has" if layout.safetensors else _NO_SAFETENSORS
+    if layout.format == "mlx":
+        return True, "mlx-lm, of an architecture that it has"
+    if layout.format != "awq":
+        found = "no g_idx" if layout.format in (V1, V2) and layout.has_g_idx else f"no {_NAMES[layout.format]}"
+        return False, f"takes {found}"
     if layout.experts:
-        return "takes no experts through GPTQ"
-    for name, spec in layout.packed.items():
-        if layout.shapes[name][1] % spec.columns_per_group(layout.shapes[name][1]):
-            return f"{name}: group_size {spec.group_size} does not divide {layout.shapes[name][1]}"
-    return None
+        return False, "takes no experts through AWQ"
+    return _answer(_wrong_bits(layout, (4,), "its AWQ") or _wrong_group(layout, _MLX_AWQ_GROUPS), "mlx-lm repacks it")
 
 
-def _exllamav2(layout: GptqLayout) -> str | None:
-    if layout.bits != {4}:
-        return f"{min(layout.bits - {4})} bits: it takes 4"
-    if layout.checkpoint_format == V1 and not layout.sym:
-        return f"asymmetric zeros in {V1!r} borrow across fields"
-    return None
+_RULES: dict[str, Callable[[Layout], tuple[bool, str]]] = {
+    "bittern": _bittern,
+    "transformers": _transformers,
+    "GPTQModel": _gptqmodel,
+    "vLLM": _vllm,
+    "SGLang": _sglang,
+    "exllamav2": _exllamav2,
+    "auto-gptq": _auto_gptq,
+    "llama.cpp": _llama_cpp,
+    "mlx": _mlx,
+}
+_CONSUMERS = {name.lower(): name for name in _RULES if name.lower() in TARGETS}
 
 
-def _auto_gptq(layout: GptqLayout) -> str | None:
-    if layout.checkpoint_format == V2:
-        return f"takes {V1!r} alone, this is {V2!r}"
-    if layout.mixed or layout.plain:
-        return "one grid for every layer of the blocks, none left out"
-    if 8 in layout.bits:
-        return "its 8-bit CUDA kernels mask zeros to 4 bits"
-    if layout.tied:
-        return "loads tied embeddings as zeros"
-    if not layout.rope_theta:
-        return "needs rope_theta at the top level of config.json"
-    return None
+def _answer(refusal: str | None, condition: str) -> tuple[bool, str]:
+    return refusal is None, refusal or condition
+
+
+def _wrong_bits(layout: Layout, taken: tuple[int, ...], what: str) -> str | None:
+    other = layout.bits - set(taken)
+    return f"{min(other)} bits: {what} takes {' and '.join(map(str, taken))}" if other else None
+
+
+def _wrong_group(layout: Layout, taken: tuple[int, ...]) -> str | None:
+    other = layout.groups - set(taken)
+    return f"group_size {min(other)}: it takes {', '.join(map(str, taken))}" if other else None
+
+
+def _few(names: tuple[str, ...]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

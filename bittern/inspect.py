@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from bittern.artifact import FORMATS, Artifact, quantization_config
 from bittern.checkpoint import Checkpoint, TensorInfo, open_checkpoint
-from bittern.consumers import GptqLayout, Verdict, gptq_consumers, plain_consumers
+from bittern.consumers import Verdict, verdicts
 from bittern.errors import BitternError
-from bittern.formats import gptq as gptq_format
+from bittern.layout import EXPERTS, Layout, layout_of
 from bittern.tokenizer import context_length
-from bittern.weight import QuantSpec
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -23,13 +23,15 @@ KINDS = ("attention", "mlp", "experts", "embeddings", "norms", "other")
 _PATTERNS = {  # of a module path, in this order: the last three would match parts of a norm's or an expert's path
     "norms": r"norm[^.]*$|(^|[._])ln[_\d]*\w*$",
     "embeddings": r"embed|lm_head|(^|\.)(wte|wpe|embd|output)$",
-    "experts": r"(^|\.)experts($|\.)|block_sparse_moe\.(in|out)put_linear$",
+    "experts": EXPERTS.pattern,
     "attention": r"attn|attention",
     "mlp": r"mlp|moe|feed_forward|ffn|fc[12]|fc_(in|out)$|shared_expert|w[123]$",
 }
 # A layer's own arithmetic that old checkpoints store: no parameters
 _BUFFER = re.compile(r"(masked_bias|inv_freq|rope\.freqs)$|\.attn\.bias$")
-_BLOCK_MATRIX = re.compile(r"\.\d+\..*\.weight$")
+_SUFFIX = re.compile(
+    r"\.(weight|bias|qweight|qzeros|scales|g_idx|biases|weight_(packed|scale|zero_point|shape|g_idx))$"
+)
 
 
 def inspect(source: str | os.PathLike[str], revision: str | None = None) -> dict[str, Any]:
@@ -45,42 +47,45 @@ def inspect(source: str | os.PathLike[str], revision: str | None = None) -> dict
         - ``bytes``: per kind of layer (``KINDS``) and ``total``
         - ``kv_bytes_per_token``: ``fp16`` and ``fp32``; 0 without attention, None for an unknown architecture
         - ``dtypes``: name -> ``tensors``, ``bytes``
-        - ``quantization``: None, or method, bits, group_size, sym, desc_act, checkpoint_format, quantizer,
-          ``layers`` (grid -> how many) and ``exceptions`` (layer -> grid, None for one left as floats)
+        - ``quantization``: None, or method, format, bits, group_size, sym, desc_act, quantizer, ``layers`` (grid ->
+          how many) and ``exceptions`` (layer -> grid, None for one left as floats); one that bittern does not
+          read is there in its own words
         - ``files``: name -> bytes
-        - ``loads``: per consumer ``consumer``, ``loads``, ``reason``
+        - ``loads``: per consumer ``consumer``, ``loads``, ``reason``; of a quantization that bittern does not
+          read, its own reason alone
 
     Raises:
         BitternError: not a checkpoint, or packed tensors that contradict its config.
     """
     with open_checkpoint(source, revision) as checkpoint:
-        config = _model_config(checkpoint.config)
-        method, found = _quantization_config(checkpoint)
-        packed = method == "gptq"
-        layout = _gptq_layout(checkpoint, found) if packed else None
-        understood = packed or method is None
-        parameters = _parameters(checkpoint, layout)
-        sizes, total = _sizes(checkpoint)
+        length, cache = _of_config(checkpoint.config)
+        method, found = quantization_config(checkpoint)
+        unread = _why_unread(method, found)
+        artifact = Artifact(checkpoint) if unread is None else None
+        layout = None if artifact is None else layout_of(artifact)
+        parameters = None if artifact is None else _parameters(artifact)
+        sizes = _sizes(checkpoint)
+        judged = [Verdict("bittern", False, str(unread))] if layout is None else verdicts(layout)
         return {
             "source": checkpoint.source,
             "revision": checkpoint.revision,
             "model_type": checkpoint.config.get("model_type"),
             "architectures": checkpoint.config.get("architectures") or [],
-            "context_length": None if config is None else context_length(config),
-            "parameters": sum(parameters.values()) if understood else None,
-            "bits_per_weight": _bits_per_weight(parameters, sizes, total) if understood else None,
-            "bytes": {**sizes, "total": total},
-            "kv_bytes_per_token": None if config is None else _kv_bytes(config),
+            "context_length": length,
+            "parameters": None if parameters is None else sum(parameters.values()),
+            "bits_per_weight": None if parameters is None else _bits_per_weight(parameters, sizes),
+            "bytes": {**sizes, "total": sum(sizes.values())},
+            "kv_bytes_per_token": cache,
             "dtypes": _dtypes(checkpoint),
-            "quantization": _summary(found, layout) if method else None,
+            "quantization": _summary(artifact, layout) if artifact and layout else found,
             "files": _files(checkpoint),
-            "loads": [asdict(verdict) for verdict in _consumers(checkpoint, method, layout)],
+            "loads": [asdict(verdict) for verdict in judged],
         }
 
 
 def kind(tensor: str) -> str:
     """The kind of layer, one of ``KINDS``, that a tensor of this name belongs to."""
-    module = re.sub(r"\.(weight|bias|qweight|qzeros|scales|g_idx)$", "", tensor)
+    module = _SUFFIX.sub("", tensor)
     return next((name for name, pattern in _PATTERNS.items() if re.search(pattern, module)), "other")
 
 
@@ -101,99 +106,43 @@ def kv_elements(config: PretrainedConfig) -> int:
     return int(layers * 2 * kv_heads * head_dim)
 
 
-def _model_config(config: dict[str, Any]) -> PretrainedConfig | None:
-    """transformers' view, under which all architectures share attribute names; None when it has none."""
+def _of_config(config: dict[str, Any]) -> tuple[int | None, dict[str, int] | None]:
+    """Context length and bytes of cache per token, by transformers' view, under which all architectures share names."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    if config.get("model_type") not in CONFIG_MAPPING:
-        return None
+    model_type = str(config.get("model_type"))
+    if model_type not in CONFIG_MAPPING:
+        return None, None
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    result: PretrainedConfig = CONFIG_MAPPING[config["model_type"]].from_dict(plain)
-    return result
+    try:
+        parsed: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(plain)
+        elements = kv_elements(parsed)
+        return context_length(parsed), {"fp16": 2 * elements, "fp32": 4 * elements}
+    except Exception as error:  # of a config that lies, transformers raises whatever comes
+        reason = f"{type(error).__name__}: {error}"
+        raise BitternError(f"config.json: transformers does not understand this {model_type}: {reason}") from error
 
 
-def _kv_bytes(config: PretrainedConfig) -> dict[str, int]:
-    elements = kv_elements(config)
-    return {"fp16": 2 * elements, "fp32": 4 * elements}
+def _why_unread(method: str | None, found: Mapping[str, Any]) -> str | None:
+    """Why bittern does not understand a quantization, which is then shown as it was found."""
+    if method is None:
+        return None
+    if method not in FORMATS:
+        return f"quant_method: expected one of {', '.join(FORMATS)}, found {method!r}"
+    try:
+        FORMATS[method].read_config(found)
+    except BitternError as error:
+        return str(error)
+    return None
 
 
-def _quantization_config(checkpoint: Checkpoint) -> tuple[str | None, dict[str, Any]]:
-    """The method and its config; (None, {}) for a plain checkpoint."""
-    found = checkpoint.config.get("quantization_config")
-    path = checkpoint.folder / "quantize_config.json"  # where the oldest artifacts have it alone
-    if found is None and checkpoint.gguf_file is None and path.is_file():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise BitternError(f"{path}: expected JSON, found {error}") from error
-    if found is None:
-        return None, {}
-    if not isinstance(found, dict):
-        raise BitternError(f"quantization_config: expected an object, found {type(found).__name__}")
-    return found.get("quant_method", found.get("method", "gptq")), found
-
-
-def _gptq_layout(checkpoint: Checkpoint, found: dict[str, Any]) -> GptqLayout:
-    config, quantization = checkpoint.config, gptq_format.read_config(found)
-    packed: dict[str, QuantSpec] = {}
-    shapes: dict[str, tuple[int, int]] = {}
-    for layer in gptq_format.packed_layers(checkpoint.tensors):
-        spec = quantization.spec(layer)
-        if spec is None:
-            raise BitternError(f"{layer}: found packed, but the quantization config says that it is skipped")
-        packed[layer], shapes[layer] = spec, _packed_shape(checkpoint, layer, spec)
-    if not packed:
-        raise BitternError(f"{checkpoint.source}: its config says GPTQ, but no tensor ends in .qweight")
-    plain = (name for name, info in checkpoint.tensors.items() if len(info.shape) >= 2 and _BLOCK_MATRIX.search(name))
-    left_out = tuple(name.removesuffix(".weight") for name in plain if kind(name) not in ("norms", "embeddings"))
-    return GptqLayout(
-        packed=packed,
-        # routers of experts are no Linear layers in transformers: nobody packs them
-        plain=tuple(name for name in left_out if not re.search(r"(^|\.)(gate|router)(\.|$)|conv1d$", name)),
-        shapes=shapes,
-        checkpoint_format=quantization.checkpoint_format,
-        desc_act=quantization.desc_act,
-        has_g_idx=all(f"{layer}.g_idx" in checkpoint.tensors for layer in packed),
-        dynamic=bool(found.get("dynamic")),
-        modules=bool(found.get("modules_in_block_to_quantize")),
-        quantizer=quantization.quantizer,
-        model_type=str(config.get("model_type")),
-        tied=bool(config.get("tie_word_embeddings"))
-        and not any(name.startswith("lm_head.") for name in checkpoint.tensors),
-        rope_theta="rope_theta" in config or "rope_parameters" not in config,
-        experts=any(kind(layer) == "experts" for layer in packed),
-    )
-
-
-def _packed_shape(checkpoint: Checkpoint, layer: str, spec: QuantSpec) -> tuple[int, int]:
-    """(out_features, in_features) of a packed layer, from shapes alone."""
-    rows, out_features = checkpoint.tensors[f"{layer}.qweight"].shape
-    in_features = rows * 32 // spec.bits
-    g_idx = checkpoint.tensors.get(f"{layer}.g_idx")
-    if g_idx is not None:  # exact; the rows are rounded up
-        in_features = g_idx.shape[0]
-        wanted = -(-in_features * spec.bits // 32)
-        if rows != wanted:
-            raise BitternError(
-                f"{layer}.qweight: expected {wanted} rows ({in_features} columns of {spec.bits} bits), found {rows}"
-            )
-    scales = checkpoint.tensors.get(f"{layer}.scales")
-    expected = (spec.groups(in_features), out_features)
-    if scales is None or scales.shape != expected:
-        raise BitternError(f"{layer}.scales: expected shape {expected}, found {scales.shape if scales else None}")
-    return out_features, in_features
-
-
-def _parameters(checkpoint: Checkpoint, layout: GptqLayout | None) -> Counter[str]:
+def _parameters(artifact: Artifact) -> Counter[str]:
     """Parameters of the dequantized model, per kind of layer."""
-    shapes = layout.shapes if layout is not None else {}
     count: Counter[str] = Counter()
-    for name, info in checkpoint.tensors.items():
-        layer, _, suffix = name.rpartition(".")
-        if layer not in shapes or suffix == "bias":
-            count[kind(name)] += 0 if _is_buffer(info) else info.numel
-        elif suffix == "qweight":
-            count[kind(name)] += shapes[layer][0] * shapes[layer][1]
+    for name, layer in artifact.layers.items():
+        count[kind(name)] += layer.out_features * layer.in_features
+    for name, info in artifact.plain.items():
+        count[kind(name)] += 0 if _is_buffer(info) else info.numel
     return count
 
 
@@ -201,23 +150,20 @@ def _is_buffer(info: TensorInfo) -> bool:
     return bool(_BUFFER.search(info.name)) and (len(info.shape) != 1 or not info.name.endswith(".attn.bias"))
 
 
-def _sizes(checkpoint: Checkpoint) -> tuple[dict[str, int], int]:
-    """Bytes per kind and in total; of a GGUF file, whose tensors show dequantized, the total alone."""
-    if checkpoint.gguf_file is not None:
-        return {}, (checkpoint.folder / checkpoint.gguf_file).stat().st_size
+def _sizes(checkpoint: Checkpoint) -> dict[str, int]:
+    """Bytes per kind, as stored: a GGUF file's tensors show dequantized."""
     sizes = dict.fromkeys(KINDS, 0)
     for name, info in checkpoint.tensors.items():
-        sizes[kind(name)] += info.nbytes
-    return sizes, sum(sizes.values())
+        sizes[kind(name)] += info.nbytes if checkpoint.gguf is None else checkpoint.gguf.nbytes[name]
+    return sizes
 
 
-def _bits_per_weight(parameters: Counter[str], sizes: dict[str, int], total: int) -> dict[str, float | None]:
-    count = sum(parameters.values())
+def _bits_per_weight(parameters: Counter[str], sizes: dict[str, int]) -> dict[str, float | None]:
+    count, total = sum(parameters.values()), sum(sizes.values())
     inner = count - parameters["embeddings"]
-    inner_bytes = total - sizes["embeddings"] if sizes else None
     return {
         "all": 8 * total / count if count else None,
-        "without_embeddings": 8 * inner_bytes / inner if inner and inner_bytes is not None else None,
+        "without_embeddings": 8 * (total - sizes["embeddings"]) / inner if inner else None,
     }
 
 
@@ -230,21 +176,21 @@ def _dtypes(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
     return dict(result)
 
 
-def _summary(found: dict[str, Any], layout: GptqLayout | None) -> dict[str, Any]:
-    """What a user asks of a quantization; of a foreign method, its own words."""
-    if layout is None:
-        return found
-    read = gptq_format.read_config(found)
-    default = QuantSpec(read.bits, read.group_size, read.sym)
+def _summary(artifact: Artifact, layout: Layout) -> dict[str, Any] | None:
+    """What a user asks of a quantization."""
+    if not layout.packed:
+        return None
     grids = Counter(layout.packed.values())
+    # a GGUF file states no grid of its own: what most layers have stands for it
+    default = grids.most_common(1)[0][0] if artifact.scheme is None else artifact.scheme.default
     return {
-        "method": "gptq",
-        "bits": read.bits,
-        "group_size": read.group_size,
-        "sym": read.sym,
-        "desc_act": read.desc_act,
-        "checkpoint_format": read.checkpoint_format,
-        "quantizer": list(read.quantizer),
+        "method": quantization_config(artifact.checkpoint)[0] or "gguf",
+        "format": layout.format,
+        "bits": default.bits,
+        "group_size": default.group_size,
+        "sym": default.sym,
+        "desc_act": layout.desc_act,
+        "quantizer": list(layout.quantizer),
         "layers": {f"{s.bits} bits, group {s.group_size}, {'sym' if s.sym else 'asym'}": n for s, n in grids.items()},
         "exceptions": {
             **{name: asdict(spec) for name, spec in layout.packed.items() if spec != default},
@@ -254,18 +200,6 @@ def _summary(found: dict[str, Any], layout: GptqLayout | None) -> dict[str, Any]
 
 
 def _files(checkpoint: Checkpoint) -> dict[str, int]:
-    if checkpoint.gguf_file is not None:
-        return {checkpoint.gguf_file: (checkpoint.folder / checkpoint.gguf_file).stat().st_size}
+    if checkpoint.gguf is not None:
+        return {checkpoint.path.name: checkpoint.path.stat().st_size}
     return {path.name: path.stat().st_size for path in sorted(checkpoint.folder.iterdir()) if path.is_file()}
-
-
-def _consumers(checkpoint: Checkpoint, method: str | None, layout: GptqLayout | None) -> list[Verdict]:
-    """No verdicts on methods whose layout is not read here."""
-    if layout is not None:
-        return gptq_consumers(layout)
-    if method is not None:
-        return []
-    if checkpoint.gguf_file is not None:
-        return plain_consumers("gguf")
-    safetensors = any(checkpoint.folder.glob("*.safetensors"))
-    return plain_consumers("safetensors" if safetensors else "bin")

@@ -1,20 +1,80 @@
-"""The manifest: what a run did to every layer, with which versions, and what it measured.
+"""The manifest: what a run did, to what, with which versions, and the hashes of what it wrote.
 
 ``bittern_manifest.json`` lies in the artifact. Two runs with the same seed on the same machine agree
 in every file of the artifact and in all of the manifest but its ``measured`` object.
+
+==================  ==================================================================================
+schema_version      2; the first had neither ``kind`` nor ``files``, and came from quantize alone
+kind                "quantize", "convert" or "repack"
+source              name, revision and architecture of what was read
+options             the options that the run was called with
+notes               warnings and fallbacks that a user must know of, one sentence each
+versions            of bittern, torch, transformers and Python
+measured            seconds, peak memory, threads, and (quantize) the seconds of each layer
+files               file -> its bytes and sha256, of every file of the artifact but the manifest
+==================  ==================================================================================
+
+- quantize adds ``calibration``, ``layers`` (a record per quantized layer) and ``kept`` (layer -> why it
+  was left in 16 bits);
+- convert adds ``dtype``, ``tensors`` (tensor -> what the cast cost), ``clamped`` (tensor -> values that
+  were clamped, where there are any) and ``tied`` (tensors left out because they equal another);
+- repack adds ``repacked`` (a record per layer that it moved) and ``origin``: the source's own manifest,
+  or null where it had none. What the source's run measured is under ``measured``, ``origin``.
+
+:func:`layer_records` finds the records of the run that chose the codes, in a manifest of any kind.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 import platform
 import resource
 import sys
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import bittern
 
 MANIFEST_FILE = "bittern_manifest.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+_BUFFER_BYTES = 4 * 2**20
+
+
+def base_manifest(
+    kind: str, source: dict[str, Any], options: dict[str, Any], *, notes: list[str], seconds: float
+) -> dict[str, Any]:
+    """What the manifests of all jobs have; ``files`` is added when the artifact is committed.
+
+    Args:
+        kind: "quantize", "convert" or "repack".
+        source: name, revision and architecture of what was read.
+        options: the options that the run was called with.
+        notes: warnings and fallbacks that a user must know of.
+        seconds: wall time of the run.
+    """
+    import torch
+
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": kind,
+        "source": source,
+        "options": options,
+        "notes": notes,
+        "versions": {
+            "bittern": bittern.__version__,
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+            "python": platform.python_version(),
+        },
+        "measured": {
+            "seconds": round(seconds, 3),
+            "peak_memory_bytes": peak_memory(),
+            "threads": torch.get_num_threads(),
+        },
+    }
 
 
 def make_manifest(
@@ -27,41 +87,79 @@ def make_manifest(
     notes: list[str],
     seconds: float,
 ) -> dict[str, Any]:
-    """Put a manifest together.
+    """The manifest of a quantization.
 
     Args:
-        source: name, revision and architecture of what was quantized.
-        options: the options that the run was called with.
+        source, options, notes, seconds: see :func:`base_manifest`.
         calibration: dataset, tokens asked for and found, hash; None without calibration.
         layers: a record per quantized layer; its ``seconds`` move to ``measured``.
         kept: layers left in 16 bits -> why.
-        notes: warnings and fallbacks that a user must know of.
-        seconds: wall time of the run.
     """
-    import torch
-    import transformers
+    manifest = base_manifest("quantize", source, options, notes=notes, seconds=seconds)
+    manifest["calibration"] = calibration
+    manifest["layers"] = [{key: value for key, value in record.items() if key != "seconds"} for record in layers]
+    manifest["kept"] = kept
+    manifest["measured"]["layer_seconds"] = {record["layer"]: round(record["seconds"], 4) for record in layers}
+    return manifest
 
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "source": source,
-        "options": options,
-        "calibration": calibration,
-        "layers": [{key: value for key, value in record.items() if key != "seconds"} for record in layers],
-        "kept": kept,
-        "notes": notes,
-        "versions": {
-            "bittern": bittern.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "measured": {
-            "seconds": round(seconds, 3),
-            "peak_memory_bytes": peak_memory(),
-            "layer_seconds": {record["layer"]: round(record["seconds"], 4) for record in layers},
-            "threads": torch.get_num_threads(),
-        },
-    }
+
+def repacked_manifest(
+    origin: dict[str, Any] | None,
+    source: dict[str, Any],
+    options: dict[str, Any],
+    *,
+    repacked: list[dict[str, Any]],
+    notes: list[str],
+    seconds: float,
+) -> dict[str, Any]:
+    """The manifest of a repacking, which keeps the story of the run that quantized.
+
+    Args:
+        origin: the manifest of what was repacked, None where it had none.
+        source, options, notes, seconds: see :func:`base_manifest`.
+        repacked: a record per layer: its name as ``layer``, its grid, and what the move cost.
+    """
+    manifest = base_manifest("repack", source, options, notes=notes, seconds=seconds)
+    manifest["repacked"] = repacked
+    manifest["origin"] = None
+    if origin is not None:
+        manifest["origin"] = {key: value for key, value in origin.items() if key != "measured"}
+        manifest["measured"]["origin"] = origin.get("measured")
+    return manifest
+
+
+def layer_records(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """The records of the layers from the run that quantized them, however often they were repacked since.
+
+    Args:
+        manifest: of any kind, as it was read from a file.
+
+    Returns:
+        One record per layer; empty when bittern has not quantized it.
+    """
+    found: Any = manifest
+    while isinstance(found, dict):
+        layers = found.get("layers")
+        if isinstance(layers, list):
+            return [record for record in layers if isinstance(record, dict)]
+        found = found.get("origin")
+    return []
+
+
+def file_record(path: Path) -> dict[str, Any]:
+    """Size and hash of a file, as ``files`` of a manifest has them.
+
+    Raises:
+        OSError: when it cannot be read.
+    """
+    buffer = bytearray(_BUFFER_BYTES)
+    view, digest, size = memoryview(buffer), hashlib.sha256(), 0
+    with path.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)  # reads ahead twice as far
+        while count := file.readinto(buffer):
+            digest.update(view[:count])
+            size += count
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def peak_memory() -> int:

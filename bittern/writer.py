@@ -2,7 +2,7 @@
 
 Everything is written into a temporary sibling of the output, ``.{name}.partial``. In it, weight files
 carry the suffix .partial and there is no config.json, so that no loader opens it after a kill; commit()
-gives them their names, adds index and config.json, and renames the folder onto the output.
+gives them their names, adds index, manifest and last config.json, and renames the folder onto the output.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from bittern.errors import BitternError
+from bittern.report import MANIFEST_FILE, file_record
 from bittern.shards import TensorInfo, header_bytes, write_elements
 
 MAX_SHARD_SIZE = 5 * 10**9  # bytes
@@ -160,11 +161,13 @@ class CheckpointWriter:
         with explained(self.out):
             (self.folder / name).write_text(text, encoding="utf-8")
 
-    def commit(self, config: dict[str, Any]) -> None:
+    def commit(self, config: dict[str, Any], manifest: dict[str, Any] | None = None) -> None:
         """Make the output whole and durable, in its place.
 
         Args:
             config: becomes config.json.
+            manifest: becomes bittern_manifest.json, after ``files`` was put into it: size and hash of every other
+                file. Each weight file is read once more for that.
 
         Raises:
             BitternError: when a planned tensor is missing (all or in part) or the disk refuses.
@@ -182,7 +185,11 @@ class CheckpointWriter:
                 (self.folder / f"{name}.partial").rename(self.folder / name)
             if len(self._names) > 1:
                 self.write_file("model.safetensors.index.json", _json(self._index()))
-            self.write_file("config.json", _json(config))
+            self.write_file("config.json.partial", _json(config))
+            if manifest is not None:
+                manifest["files"] = self._records()
+                self.write_file(MANIFEST_FILE, _json(manifest))
+            (self.folder / "config.json.partial").rename(self.folder / "config.json")
             for path in [*(path for path in self.folder.rglob("*") if path.is_file()), self.folder]:
                 _fsync(path)
             self._move_into_place()
@@ -243,6 +250,13 @@ class CheckpointWriter:
         total = sum(info.nbytes for info in self._plan.values())
         weight_map = {name: self._names[self._where[name][0]] for name in sorted(self._plan)}
         return {"metadata": {"total_size": total}, "weight_map": weight_map}
+
+    def _records(self) -> dict[str, Any]:
+        """Size and hash of every file that the output will hold, by its name there."""
+        files = (path for path in self.folder.rglob("*") if path.is_file() and path.name != _LOCK)
+        paths = {str(path.relative_to(self.folder)): path for path in files}
+        paths["config.json"] = paths.pop("config.json.partial")
+        return {name: file_record(paths[name]) for name in sorted(paths)}
 
     def _move_into_place(self) -> None:
         if self._overwrite and self.out.exists():

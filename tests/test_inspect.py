@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from bittern.consumers import GptqLayout, gptq_consumers
+from bittern.artifact import Artifact
+from bittern.checkpoint import open_checkpoint
+from bittern.convert.gguf import write_gguf
 from bittern.errors import BitternError
-from bittern.formats import gptq
+from bittern.formats.packing import FORMATS, Packing
 from bittern.inspect import KINDS, inspect, kind, kv_elements
 from bittern.weight import QuantSpec, QuantWeight
 
@@ -131,6 +133,12 @@ def test_bytes_of_each_kind(tmp_path: Path) -> None:
         ("model.layers.0.mlp.shared_experts.up_proj.weight", "mlp"),
         ("model.decoder.layers.0.fc1.weight", "mlp"),
         ("model.layers.0.feed_forward.w2.weight", "mlp"),
+        ("model.layers.0.self_attn.k_proj.weight_packed", "attention"),
+        ("model.layers.0.mlp.experts.0.w1.weight_zero_point", "experts"),
+        ("model.layers.0.self_attn.o_proj.weight_g_idx", "attention"),
+        ("model.norm.weight_scale", "norms"),
+        ("lm_head.weight_shape", "embeddings"),
+        ("model.embed_tokens.biases", "embeddings"),
         ("backbone.layers.0.mixer.in_proj.weight", "other"),
     ],
 )
@@ -138,11 +146,12 @@ def test_kinds(name: str, expected: str) -> None:
     assert kind(name) == expected
 
 
-def quantized(folder: Path, spec: QuantSpec, keep: str | None = None, checkpoint_format: str = "gptq_v2") -> int:
-    """A GPTQ artifact of a tiny Llama; returns the parameters of the model it was made of."""
+def quantized(folder: Path, spec: QuantSpec, keep: str | None = None, format: str = "gptq_v2") -> int:
+    """An artifact of a tiny Llama; returns the parameters of the model it was made of."""
     model = build("llama", {**GROUPED, "tie_word_embeddings": True})
     model.save_pretrained(folder)
     stored = load_file(folder / "model.safetensors")
+    packing = Packing(format, torch.float16 if spec.sym else torch.float32)
     layers: dict[str, QuantSpec | None] = {}
     for name in [name for name in stored if "_proj" in name]:
         layer = name.removesuffix(".weight")
@@ -154,12 +163,10 @@ def quantized(folder: Path, spec: QuantSpec, keep: str | None = None, checkpoint
         codes = torch.randint(0, spec.max_code + 1, (out_features, in_features), dtype=torch.uint8)
         zeros = torch.full((out_features, groups), spec.mid_code, dtype=torch.uint8)
         weight = QuantWeight(codes, torch.ones(out_features, groups, dtype=torch.float16), zeros, spec)
-        for suffix, tensor in gptq.pack(weight, checkpoint_format=checkpoint_format).items():
-            stored[gptq.names(layer)[suffix]] = tensor
-    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+        stored.update(packing.pack(layer, weight))
+    save_file(stored, folder / "model.safetensors", {"format": "pt", **packing.metadata})
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = gptq.config(spec, checkpoint_format=checkpoint_format, layers=layers)
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({**config, **packing.config(spec, layers)}))
     return sum(p.numel() for p in model.parameters())
 
 
@@ -212,8 +219,7 @@ def test_headers_that_contradict_the_config(tmp_path: Path) -> None:
     good = json.loads(path.read_text())
     for key, value, message in (
         ("bits", 8, r"qweight: expected 24 rows \(96 columns of 8 bits\), found 12"),
-        ("group_size", 16, r"scales: expected shape \(6, 64\), found \(3, 64\)"),
-        ("bits", 5, r"bits: expected one of 2, 3, 4, 8, found 5"),
+        ("group_size", 16, r"qzeros: expected shape \(6, 8\), found \(3, 8\)"),
         ("dynamic", {"-:.*q_proj": {}}, r"q_proj: found packed, but the quantization config says that it is skipped"),
     ):
         changed = {**good, "quantization_config": {**good["quantization_config"], key: value}}
@@ -224,18 +230,89 @@ def test_headers_that_contradict_the_config(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "plain" / "config.json").read_text())
     config["quantization_config"] = good["quantization_config"]
     (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(BitternError, match=r"its config says GPTQ, but no tensor ends in \.qweight"):
+    with pytest.raises(BitternError, match=r"its config says gptq, but it holds no packed layer"):
         inspect(tmp_path / "plain")
 
 
-def test_a_foreign_quantization_is_not_guessed_at(tmp_path: Path) -> None:
-    build("llama", GROUPED).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "awq", "bits": 4}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+@pytest.mark.parametrize(
+    ("format", "sym"),
+    [(name, sym) for name in FORMATS for sym in (True, False) if sym or name != "gptq"],  # v1 is written symmetric
+)
+def test_an_artifact_of_each_format(format: str, sym: bool, tmp_path: Path) -> None:
+    spec = QuantSpec(4, 32, sym)
+    parameters = quantized(tmp_path, spec, keep="layers.1.mlp.down_proj", format=format)
     found = inspect(tmp_path)
-    assert found["quantization"] == {"quant_method": "awq", "bits": 4}
-    assert (found["parameters"], found["bits_per_weight"], found["loads"]) == (None, None, [])
+    assert found["parameters"] == parameters
+    summary = found["quantization"]
+    assert summary["format"] == format
+    assert summary["method"] == {"gptq_v2": "gptq"}.get(format, format)
+    assert summary["layers"] == {f"4 bits, group 32, {'sym' if sym else 'asym'}": 20}
+    assert summary["exceptions"] == {"model.layers.1.mlp.down_proj": None}
+    stored = load_file(tmp_path / "model.safetensors")
+    # what the names say that belongs to attention, in whichever format
+    assert found["bytes"]["attention"] == sum(t.nbytes for name, t in stored.items() if "self_attn" in name)
+    assert found["bytes"]["mlp"] == sum(t.nbytes for name, t in stored.items() if ".mlp." in name)
+    assert found["bytes"]["other"] == 0
+    assert found["bytes"]["total"] == sum(t.nbytes for t in stored.values())
+    assert verdicts(found)["bittern"]
+    assert verdicts(found)["GPTQModel"] == (format in ("gptq", "gptq_v2"))  # AWQ with a layer left out is not for it
+    assert verdicts(found)["mlx"] == (format in ("mlx", "awq"))
+    json.dumps(found)
+
+
+@pytest.mark.parametrize(("bits", "stored_bits"), [(8, 8.5), (4, 4.5)])
+def test_a_gguf_file(bits: int, stored_bits: float, tmp_path: Path) -> None:
+    parameters = quantized(tmp_path / "folder", QuantSpec(bits, 32), keep="layers.1.mlp.down_proj")
+    path = tmp_path / "model.gguf"
+    with open_checkpoint(tmp_path / "folder") as checkpoint:
+        write_gguf(Artifact(checkpoint), path, dtype="fp16", tokenizer=False)
+    found = inspect(path)
+    assert found["parameters"] == parameters
+    assert found["quantization"]["format"] == found["quantization"]["method"] == "gguf"
+    assert found["quantization"]["layers"] == {f"{bits} bits, group 32, sym": 20}
+    assert found["quantization"]["exceptions"] == {"model.layers.1.mlp.down_proj": None}
+    attention = 3 * (2 * 64 * 64 + 2 * 64 * 32)
+    assert found["bytes"]["attention"] == attention * stored_bits / 8  # blocks of 32 codes and an fp16 scale
+    assert found["bytes"]["embeddings"] == 2 * 128 * 64
+    assert found["bytes"]["norms"] == 4 * (2 * 3 + 1) * 64
+    assert found["bytes"]["total"] == sum(found["bytes"][name] for name in KINDS) < path.stat().st_size
+    assert found["files"] == {"model.gguf": path.stat().st_size}
+    assert verdicts(found)["llama.cpp"] and verdicts(found)["transformers"] and not verdicts(found)["exllamav2"]
+
+
+FP8 = {
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "quantization_status": "compressed",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False},
+        }
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "found 'bitsandbytes'"),
+        ({"quant_method": "gptq", "bits": 5}, "bits: expected one of 2, 3, 4, 8, found 5"),
+        (FP8, "float"),
+    ],
+)
+def test_a_foreign_quantization_is_not_guessed_at(config: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    build("llama", GROUPED).save_pretrained(tmp_path)
+    stated = json.loads((tmp_path / "config.json").read_text())
+    stated["quantization_config"] = config
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    found = inspect(tmp_path)
+    assert found["quantization"] == config
+    assert (found["parameters"], found["bits_per_weight"]) == (None, None)
+    (verdict,) = found["loads"]
+    assert (verdict["consumer"], verdict["loads"]) == ("bittern", False)
+    assert reason in verdict["reason"]
 
 
 def test_an_unknown_architecture_is_still_measured(tmp_path: Path) -> None:
@@ -248,63 +325,6 @@ def test_an_unknown_architecture_is_still_measured(tmp_path: Path) -> None:
 def test_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(BitternError):
         inspect(tmp_path)
-
-
-LAYOUT: dict[str, Any] = {
-    "packed": {f"model.layers.0.self_attn.{part}_proj": QuantSpec(4, 128) for part in "qkv"},
-    "plain": (),
-    "shapes": {f"model.layers.0.self_attn.{part}_proj": (256, 256) for part in "qkv"},
-    "checkpoint_format": "gptq",
-    "desc_act": False,
-    "has_g_idx": True,
-    "dynamic": False,
-    "modules": False,
-    "quantizer": ("bittern:0.1.0",),
-    "model_type": "llama",
-    "tied": False,
-    "rope_theta": True,
-    "experts": False,
-}
-ALL = {"bittern", "transformers", "GPTQModel", "vLLM", "SGLang", "exllamav2", "auto-gptq"}
-
-
-def grid(*args: Any) -> dict[str, Any]:
-    return {"packed": dict.fromkeys(LAYOUT["packed"], QuantSpec(*args))}
-
-
-@pytest.mark.parametrize(
-    ("change", "refusing"),
-    [
-        ({}, set()),
-        (grid(3, 128), {"vLLM", "exllamav2"}),
-        (grid(8, 128), {"exllamav2", "auto-gptq"}),
-        (grid(4, 128, False), {"vLLM", "exllamav2", "GPTQModel", "transformers"}),
-        ({**grid(4, 128, False), "quantizer": ("gptqmodel:7.7.0",)}, {"vLLM", "exllamav2"}),
-        ({**grid(4, 128, False), "checkpoint_format": "gptq_v2"}, {"vLLM", "auto-gptq"}),
-        (grid(4, 16), {"vLLM"}),
-        (grid(4, 8), {"vLLM", "GPTQModel", "transformers"}),
-        (grid(4, 96), {"vLLM", "GPTQModel", "transformers", "SGLang"}),
-        ({"desc_act": True}, {"vLLM"}),
-        ({**grid(4, -1), "desc_act": True}, set()),
-        ({"has_g_idx": False}, {"transformers"}),
-        ({"experts": True}, {"transformers", "SGLang"}),
-        ({"model_type": "gpt2"}, {"transformers"}),
-        ({"tied": True}, {"auto-gptq"}),
-        ({"rope_theta": False}, {"auto-gptq"}),
-        ({"plain": ("model.layers.0.mlp.down_proj",), "dynamic": True}, {"transformers", "auto-gptq"}),
-        ({"plain": ("model.layers.0.mlp.down_proj",), "modules": True}, {"transformers", "GPTQModel", "auto-gptq"}),
-        ({"plain": ("model.layers.0.mlp.down_proj",), "modules": True, "dynamic": True}, {"auto-gptq"}),
-        (
-            {"packed": {**LAYOUT["packed"], "model.layers.0.self_attn.q_proj": QuantSpec(8, 128)}, "dynamic": True},
-            {"transformers", "vLLM", "exllamav2", "auto-gptq"},
-        ),
-    ],
-)
-def test_rules_of_the_consumers(change: dict[str, Any], refusing: set[str]) -> None:
-    found = gptq_consumers(GptqLayout(**{**LAYOUT, **change}))
-    assert {verdict.consumer for verdict in found if not verdict.loads} == {*refusing, "llama.cpp"}
-    assert {verdict.consumer for verdict in found} == {*ALL, "llama.cpp"}
-    assert all(verdict.reason for verdict in found)
 
 
 def test_who_opens_a_plain_checkpoint(tmp_path: Path) -> None:
@@ -330,3 +350,25 @@ def test_stories15m(shared: Path) -> None:
     assert found["parameters"] == 15_191_712
     assert found["context_length"] == 256
     assert found["kv_bytes_per_token"]["fp16"] == 2 * 6 * 288 * 2
+
+
+def test_what_tensors_and_config_say_reaches_the_verdicts(tmp_path: Path) -> None:
+    quantized(tmp_path / "ct", QuantSpec(4, 32, sym=False), format="compressed-tensors")
+    assert not verdicts(inspect(tmp_path / "ct"))["transformers"]
+    path = tmp_path / "ct" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["dequantize"] = True
+    path.write_text(json.dumps(config))
+    assert verdicts(inspect(tmp_path / "ct"))["transformers"]
+
+    quantized(tmp_path / "gptq", QuantSpec(4, 32), format="gptq")
+    assert verdicts(inspect(tmp_path / "gptq")) == {
+        **dict.fromkeys(("bittern", "transformers", "GPTQModel", "vLLM", "SGLang", "exllamav2"), True),
+        **dict.fromkeys(("auto-gptq", "llama.cpp", "mlx"), False),
+    }
+    path = tmp_path / "gptq" / "model.safetensors"
+    stored = {name: tensor for name, tensor in load_file(path).items() if not name.endswith("k_proj.g_idx")}
+    save_file(stored, path, {"format": "pt"})
+    reasons = {verdict["consumer"]: verdict["reason"] for verdict in inspect(tmp_path / "gptq")["loads"]}
+    assert reasons["transformers"] == "aborts without g_idx"
+    assert reasons["auto-gptq"] == "loads tied embeddings as zeros"

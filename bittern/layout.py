@@ -1,0 +1,145 @@
+"""What loaders ask about a checkpoint: its format, its grids, and what its config says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from bittern.weight import QuantSpec
+
+if TYPE_CHECKING:
+    from bittern.artifact import Artifact
+
+EXPERTS = re.compile(r"(^|\.)experts($|\.)|block_sparse_moe\.(in|out)put_linear$")
+"""Found in the names of layers that are experts."""
+
+_IN_A_BLOCK = re.compile(r"\.\d+\..*\.weight$")
+# routers of experts are no Linear layers in transformers: nobody packs them
+_NEVER_PACKED = re.compile(r"(^|\.)(gate|router)(\.|$)|conv1d$|norm|embed")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the rules ask about a checkpoint, whichever format it is in.
+
+    Attributes:
+        format: "gptq", "gptq_v2", "compressed-tensors", "awq", "mlx", "gguf"; None for one without packed
+            layers in safetensors or PyTorch's own files, and for one whose format is still to be chosen.
+        packed: packed layer -> its grid.
+        plain: matrices inside the decoder blocks that stayed floats.
+        shapes: packed layer -> (out_features, in_features).
+        desc_act: whether columns are permuted.
+        has_g_idx: GPTQ: whether every packed layer stores one.
+        dynamic, modules: GPTQ: whether the config has ``dynamic`` and ``modules_in_block_to_quantize``.
+        dequantize: compressed-tensors: whether its config asks transformers to dequantize while it loads.
+        quantizer: who made it, such as ("gptqmodel:7.7.0",).
+        model_type: of the config.
+        tied: whether the head is the embedding.
+        rope_theta: whether config.json has it at its top level.
+        safetensors: whether its files are safetensors.
+    """
+
+    format: str | None
+    packed: Mapping[str, QuantSpec] = field(default_factory=dict)
+    plain: tuple[str, ...] = ()
+    shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    desc_act: bool = False
+    has_g_idx: bool = True
+    dynamic: bool = False
+    modules: bool = False
+    dequantize: bool = False
+    quantizer: tuple[str, ...] = ()
+    model_type: str = "llama"
+    tied: bool = False
+    rope_theta: bool = True
+    safetensors: bool = True
+
+    @property
+    def bits(self) -> set[int]:
+        return {spec.bits for spec in self.packed.values()}
+
+    @property
+    def groups(self) -> set[int]:
+        return {spec.group_size for spec in self.packed.values()}
+
+    @property
+    def sym(self) -> bool:
+        return all(spec.sym for spec in self.packed.values())
+
+    @property
+    def mixed(self) -> bool:
+        return len(set(self.packed.values())) > 1
+
+    @property
+    def act_order(self) -> bool:
+        """Whether columns of one group lie apart; a group of the whole row has no order."""
+        return self.desc_act and self.groups != {-1}
+
+    @property
+    def experts(self) -> bool:
+        """Whether layers of experts are packed."""
+        return any(EXPERTS.search(name) for name in self.packed)
+
+
+def layout_of(artifact: Artifact) -> Layout:
+    """The layout of a checkpoint that exists."""
+    tensors, config, found = artifact.checkpoint.tensors, artifact.checkpoint.config, artifact.found
+    scheme = artifact.scheme
+    matrices = [name for name, info in artifact.plain.items() if len(info.shape) >= 2 and _IN_A_BLOCK.search(name)]
+    return Layout(
+        format=artifact.format,
+        packed={name: layer.spec for name, layer in artifact.layers.items()},
+        plain=_left_out(name.removesuffix(".weight") for name in matrices) if artifact.layers else (),
+        shapes={name: (layer.out_features, layer.in_features) for name, layer in artifact.layers.items()},
+        desc_act=scheme is not None and scheme.desc_act,
+        has_g_idx=all(f"{name}.g_idx" in tensors for name in artifact.layers),
+        dynamic=bool(found.get("dynamic")),
+        modules=bool(found.get("modules_in_block_to_quantize")),
+        dequantize=bool(found.get("dequantize")),
+        quantizer=() if scheme is None else scheme.quantizer,
+        tied=bool(config.get("tie_word_embeddings")) and not any(name.startswith("lm_head.") for name in tensors),
+        safetensors=artifact.checkpoint.gguf is None and any(artifact.checkpoint.folder.glob("*.safetensors")),
+        **_of_the_model(config),
+    )
+
+
+def planned_layout(
+    config: Mapping[str, Any],
+    layers: Mapping[str, QuantSpec | None],
+    shapes: Mapping[str, tuple[int, int]],
+    tied: bool,
+) -> Layout:
+    """The layout of what is about to be written, its format left open.
+
+    Args:
+        config: the parsed config.json.
+        layers: every matrix by its checkpoint name, with its grid, or None for one that stays floats.
+        shapes: (out_features, in_features) of the layers that are packed, at least.
+        tied: whether the head is the embedding.
+    """
+    packed = {name: spec for name, spec in layers.items() if spec is not None}
+    plain = _left_out(name for name, spec in layers.items() if spec is None)
+    told = bool(plain) or len(set(packed.values())) > 1
+    return Layout(
+        format=None,
+        packed=packed,
+        plain=plain,
+        shapes={name: shapes[name] for name in packed},
+        dynamic=told,  # formats.gptq.config writes both keys whenever layers differ
+        modules=told,
+        tied=tied,
+        **_of_the_model(config),
+    )
+
+
+def _left_out(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(name for name in names if not _NEVER_PACKED.search(name))
+
+
+def _of_the_model(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "model_type": str(config.get("model_type")),
+        "rope_theta": "rope_theta" in config or "rope_parameters" not in config,
+    }
