@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "convert", "load", "quantize"]
 
 if TYPE_CHECKING:
-    from bittern.convert.cast import convert
+    from bittern.convert.pipeline import convert
     from bittern.quantize.pipeline import quantize
     from bittern.runtime.load import load
 else:
@@ -23,7 +23,11 @@ else:
 
     del convert, quantize
 
-_HOMES = {"convert": "bittern.convert.cast", "load": "bittern.runtime.load", "quantize": "bittern.quantize.pipeline"}
+_HOMES = {
+    "convert": "bittern.convert.pipeline",
+    "load": "bittern.runtime.load",
+    "quantize": "bittern.quantize.pipeline",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bittern import __version__
-from bittern.errors import BitternError
+from bittern.errors import BitternError, printable
 from bittern.options import (
     DTYPE,
+    FORMATS,
     GENERATION,
     NEW_TOKENS,
     Command,
@@ -32,6 +33,7 @@ from bittern.options import (
     load_options,
     output_options,
     regex,
+    target_option,
 )
 
 if TYPE_CHECKING:
@@ -61,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    print("error: " + printable(" ".join(message.split())), file=sys.stderr)
     return code
 
 
@@ -109,28 +111,23 @@ def commands() -> None:
 @_command
 @click.argument("source")
 @output_options
-@click.option("--dtype", type=DTYPE, default="bf16", show_default=True)
+@click.option("--format", type=click.Choice(FORMATS), help="What to write.  [default: safetensors: plain floats]")
+@target_option
+@click.option("--dtype", type=DTYPE, help="Dtype of floats.  [default: bf16 of a plain source, else as they are]")
+@click.option("--allow-inexact", is_flag=True, help="Round what the format cannot hold exactly, and say by how much.")
 @click.option("--clamp", is_flag=True, help="Clamp what fp16 cannot hold, and say how many values that were.")
 @json_option
 def convert(source: str, as_json: bool, **options: Any) -> None:
-    """Write SOURCE in another dtype."""
-    from bittern.convert.cast import convert as cast
-    from bittern.progress import share_bar, size
+    """Write SOURCE in another dtype or format, without quantizing anything."""
+    from bittern.convert.pipeline import convert as run_pipeline
+    from bittern.progress import conversion, share_bar
 
     with share_bar("converting") as advance:
-        summary = cast(source, on_tensor=lambda _, done, total: advance(done, total), **options)
-    if as_json:
-        print(json.dumps(summary.to_dict()))
-        return
-    print(
-        f"{summary.output}: {len(summary.tensors)} tensors in {summary.dtype},"
-        f" {size(summary.source_bytes)} -> {size(summary.output_bytes)}, {summary.seconds:.1f} s"
-    )
-    if summary.worst is not None:
-        print(f"largest relative error: {summary.worst.max_relative_error:.2e} in {summary.worst.name}")
-    for cast_tensor in summary.tensors:
-        if cast_tensor.overflowed:
-            print(f"clamped {cast_tensor.overflowed} values of {cast_tensor.name}")
+        summary = run_pipeline(source, on_progress=lambda _, done, total: advance(done, total), **options)
+    found = summary.to_dict()
+    print(json.dumps(found) if as_json else conversion(summary))
+    for note in found.get("notes", ()):
+        print(f"note: {note}", file=sys.stderr)
 
 
 @_command
@@ -149,6 +146,8 @@ def convert(source: str, as_json: bool, **options: Any) -> None:
     "--sym/--asym", default=True, show_default=True, help="Zero in the middle of the grid, or where it is best."
 )
 @click.option("--method", type=click.Choice(["gptq", "rtn"]), default="gptq", show_default=True)
+@click.option("--format", type=click.Choice(FORMATS[1:]), help="What to write.  [default: gptq, asymmetric gptq_v2]")
+@target_option
 @click.option(
     "--dataset",
     metavar="D",
@@ -397,13 +396,36 @@ def inspect(path: str, revision: str | None, as_json: bool) -> None:
         return
     for name, value in found.items():
         if name != "loads":
-            print(f"{name.replace('_', ' '):<20} {line(value)}")
+            print(printable(f"{name.replace('_', ' '):<20} {line(value)}"))
     for verdict in found["loads"]:
-        print(
-            f"{verdict['consumer']:<20} {'loads it' if verdict['loads'] else 'does not load it'}: {verdict['reason']}"
-        )
+        answer = "loads it" if verdict["loads"] else "does not load it"
+        print(printable(f"{verdict['consumer']:<20} {answer}: {verdict['reason']}"))
 
 
+@_command
+@click.argument("path")
+@click.option("--against", metavar="SRC", help="What it was made of: also compare names, values and logits with it.")
+@click.option("--revision", help="Branch, tag or commit of a Hub id given to --against.")
+@click.option("--logits/--no-logits", default=True, show_default=True, help="Run the models, each whole in fp32.")
+@click.option("--text", help="Run them on this instead of three short prompts.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: those of torch]")
+@json_option
+def verify(path: str, as_json: bool, **options: Any) -> int:
+    """Check that PATH is whole, and is still what it was made of. Exits with 1 when a check fails."""
+    from bittern.progress import share_bar
+    from bittern.verify import verify as check
+
+    with share_bar("verifying") as advance:
+        found = check(path, on_step=lambda _, done, total: advance(done, total), **options)
+    if as_json:
+        print(json.dumps(found.to_dict()))
+    else:
+        for each in found.checks:
+            print(f"{_ANSWERS[each.passed]:<8} {each.name:<16} {each.detail}")
+    return DONE if found.passed else FAILED
+
+
+_ANSWERS = {True: "ok", False: "FAILED", None: "skipped"}
 _OF_THE_MODEL: dict[str, Any] = {"revision": None, "lm_head_bits": None}  # options of eval that are not the base's
 
 
@@ -412,31 +434,13 @@ _OF_THE_MODEL: dict[str, Any] = {"revision": None, "lm_head_bits": None}  # opti
 def demo(output: Path | None) -> None:
     """Quantize the embedded model at 8, 4, 3 and 2 bits and show what each keeps. Needs no network."""
     from rich.console import Console
-    from rich.table import Table
 
-    from bittern.demo.demo import run_demo
-    from bittern.progress import size
+    from bittern.demo.demo import demo_table, run_demo
 
     result = run_demo(output, lambda line: print(line, file=sys.stderr, flush=True))
-    table = Table("model", "method", *_NUMBERS, box=None, pad_edge=False)
-    for column in table.columns[2:]:
-        column.justify = "right"
-    for row in result.rows:
-        table.add_row(
-            f"{row.bits} bits",
-            row.method,
-            size(row.size_bytes),
-            f"{row.bits_per_weight:.2f}",
-            f"{row.perplexity:.3f}",
-            f"{row.kl:.4f}",
-            f"{row.accuracy:.1%}",
-        )
-    Console().print(table)
+    Console().print(demo_table(result))
     print(f'\nThe 4-bit artifact goes on from "{result.prompt}":\n{result.prompt}{result.written}')
     print(f"\n{result.seconds:.0f} s")
-
-
-_NUMBERS = ("size", "bits/weight", "perplexity", "KL to fp32", "answers right")
 
 
 def _figure(value: Any) -> str:

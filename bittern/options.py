@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-Command = Callable[..., None]
+Command = Callable[..., int | None]
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 DTYPE = click.Choice(["bf16", "fp16", "fp32"])
@@ -49,6 +49,11 @@ def layer_bits(value: str) -> tuple[str, int]:
     return regex(match[1]), int(match[2])
 
 
+FORMATS = ("safetensors", "gptq", "gptq_v2", "compressed-tensors", "awq", "mlx", "gguf")
+TARGET = click.Choice(["transformers", "vllm", "sglang", "gptqmodel", "llama.cpp", "mlx"])
+target_option = click.option(
+    "--target", type=TARGET, help="Who shall load it: picks the format, and refuses what this one gets wrong."
+)
 device_option = click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to compute."
 )
@@ -68,7 +73,9 @@ def output_options(function: Command) -> Command:
             show_default=True,
             help="Largest weight file.",
         ),
-        click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write."),
+        click.option(
+            "-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write, or .gguf file."
+        ),
     ):
         function = option(function)
     return function

@@ -6,12 +6,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from bittern.report import peak_memory
+
+if TYPE_CHECKING:
+    from bittern.convert.cast import ConvertSummary
+    from bittern.convert.gguf import GgufSummary
+    from bittern.convert.repack import RepackSummary
 
 NAME_WIDTH = 40
 
@@ -112,6 +117,27 @@ def line(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "-"}[value]
     return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def conversion(summary: ConvertSummary | RepackSummary | GgufSummary) -> str:
+    """What a conversion did, in a line or a few."""
+    from bittern.convert.cast import ConvertSummary
+
+    if isinstance(summary, ConvertSummary):
+        written = f"{len(summary.tensors)} tensors in {summary.dtype}, {size(summary.source_bytes)} ->"
+    elif summary.layers:
+        moved = f"rounded by up to {summary.error:.2g} steps of the grid" if summary.error else "no weight changed"
+        written = f"{summary.layers} packed layers ({moved}),"
+    else:
+        written = "no packed layers,"
+    lines = [f"{summary.output}: {written} {size(summary.output_bytes)}, {summary.seconds:.1f} s"]
+    if isinstance(summary, ConvertSummary):
+        if summary.worst is not None:
+            lines.append(f"largest relative error: {summary.worst.max_relative_error:.2e} in {summary.worst.name}")
+        lines += [f"clamped {cast.overflowed} values of {cast.name}" for cast in summary.tensors if cast.overflowed]
+    elif summary.max_relative_error:
+        lines.append(f"largest relative error of a float: {summary.max_relative_error:.2e}")
+    return "\n".join(lines)
 
 
 def size(count: float) -> str:

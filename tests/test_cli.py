@@ -228,7 +228,6 @@ def test_a_read_only_target(run: Bittern, model: Path, tmp_path: Path) -> None:
 
 def test_an_artifact_is_no_source(run: Bittern, artifact: Path, tmp_path: Path) -> None:
     fails(run("quantize", artifact, "-o", tmp_path / "out"), 1, "quantized")
-    fails(run("convert", artifact, "-o", tmp_path / "out"), 1, "quantized")
 
 
 def test_a_revision_belongs_to_the_hub(run: Bittern, model: Path, tmp_path: Path) -> None:
@@ -236,6 +235,24 @@ def test_a_revision_belongs_to_the_hub(run: Bittern, model: Path, tmp_path: Path
 
 
 # convert
+
+
+def test_convert_repacks_and_verify_agrees(run: Bittern, artifact: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shown = run("convert", artifact, "-o", out, "--target", "vllm", "--format", "compressed-tensors")
+    assert shown.code == 0 and re.match(rf"{re.escape(str(out))}: \d+ packed layers \(no weight changed\), ", shown.out)
+    shown = run("verify", out, "--against", artifact)
+    assert shown.code == 0 and shown.err == ""
+    answers = dict(line.split()[1::-1] for line in shown.out.splitlines())
+    assert answers["files"] == answers["logits"] == "ok" and "FAILED" not in answers.values()
+    fails(
+        run("convert", artifact, "-o", tmp_path / "no", "--target", "vllm", "--format", "mlx"), 1, "--target vllm: mlx"
+    )
+    shards = out / "model.safetensors"
+    shards.write_bytes(shards.read_bytes()[:-1] + b"x")
+    shown = run("verify", out, "--no-logits", "--json")
+    assert shown.code == 1 and json.loads(shown.out)["passed"] is False
+    fails(run("verify", tmp_path / "nowhere"), 1, "nowhere")
 
 
 def test_convert_says_what_it_did(run: Bittern, model: Path, tmp_path: Path) -> None:
@@ -549,12 +566,12 @@ def test_a_traceback_only_with_verbose(model: Path, tmp_path: Path) -> None:
 def test_an_unexpected_failure_is_still_one_line(
     run: Bittern, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import bittern.convert.cast  # noqa: F401
+    import bittern.convert.pipeline  # noqa: F401
 
     def broken(*_: object, **__: object) -> None:
         raise ValueError("two\nlines")
 
-    monkeypatch.setattr(sys.modules["bittern.convert.cast"], "convert", broken)
+    monkeypatch.setattr(sys.modules["bittern.convert.pipeline"], "convert", broken)
     fails(run("convert", model, "-o", tmp_path / "out"), 1, "ValueError: two lines", "--verbose")
 
 

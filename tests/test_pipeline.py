@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import bittern
+from bittern.artifact import Artifact
+from bittern.checkpoint import open_checkpoint
 from bittern.errors import BitternError
 from tests import tiny
 
@@ -244,7 +246,9 @@ def test_a_config_of_other_shapes_is_refused(source: Path, text: Path, tmp_path:
         run(broken, tmp_path / "out", text)
 
 
-def test_extra_tensors_travel_along(source: Path, text: Path, tmp_path: Path) -> None:
+def test_extra_tensors_travel_along(source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those too that transformers passes over in silence, as it does with heads of several tokens."""
+    monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"mtp\."])
     extended = changed(source, tmp_path / "extended", "model.norm.weight", 1.0)
     tensors = load_file(extended / "model.safetensors")
     tensors["mtp.head.weight"] = torch.randn(8, 8)
@@ -252,6 +256,7 @@ def test_extra_tensors_travel_along(source: Path, text: Path, tmp_path: Path) ->
     run(extended, tmp_path / "out", text)
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(stored["mtp.head.weight"], tensors["mtp.head.weight"].half())
+    bittern.load(tmp_path / "out", device="cpu")
 
 
 def test_kill_at_any_moment_leaves_nothing_that_opens(source: Path, text: Path, tmp_path: Path) -> None:
@@ -275,3 +280,75 @@ def test_kill_at_any_moment_leaves_nothing_that_opens(source: Path, text: Path, 
     run(source, out, text)
     assert (out / "config.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("options", "format"),
+    [
+        ({"format": "gptq_v2"}, "gptq_v2"),
+        ({"format": "awq"}, "awq"),
+        (
+            {"format": "compressed-tensors", "bits": 3, "layers": [("o_proj", 8)], "skip": ["down_proj"]},
+            "compressed-tensors",
+        ),
+        ({"format": "mlx", "bits": 2}, "mlx"),
+        ({"format": "mlx", "sym": False}, "mlx"),
+        ({"target": "vllm"}, "gptq"),
+        ({"target": "vllm", "sym": False}, "compressed-tensors"),
+        ({"target": "vllm", "bits": 3}, "compressed-tensors"),
+        ({"target": "sglang", "bits": 8}, "gptq"),
+        ({"target": "gptqmodel", "sym": False}, "gptq_v2"),
+        ({"target": "transformers", "bits": 2, "sym": False}, "gptq_v2"),
+        ({"target": "mlx"}, "mlx"),
+    ],
+)
+def test_any_format_holds_the_same_weights(options: dict[str, Any], format: str, source: Path, tmp_path: Path) -> None:
+    """Straight from the solver, and repacked from the GPTQ artifact of the same run."""
+    choices = {"bits": 4, "group_size": 32, "method": "rtn", **options}
+    bittern.quantize(source, tmp_path / "out", **choices)
+    bittern.quantize(source, tmp_path / "gptq", **{**choices, "format": None, "target": None})
+    ours, theirs = (Artifact(open_checkpoint(tmp_path / name)) for name in ("out", "gptq"))
+    assert ours.format == format
+    assert list(ours.layers) == list(theirs.layers)
+    for layer in ours.layers:
+        one, other = ours.read(layer), theirs.read(layer)
+        assert one.spec == other.spec
+        assert all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("codes", "scales", "zeros"))
+    assert (tmp_path / "out" / "quantize_config.json").exists() == str(ours.format).startswith("gptq")
+    manifest = json.loads((tmp_path / "out" / "bittern_manifest.json").read_text())
+    assert set(manifest["files"]) == {path.name for path in (tmp_path / "out").iterdir()} - {"bittern_manifest.json"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"format": "awq", "bits": 3}, "--format awq: AWQ has 4 bits alone, found 3"),
+        ({"format": "gptq", "sym": False}, "--format gptq: asymmetric"),
+        ({"format": "exl2"}, r"format: expected one of gptq, .* found 'exl2'"),
+        (
+            {"target": "vllm", "format": "gptq", "bits": 3},
+            r"--target vllm: gptq: 3 bits: .*; compressed-tensors would do",
+        ),
+        ({"target": "llama.cpp", "bits": 8, "sym": False}, "--target llama.cpp: gguf: .*8-bit asymmetric"),
+        ({"target": "ollama"}, "--target: expected one of transformers, .* found 'ollama'"),
+    ],
+)
+def test_refuses_formats_before_any_work(options: dict[str, Any], message: str, source: Path, tmp_path: Path) -> None:
+    with pytest.raises(BitternError, match=message):
+        bittern.quantize(source, tmp_path / "out", **{"group_size": 32, "dataset": "/nonexistent", **options})
+    assert not list(tmp_path.iterdir())
+
+
+def test_gguf_is_written_in_one_go_and_leaves_nothing_else(source: Path, tmp_path: Path) -> None:
+    choices: dict[str, Any] = {"group_size": 32, "method": "rtn"}
+    bittern.quantize(source, tmp_path / "out" / "model.gguf", target="llama.cpp", **choices)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.gguf"]
+    bittern.quantize(source, tmp_path / "model", **choices)
+    bittern.convert(tmp_path / "model", tmp_path / "two.gguf", format="gguf")
+    ours, theirs = (Artifact(open_checkpoint(path)) for path in (tmp_path / "out" / "model.gguf", tmp_path / "model"))
+    assert list(ours.layers) and set(ours.layers) == set(theirs.layers)
+    assert all(torch.equal(ours.read(layer).codes, theirs.read(layer).codes) for layer in ours.layers)
+    with pytest.raises(BitternError, match="it exists already"):
+        bittern.quantize(source, tmp_path / "two.gguf", format="gguf", dataset="/nonexistent", group_size=32)
+    with pytest.raises(BitternError, match=r"expected the name of a \.gguf file"):
+        bittern.quantize(source, tmp_path / "folder", format="gguf", dataset="/nonexistent", group_size=32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bittern.errors import BitternError
+from bittern.formats.packing import Packing
 from bittern.model import Matrix
 from bittern.quantize.plan import make_plan
 from bittern.weight import QuantSpec
@@ -98,6 +99,9 @@ def test_what_the_model_fuses_cannot_be_told_apart() -> None:
 
 
 def test_packed_tensors_are_those_of_the_format() -> None:
-    names = [info.name for info in make_plan([[expert(0)]], 4, 32, True).packed_tensors()]
-    assert names[:4] == [f"l.experts.0.w1.{suffix}" for suffix in ("qweight", "qzeros", "scales", "g_idx")]
-    assert len(names) == 8
+    plan = make_plan([[expert(0)]], 4, 32, True)
+    assert plan.shapes == {f"l.experts.0.{part}": (32, 96) for part in ("w1", "w3")}
+    suffixes = {"gptq": ("qweight", "qzeros", "scales", "g_idx"), "mlx": ("weight", "scales", "biases")}
+    for format, expected in suffixes.items():
+        names = [info.name for info in plan.packed_tensors(Packing(format))]
+        assert names == [f"l.experts.0.{part}.{suffix}" for part in ("w1", "w3") for suffix in expected]

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from bittern.checkpoint import Checkpoint, CheckpointWriter, TensorInfo, open_checkpoint
 from bittern.errors import BitternError
+from bittern.report import base_manifest
 from bittern.writer import MAX_SHARD_SIZE, check_output
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -161,19 +162,23 @@ def convert(
                 done += checkpoint.tensors[cast.name].nbytes
                 if on_tensor is not None:
                     on_tensor(cast.name, done, total)
-            writer.commit(_with_dtype(checkpoint.config, _name(DTYPES[dtype])))
-    return ConvertSummary(
-        source=os.fspath(source),
-        revision=checkpoint.revision,
-        output=os.fspath(output),
-        dtype=dtype,
-        tensors=tuple(casts),
-        tied=tuple(tied),
-        side_files=tuple(side_files),
-        source_bytes=total,
-        output_bytes=sum(info.nbytes for info in plan),
-        seconds=time.monotonic() - started,
-    )
+            summary = ConvertSummary(
+                source=os.fspath(source),
+                revision=checkpoint.revision,
+                output=os.fspath(output),
+                dtype=dtype,
+                tensors=tuple(casts),
+                tied=tuple(tied),
+                side_files=tuple(side_files),
+                source_bytes=total,
+                output_bytes=sum(info.nbytes for info in plan),
+                seconds=time.monotonic() - started,
+            )
+            manifest = _manifest(
+                summary, checkpoint, {"dtype": dtype, "clamp": clamp, "max_shard_size": max_shard_size}
+            )
+            writer.commit(with_dtype(checkpoint.config, DTYPES[dtype]), manifest)
+    return summary
 
 
 def cast_values(values: Tensor, dtype: torch.dtype, name: str = "") -> tuple[Tensor, Cast]:
@@ -318,15 +323,40 @@ def _equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
     )
 
 
-def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+def _manifest(summary: ConvertSummary, checkpoint: Checkpoint, options: dict[str, Any]) -> dict[str, Any]:
+    """What the output says of its making; see :mod:`bittern.report`."""
+    clamped = {cast.name: cast.overflowed for cast in summary.tensors if cast.overflowed}
+    notes = [f"{summary.clamped} values in {len(clamped)} tensors were clamped to what {summary.dtype} holds"]
+    return base_manifest(
+        "convert",
+        {"name": summary.source, "revision": summary.revision, "model_type": checkpoint.config.get("model_type")},
+        options,
+        notes=notes if clamped else [],
+        seconds=summary.seconds,
+    ) | {
+        "dtype": summary.dtype,
+        "tensors": {
+            cast.name: {
+                "source_dtype": cast.source_dtype,
+                "dtype": cast.dtype,
+                "max_relative_error": cast.max_relative_error,
+            }
+            for cast in summary.tensors
+        },
+        "clamped": clamped,
+        "tied": list(summary.tied),
+    }
+
+
+def with_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """A copy of a configuration that states ``dtype`` at the top and wherever a part of it states one."""
     result = dict(config)
     for key, value in config.items():
         if isinstance(value, dict):
-            result[key] = _with_dtype(value, dtype) if "dtype" in value or "torch_dtype" in value else value
+            result[key] = with_dtype(value, dtype) if "dtype" in value or "torch_dtype" in value else value
         elif key == "torch_dtype":
-            result[key] = dtype
-    return result | {"dtype": dtype}
+            result[key] = _name(dtype)
+    return result | {"dtype": _name(dtype)}
 
 
 def target_dtype(source: torch.dtype, dtype: torch.dtype) -> torch.dtype:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from rich.table import Table
 from torch import Tensor
 
 from bittern.checkpoint import open_checkpoint
@@ -22,6 +23,7 @@ from bittern.demo.corpus import Question, questions, text
 from bittern.errors import BitternError
 from bittern.evaluate import evaluate, text_windows
 from bittern.inspect import inspect
+from bittern.progress import size
 from bittern.quantize.pipeline import quantize
 from bittern.runtime.generate import GenerationOptions, generate
 from bittern.runtime.load import load
@@ -80,6 +82,25 @@ class DemoResult:
     prompt: str
     written: str
     seconds: float
+
+
+def demo_table(result: DemoResult) -> Table:
+    """What each number of bits kept of the embedded model."""
+    numbers = ("size", "bits/weight", "perplexity", "KL to fp32", "answers right")
+    table = Table("model", "method", *numbers, box=None, pad_edge=False)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for row in result.rows:
+        table.add_row(
+            f"{row.bits} bits",
+            row.method,
+            size(row.size_bytes),
+            f"{row.bits_per_weight:.2f}",
+            f"{row.perplexity:.3f}",
+            f"{row.kl:.4f}",
+            f"{row.accuracy:.1%}",
+        )
+    return table
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
-"""The whole job: a checkpoint in, a GPTQ artifact out."""
+"""The whole job: a checkpoint in, a quantized artifact out."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +15,20 @@ import torch
 from torch import Tensor
 
 from bittern import model as live
+from bittern.artifact import Artifact
 from bittern.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from bittern.consumers import asks_dequantize, cannot_hold, check_target, choose_format
 from bittern.convert.cast import DTYPES, cast_tensors, refuse_quantized, target_dtype
 from bittern.errors import BitternError
-from bittern.formats import gptq as gptq_format
+from bittern.formats.gptq import V1, V2
+from bittern.formats.packing import FORMATS as FOLDER_FORMATS
+from bittern.formats.packing import Packing
+from bittern.layout import planned_layout
 from bittern.model import Piece
 from bittern.quantize.calibration import CalibrationTokens, load_tokens
 from bittern.quantize.plan import Plan, make_plan
 from bittern.quantize.solve import Solver
-from bittern.report import MANIFEST_FILE, make_manifest
+from bittern.report import make_manifest
 from bittern.tokenizer import context_length
 from bittern.weight import QuantSpec
 from bittern.writer import MAX_SHARD_SIZE, CheckpointWriter, check_output
@@ -30,6 +36,7 @@ from bittern.writer import MAX_SHARD_SIZE, CheckpointWriter, check_output
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+FORMATS = (*FOLDER_FORMATS, "gguf")
 DEFAULT_DATASET = "allenai/c4:en"
 
 
@@ -41,6 +48,8 @@ def quantize(
     group_size: int | str = 128,
     sym: bool = True,
     method: str = "gptq",
+    format: str | None = None,
+    target: str | None = None,
     dataset: str = DEFAULT_DATASET,
     nsamples: int = 128,
     seqlen: int = 512,
@@ -57,16 +66,20 @@ def quantize(
     revision: str | None = None,
     on_progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Quantize a checkpoint and write it as a GPTQ artifact.
+    """Quantize a checkpoint and write it in the format that its consumers read.
 
     Args:
         source: a folder, a GGUF file or a Hub id.
-        output: the folder to write; it appears when it is whole.
+        output: the folder to write, for "gguf" a file; it appears when it is whole.
         bits: 8, 4, 3 or 2.
         group_size: input columns that share a scale; -1 the whole row, ``auto`` the largest of 128, 64
             and 32 that divides every layer.
         sym: zeros in the middle of the grid (scales are signed), or searched.
         method: ``gptq``, or ``rtn`` (round to nearest, no calibration).
+        format: one of :data:`bittern.convert.pipeline.FORMATS` but safetensors. By default "gptq", and "gptq_v2"
+            for asymmetric grids.
+        target: the consumer that it is for (see :data:`bittern.consumers.TARGETS`); picks the format when
+            none is given, and refuses what that consumer does not load or gets wrong.
         dataset, nsamples, seqlen, seed, chat_template: see :func:`~bittern.quantize.calibration.load_tokens`.
         damp_percent: damping of the Hessian as a share of its mean diagonal, in (0, 1).
         layers: (regular expression, bits) for layers of other bits.
@@ -98,6 +111,13 @@ def quantize(
         prefix, blocks = live.blocks(model)
         matrices = [live.matrices(model, f"{prefix}.{position}", sources) for position in range(len(blocks))]
         plan = make_plan(matrices, bits, group_size, sym, layers, skip)
+        chosen, packing = _choose_packing(checkpoint, model, plan, format, target, damp_percent)
+        folder = Path(output)
+        if chosen == "gguf":
+            from bittern.convert.gguf import check_gguf
+
+            check_gguf(checkpoint, plan.layers, Path(output), overwrite)
+            folder = Path(output).with_name(f".{Path(output).name}.quantized")
         kept_dtype = _kept_dtype(checkpoint, dtype)
         kept = _kept_tensors(model, checkpoint, sources, plan, kept_dtype)
         tokens = None
@@ -105,12 +125,17 @@ def quantize(
             tokens = _calibration(checkpoint, model, dataset, nsamples, seqlen, seed, chat_template)
         batches = [] if tokens is None else list(torch.split(tokens.ids, batch_size))
         solver = Solver(model, checkpoint, sources, plan, damp_percent, place)
-        checkpoint_format = gptq_format.V1 if plan.symmetric else gptq_format.V2
-        planned = [info for info, _ in kept] + plan.packed_tensors()
-        with CheckpointWriter(output, planned, max_shard_size=max_shard_size, overwrite=overwrite) as writer:
+        planned = [info for info, _ in kept] + plan.packed_tensors(packing)
+        with CheckpointWriter(
+            folder,
+            planned,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite or chosen == "gguf",
+            metadata=packing.metadata,
+        ) as writer:
             for _ in cast_tensors(checkpoint, writer, kept):
                 pass
-            records = _solve_and_write(solver, batches, writer, checkpoint_format, on_progress)
+            records = _solve_and_write(solver, batches, writer, packing, on_progress)
             manifest = make_manifest(
                 source={"name": str(source), "revision": checkpoint.revision, "model_type": model.config.model_type},
                 options=options,
@@ -120,13 +145,14 @@ def quantize(
                 notes=[*(tokens.warnings if tokens else ()), *_notes(records, plan)],
                 seconds=time.monotonic() - started,
             )
-            config = gptq_format.config(
-                QuantSpec(bits, plan.group_size, sym),
-                checkpoint_format=checkpoint_format,
-                damp_percent=damp_percent,
-                layers=plan.layers,
-            )
-            _finish(writer, checkpoint, config, manifest, kept_dtype)
+            quantization = packing.config(QuantSpec(bits, plan.group_size, sym), _all_layers(model, sources, plan))
+            _finish(writer, checkpoint, quantization, manifest, kept_dtype)
+    if chosen == "gguf":
+        from bittern.convert.gguf import write_gguf
+
+        with open_checkpoint(folder) as quantized:
+            write_gguf(Artifact(quantized), Path(output), overwrite=overwrite)
+        shutil.rmtree(folder)
     return manifest
 
 
@@ -140,6 +166,46 @@ def _check_options(bits: int, method: str, damp_percent: float, dtype: str | Non
         raise BitternError(f"dtype: expected bf16, fp16 or fp32, found {dtype!r}")
     if batch_size < 1:
         raise BitternError(f"batch_size: expected at least 1, found {batch_size}")
+
+
+def _choose_packing(
+    checkpoint: Checkpoint,
+    model: PreTrainedModel,
+    plan: Plan,
+    format: str | None,
+    target: str | None,
+    damp_percent: float,
+) -> tuple[str, Packing]:
+    """The format as asked, the target's favourite, or GPTQ; and how layers are packed in it.
+
+    Those of a GGUF file are packed as GPTQ first, for that writer reads artifacts.
+    """
+    if format is not None and format not in FORMATS:
+        raise BitternError(f"format: expected one of {', '.join(FORMATS)}, found {format!r}")
+    layout = planned_layout(checkpoint.config, plan.layers, plan.shapes, bool(live.tied_names(model)))
+    own = V1 if plan.symmetric else V2
+    if target is not None and format is None:
+        format = choose_format(target, layout)
+    elif target is not None:
+        check_target(target, replace(layout, format=format))
+    format = format or own
+    reason = cannot_hold(format, layout)
+    if reason is not None:
+        raise BitternError(f"--format {format}: {reason}")
+    return format, Packing(
+        own if format == "gguf" else format,
+        torch.float32 if format == "mlx" and not plan.symmetric else torch.float16,
+        damp_percent=damp_percent,
+        dequantize=format == "compressed-tensors" and asks_dequantize(target, layout),
+    )
+
+
+def _all_layers(
+    model: PreTrainedModel, sources: dict[str, tuple[Piece, ...]], plan: Plan
+) -> dict[str, QuantSpec | None]:
+    """The grid of every matrix; an output head of its own stays floats."""
+    head = sources.get(f"{live.output_head(model)}.weight", ())
+    return {**plan.layers, **{piece.name.removesuffix(".weight"): None for piece in head}}
 
 
 def _kept_dtype(checkpoint: Checkpoint, asked: str | None) -> torch.dtype:
@@ -165,7 +231,8 @@ def _kept_tensors(
     quantized = {matrix.parameter for block in plan.blocks for matrix, _ in block}
     pieces = [piece for name, found in sources.items() if name not in quantized for piece in found]
     named = [(piece.name, piece.source) for piece in pieces]
-    named += [(name, name) for name in live.unexpected_tensors(model, sources, checkpoint.tensors)]
+    # What transformers skips when it loads, others use: heads that predict several tokens, for one.
+    named += [(name, name) for name in live.unused_tensors(model, sources, checkpoint.tensors)]
     kept = []
     for name, stored in named:
         info = checkpoint.tensors[stored]
@@ -201,15 +268,15 @@ def _solve_and_write(
     solver: Solver,
     batches: list[Tensor],
     writer: CheckpointWriter,
-    checkpoint_format: str,
+    packing: Packing,
     on_progress: Callable[[dict[str, Any]], None] | None,
 ) -> list[dict[str, Any]]:
     """Write each layer as soon as it is solved; the records of all."""
     total = sum(grid is not None for grid in solver.plan.layers.values())
     records: list[dict[str, Any]] = []
     for record, weight in solver.solve(batches):
-        for suffix, tensor in gptq_format.pack(weight, checkpoint_format=checkpoint_format).items():
-            writer.write(gptq_format.names(record["layer"])[suffix], tensor)
+        for name, tensor in packing.pack(record["layer"], weight).items():
+            writer.write(name, tensor)
         if on_progress is not None:
             on_progress({**record, "index": len(records), "total": total})
         records.append(record)
@@ -239,12 +306,14 @@ def _describe_tokens(tokens: CalibrationTokens | None) -> dict[str, Any] | None:
 def _finish(
     writer: CheckpointWriter,
     checkpoint: Checkpoint,
-    quantization_config: dict[str, Any],
+    quantization: dict[str, Any],
     manifest: dict[str, Any],
     dtype: torch.dtype,
 ) -> None:
     checkpoint.copy_side_files(writer.folder)
-    writer.write_file("quantize_config.json", json.dumps(quantization_config, indent=2) + "\n")
-    writer.write_file(MANIFEST_FILE, json.dumps(manifest, indent=2) + "\n")
+    if (
+        quantization["quantization_config"].get("quant_method") == "gptq"
+    ):  # where GPTQModel and older readers look first
+        writer.write_file("quantize_config.json", json.dumps(quantization["quantization_config"], indent=2) + "\n")
     config = {key: value for key, value in checkpoint.config.items() if key != "torch_dtype"}
-    writer.commit({**config, "dtype": str(dtype).removeprefix("torch."), "quantization_config": quantization_config})
+    writer.commit({**config, "dtype": str(dtype).removeprefix("torch."), **quantization}, manifest)

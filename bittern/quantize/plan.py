@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from bittern.checkpoint import TensorInfo
 from bittern.errors import BitternError
-from bittern.formats import gptq as gptq_format
+from bittern.formats.packing import Packing
 from bittern.model import Matrix
 from bittern.weight import QuantSpec
 
@@ -40,15 +40,20 @@ class Plan:
         """The same for every quantized layer."""
         return next(spec.group_size for spec in self.layers.values() if spec is not None)
 
-    def packed_tensors(self) -> list[TensorInfo]:
-        """The tensors that the quantized layers become."""
-        return [
-            info
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(out_features, in_features) of every quantized layer."""
+        return {
+            name: (stop - start, matrix.in_features)
             for block in self.blocks
-            for matrix, spec in block
+            for matrix, _ in block
             for name, start, stop in matrix.parts
-            for info in gptq_format.plan(name, stop - start, matrix.in_features, spec)
-        ]
+        }
+
+    def packed_tensors(self, packing: Packing) -> list[TensorInfo]:
+        """The tensors that the quantized layers become."""
+        grids = {name: spec for block in self.blocks for matrix, spec in block for name, _, _ in matrix.parts}
+        return [info for name, shape in self.shapes.items() for info in packing.plan(name, *shape, grids[name])]
 
     @property
     def symmetric(self) -> bool:

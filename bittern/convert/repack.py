@@ -1,0 +1,354 @@
+"""An artifact in another format, or as floats again: layer by layer, and nothing is quantized anew."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bittern import model as live
+from bittern.artifact import Artifact
+from bittern.checkpoint import Checkpoint, CheckpointWriter, TensorInfo, open_checkpoint, read_json
+from bittern.consumers import asks_dequantize
+from bittern.convert.cast import DTYPES, cast_tensors, cast_values, target_dtype, with_dtype
+from bittern.errors import BitternError
+from bittern.formats import gptq, mlx
+from bittern.formats.packing import Packing
+from bittern.layout import layout_of
+from bittern.model import Matrix, Piece
+from bittern.report import MANIFEST_FILE, repacked_manifest
+from bittern.weight import QuantSpec
+from bittern.writer import MAX_SHARD_SIZE, check_output
+
+OnLayer = Callable[[str, int, int], None]
+"""Called after each packed layer with its name, its number from 1, and how many there are."""
+
+
+@dataclass(frozen=True)
+class RepackSummary:
+    """What :func:`repack` or :func:`dequantize` did.
+
+    Attributes:
+        source: as the caller named it.
+        output: the folder that was made.
+        found, format: the formats before and after; "safetensors" are floats.
+        layers: packed layers that were moved.
+        error: the largest change of a weight in steps of its grid; 0 when nothing was rounded.
+        max_relative_error: the largest relative change of a float by its cast.
+        notes: what a user must be told.
+        output_bytes: bytes of all values.
+        seconds: wall time.
+    """
+
+    source: str
+    output: str
+    found: str
+    format: str
+    layers: int
+    error: float
+    max_relative_error: float
+    notes: tuple[str, ...]
+    output_bytes: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything above, ready for JSON."""
+        return asdict(self)
+
+
+def repack(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    format: str,
+    dtype: str | None = None,
+    allow_inexact: bool = False,
+    target: str | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    overwrite: bool = False,
+    revision: str | None = None,
+    on_layer: OnLayer | None = None,
+) -> RepackSummary:
+    """Write the packed checkpoint ``source`` to the folder ``output`` in another format.
+
+    Codes, scales and zeros stay what they are, and so do all tensors that are not packed.
+
+    Args:
+        source: a folder, a GGUF file or a Hub id with packed layers.
+        output: a folder that does not exist yet, unless ``overwrite``.
+        format: one of :data:`bittern.formats.packing.FORMATS`.
+        dtype: "bf16", "fp16" or "fp32" for what is not packed, and for the scales of compressed-tensors and
+            MLX. By default tensors keep theirs (fp16 out of a GGUF file) and scales are fp16.
+        allow_inexact: round what the format cannot hold exactly, and state the error.
+        target: the consumer that this is for; transformers wants a key of its own for asymmetric layers.
+        max_shard_size: bytes of a shard.
+        overwrite: replace the checkpoint that is at ``output``.
+        revision: of a Hub id.
+        on_layer: see :data:`OnLayer`.
+
+    Raises:
+        BitternError: for a source without packed layers, a grid that the format cannot hold exactly
+            (without ``allow_inexact``), an architecture that transformers does not know, or an output
+            that may not or cannot be written.
+    """
+    options = {"format": format, "dtype": dtype, "allow_inexact": allow_inexact, "target": target}
+    started = time.monotonic()
+    with open_checkpoint(source, revision) as checkpoint:
+        contents = _contents(checkpoint)
+        artifact = contents.artifact
+        check_output(Path(output), checkpoint.path, overwrite)
+        floats = _floats(artifact, dtype)
+        packing = Packing(
+            format,
+            torch.float32 if floats == torch.float32 else torch.float16,
+            exact=not allow_inexact,
+            desc_act=artifact.scheme is not None and artifact.scheme.desc_act,
+            dequantize=format == "compressed-tensors" and asks_dequantize(target, layout_of(artifact)),
+        )
+        packed = [
+            info
+            for name, layer in artifact.layers.items()
+            for info in packing.plan(name, layer.out_features, layer.in_features, layer.spec)
+        ]
+        config = packing.config(contents.commonest, contents.grids)
+        kept = contents.kept_plan(floats)
+        plan = [info for info, _ in kept] + packed
+        records = []
+        with CheckpointWriter(
+            output, plan, max_shard_size=max_shard_size, overwrite=overwrite, metadata=packing.metadata
+        ) as writer:
+            worst = _copy(checkpoint, writer, kept)
+            for number, name in enumerate(artifact.layers, 1):
+                weight = artifact.read(name)
+                for tensor, values in packing.pack(name, weight).items():
+                    writer.write(tensor, values)
+                error = mlx.rounding(weight, packing.dtype) if format == "mlx" and allow_inexact else 0.0
+                records.append({"layer": name, **asdict(weight.spec), "error": error})
+                if on_layer is not None:
+                    on_layer(name, number, len(artifact.layers))
+            if format in (gptq.V1, gptq.V2):  # where GPTQModel and older readers look first
+                writer.write_file("quantize_config.json", json.dumps(config["quantization_config"], indent=2) + "\n")
+            summary = contents.summary(output, format, max(each["error"] for each in records), worst, plan, started)
+            manifest = _manifest(contents, options, records, summary)
+            writer.commit({**_plain_config(checkpoint, floats), **config}, manifest)
+    return summary
+
+
+def dequantize(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    overwrite: bool = False,
+    revision: str | None = None,
+    on_layer: OnLayer | None = None,
+) -> RepackSummary:
+    """Write the packed checkpoint ``source`` to the folder ``output`` as a plain one.
+
+    Weights are computed in fp32 and cast; they get the names and the arrangement that the architecture's
+    own checkpoints have (fused experts, transposed matrices).
+
+    Args:
+        dtype: "bf16", "fp16" or "fp32" of all floats; by default what config.json states.
+        source, output, max_shard_size, overwrite, revision, on_layer: as in :func:`repack`.
+
+    Raises:
+        BitternError: see :func:`repack`; and for values that ``dtype`` cannot hold.
+    """
+    options = {"format": "safetensors", "dtype": dtype}
+    started = time.monotonic()
+    with open_checkpoint(source, revision) as checkpoint:
+        contents = _contents(checkpoint)
+        artifact = contents.artifact
+        check_output(Path(output), checkpoint.path, overwrite)
+        floats = _floats(artifact, dtype) or _stated_dtype(checkpoint)
+        places = contents.places(floats)
+        kept = contents.kept_plan(floats)
+        plan = [info for info, _ in kept] + list({place.info.name: place.info for place in places.values()}.values())
+        records = []
+        with CheckpointWriter(output, plan, max_shard_size=max_shard_size, overwrite=overwrite) as writer:
+            worst = _copy(checkpoint, writer, kept)
+            for number, (name, place) in enumerate(places.items(), 1):
+                weight = artifact.read(name)
+                values = weight.dequantize()
+                values, cast = cast_values((values.T if place.transposed else values).reshape(-1), floats, name)
+                if cast.overflowed or cast.not_finite:
+                    raise BitternError(
+                        f"{name}: its largest magnitude {cast.max_magnitude:g} does not fit {cast.dtype}"
+                    )
+                worst = max(worst, cast.max_relative_error)
+                writer.write_elements(place.info.name, place.start, values)
+                relative_error = cast.max_relative_error
+                records.append({"layer": name, **asdict(weight.spec), "max_relative_error": relative_error})
+                if on_layer is not None:
+                    on_layer(name, number, len(places))
+            summary = contents.summary(output, "safetensors", 0.0, worst, plan, started)
+            writer.commit(_plain_config(checkpoint, floats), _manifest(contents, options, records, summary))
+    return summary
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a dequantized layer goes: a tensor, from which element, and whether as (in, out)."""
+
+    info: TensorInfo
+    start: int
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """What a packed checkpoint holds, seen through its architecture.
+
+    Attributes:
+        artifact: the packed layers.
+        shapes: of the model's parameters.
+        sources: see :func:`bittern.model.weight_map`.
+        matrices: of the blocks, and a head of its own; parts named as in the checkpoint.
+        kept: the tensors that are no part of a packed layer, without zero biases that the model lacks.
+        notes: what was left out.
+    """
+
+    artifact: Artifact
+    shapes: dict[str, tuple[int, ...]]
+    sources: dict[str, tuple[Piece, ...]]
+    matrices: list[Matrix]
+    kept: dict[str, TensorInfo]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def commonest(self) -> QuantSpec:
+        """The grid of most layers."""
+        return Counter(layer.spec for layer in self.artifact.layers.values()).most_common(1)[0][0]
+
+    @property
+    def grids(self) -> dict[str, QuantSpec | None]:
+        """Every matrix by its name in the checkpoint, with its grid or None when it is floats."""
+        layers = self.artifact.layers
+        names = [part for matrix in self.matrices for part, _, _ in matrix.parts]
+        return {name: layers[name].spec if name in layers else None for name in dict.fromkeys([*names, *layers])}
+
+    def kept_plan(self, floats: torch.dtype | None) -> list[tuple[TensorInfo, str]]:
+        """What is copied, in which dtype, and its name in the source."""
+        return [
+            (TensorInfo(name, target_dtype(info.dtype, floats or info.dtype), info.shape), name)
+            for name, info in self.kept.items()
+        ]
+
+    def places(self, dtype: torch.dtype) -> dict[str, _Place]:
+        """Where the architecture's own checkpoints keep each packed layer."""
+        found = {}
+        matrix_of = {part: matrix for matrix in self.matrices for part, _, _ in matrix.parts}
+        for name, layer in self.artifact.layers.items():
+            matrix = matrix_of.get(name)
+            transposed = matrix is not None and matrix.transposed
+            shape = (layer.out_features, layer.in_features)[:: -1 if transposed else 1]
+            tensor, start = f"{name}.weight", 0
+            pieces = () if matrix is None else self.sources[matrix.parameter]
+            if matrix is not None and matrix.expert is not None and tensor not in (piece.source for piece in pieces):
+                if len(pieces) != 1:
+                    raise BitternError(
+                        f"{name}: {matrix.parameter} is made of {len(pieces)} tensors of several experts"
+                    )
+                tensor, start, shape = pieces[0].source, matrix.expert * prod(shape), self.shapes[matrix.parameter]
+            found[name] = _Place(TensorInfo(tensor, dtype, shape), start, transposed)
+        return found
+
+    def summary(
+        self,
+        output: str | os.PathLike[str],
+        format: str,
+        error: float,
+        worst: float,
+        plan: Iterable[TensorInfo],
+        started: float,
+    ) -> RepackSummary:
+        return RepackSummary(
+            source=self.artifact.checkpoint.source,
+            output=os.fspath(output),
+            found=str(self.artifact.format),
+            format=format,
+            layers=len(self.artifact.layers),
+            error=error,
+            max_relative_error=worst,
+            notes=tuple(self.notes),
+            output_bytes=sum(info.nbytes for info in plan),
+            seconds=time.monotonic() - started,
+        )
+
+
+def _contents(checkpoint: Checkpoint) -> _Contents:
+    artifact = Artifact(checkpoint)
+    if not artifact.layers:
+        raise BitternError(f"{checkpoint.source}: expected packed layers, found none; bittern quantize makes them")
+    model = live.build(checkpoint.config)
+    sources = live.weight_map(model, artifact.plain, artifact.layers)
+    expected = {piece.source for pieces in sources.values() for piece in pieces}
+    kept, notes = dict(artifact.plain), []
+    for name in [f"{layer}.bias" for layer in artifact.layers]:
+        # AutoGPTQ gave every layer a bias; other loaders refuse one that the model has not.
+        if name in kept and name not in expected and not bool(checkpoint.read(name).any()):
+            del kept[name]
+            notes.append(name)
+    return _Contents(
+        artifact=artifact,
+        shapes={name: tuple(value.shape) for name, value in model.state_dict().items()},
+        sources=sources,
+        matrices=live.stored_matrices(model, sources),
+        kept=kept,
+        notes=[f"{len(notes)} biases of zeros left out, which the model has no place for"] if notes else [],
+    )
+
+
+def _floats(artifact: Artifact, asked: str | None) -> torch.dtype | None:
+    """The dtype of what is not packed, None to keep each tensor's own."""
+    if asked is not None:
+        if asked not in DTYPES:
+            raise BitternError(f"dtype: expected one of {', '.join(DTYPES)}, found {asked}")
+        return DTYPES[asked]
+    # A GGUF file gives float32 whatever it stores; its scales are fp16, and so are most of its floats.
+    return torch.float16 if artifact.format == "gguf" else None
+
+
+def _stated_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    stated = str(checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype")))
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(stated, torch.float16)
+
+
+def _copy(checkpoint: Checkpoint, writer: CheckpointWriter, kept: list[tuple[TensorInfo, str]]) -> float:
+    """Copy side files and what is not packed; the largest relative error of a cast."""
+    checkpoint.copy_side_files(writer.folder)
+    return max((cast.max_relative_error for cast in cast_tensors(checkpoint, writer, kept)), default=0.0)
+
+
+def _plain_config(checkpoint: Checkpoint, dtype: torch.dtype | None) -> dict[str, Any]:
+    config = {
+        key: value for key, value in checkpoint.config.items() if key not in ("quantization_config", "quantization")
+    }
+    return config if dtype is None else with_dtype(config, dtype)
+
+
+def _manifest(
+    contents: _Contents, options: dict[str, Any], records: list[dict[str, Any]], summary: RepackSummary
+) -> dict[str, Any]:
+    checkpoint = contents.artifact.checkpoint
+    path = checkpoint.folder / MANIFEST_FILE
+    origin = read_json(path) if checkpoint.gguf is None and path.is_file() else None
+    source = {
+        "name": checkpoint.source,
+        "revision": checkpoint.revision,
+        "model_type": checkpoint.config.get("model_type"),
+        "format": summary.found,
+    }
+    return repacked_manifest(
+        origin, source, options, repacked=records, notes=list(summary.notes), seconds=summary.seconds
+    )

@@ -1,0 +1,206 @@
+"""An artifact moved between formats: the same codes, the same bytes on the way back, the same logits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast
+
+import bittern
+from bittern.artifact import Artifact
+from bittern.checkpoint import open_checkpoint
+from bittern.convert.repack import RepackSummary
+from bittern.errors import BitternError
+from bittern.formats.packing import FORMATS
+from bittern.weight import QuantWeight
+from tests import tiny
+
+IDS = torch.arange(4, 40).view(2, 18)
+SHAPES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    folder = tmp_path_factory.mktemp("source") / "model"
+    return tiny.save(tiny.random_model(**SHAPES), folder, tokenizer)
+
+
+def quantized(source: Path, out: Path, **options: Any) -> Path:
+    bittern.quantize(source, out, **{"method": "rtn", "group_size": 32, **options})
+    return out
+
+
+def weights(folder: Path) -> dict[str, QuantWeight]:
+    with open_checkpoint(folder) as checkpoint:
+        artifact = Artifact(checkpoint)
+        return {layer: artifact.read(layer) for layer in artifact.layers}
+
+
+def assert_same(first: dict[str, QuantWeight], second: dict[str, QuantWeight]) -> None:
+    assert list(first) == list(second) and first
+    for layer, one in first.items():
+        other = second[layer]
+        assert one.spec == other.spec, layer
+        assert torch.equal(one.codes, other.codes), layer
+        assert torch.equal(one.zeros, other.zeros), layer
+        assert torch.equal(one.scales.float(), other.scales.float()), layer
+
+
+def logits(folder: Path) -> torch.Tensor:
+    model = bittern.load(folder, device="cpu", kernels="torch")
+    with torch.no_grad():
+        return torch.as_tensor(model(IDS).logits)
+
+
+def holds(format: str, bits: int, sym: bool) -> bool:
+    """What each format holds exactly in fp16 (docs/formats.md)."""
+    if format == "gptq":
+        return sym  # its zeros are stored minus one, and a zero of 0 has no form that all readers agree on
+    if format == "awq":
+        return bits == 4
+    return sym if format == "mlx" else True
+
+
+@pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("format", FORMATS)
+def test_there_and_back(format: str, bits: int, sym: bool, source: Path, tmp_path: Path) -> None:
+    first = quantized(source, tmp_path / "first", bits=bits, sym=sym)
+    original = "gptq" if sym else "gptq_v2"
+    if not holds(format, bits, sym):
+        with pytest.raises(BitternError, match=r"AWQ|float32|gptq_v2"):
+            bittern.convert(first, tmp_path / "there", format=format)
+        assert not (tmp_path / "there").exists()
+        return
+    summary = bittern.convert(first, tmp_path / "there", format=format)
+    assert isinstance(summary, RepackSummary)
+    assert (summary.found, summary.format, summary.layers, summary.error) == (original, format, 14, 0.0)
+    assert_same(weights(first), weights(tmp_path / "there"))
+    bittern.convert(tmp_path / "there", tmp_path / "back", format=original)
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
+    for file in ("config.json", "quantize_config.json"):
+        assert json.loads((tmp_path / "back" / file).read_text()) == json.loads((first / file).read_text())
+    assert torch.equal(logits(tmp_path / "there"), logits(first))
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_mlx_holds_asymmetric_grids_in_fp32(bits: int, source: Path, tmp_path: Path) -> None:
+    first = quantized(source, tmp_path / "first", bits=bits, sym=False)
+    bittern.convert(first, tmp_path / "there", format="mlx", dtype="fp32")
+    assert_same(weights(first), weights(tmp_path / "there"))
+
+
+def test_what_is_rounded_is_said_in_steps_of_the_grid(source: Path, tmp_path: Path) -> None:
+    first = quantized(source, tmp_path / "first", bits=4, sym=False)
+    summary = bittern.convert(first, tmp_path / "there", format="mlx", allow_inexact=True)
+    assert isinstance(summary, RepackSummary)
+    stored = load_file(tmp_path / "there" / "model.safetensors")
+    worst = 0.0
+    for layer, weight in weights(first).items():
+        scales = weight.scales.double()
+        bias = stored[f"{layer}.biases"].double()
+        worst = max(worst, float(((bias + weight.zeros * scales) / scales).abs().max()))
+    assert 0 < worst < 0.01
+    assert summary.error == pytest.approx(worst, rel=1e-5)
+    manifest = json.loads((tmp_path / "there" / "bittern_manifest.json").read_text())
+    assert max(record["error"] for record in manifest["repacked"]) == summary.error
+    assert manifest["origin"]["layers"]  # the story of the run that quantized
+
+
+@pytest.mark.parametrize("format", ["gptq_v2", "compressed-tensors", "mlx"])
+def test_mixed_bits_and_skipped_layers(format: str, source: Path, tmp_path: Path) -> None:
+    first = quantized(source, tmp_path / "first", layers=[("down_proj", 8), ("o_proj", 3)], skip=[r"\.0\.mlp"])
+    bittern.convert(first, tmp_path / "there", format=format)
+    assert_same(weights(first), weights(tmp_path / "there"))
+    assert torch.equal(logits(tmp_path / "there"), logits(first))
+    bittern.convert(tmp_path / "there", tmp_path / "back", format="gptq")
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
+
+
+def test_whole_row_groups(source: Path, tmp_path: Path) -> None:
+    first = quantized(source, tmp_path / "first", group_size=-1)
+    for format in ("compressed-tensors", "awq"):
+        bittern.convert(first, tmp_path / format, format=format)
+        assert_same(weights(first), weights(tmp_path / format))
+    # MLX has groups of at most 128 columns, and repeats the scale.
+    bittern.convert(first, tmp_path / "mlx", format="mlx")
+    for layer, weight in weights(tmp_path / "mlx").items():
+        assert torch.equal(weight.dequantize(), weights(first)[layer].dequantize())
+
+
+def act_ordered(folder: Path) -> Path:
+    """Permute which group each column belongs to, as GPTQModel's desc_act does."""
+    stored = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in stored.items():
+        if name.endswith(".g_idx"):
+            stored[name] = tensor[torch.randperm(len(tensor), generator=generator)]
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    for file in ("config.json", "quantize_config.json"):
+        found = json.loads((folder / file).read_text())
+        found.get("quantization_config", found)["desc_act"] = True
+        (folder / file).write_text(json.dumps(found))
+    return folder
+
+
+def test_act_order(source: Path, tmp_path: Path) -> None:
+    first = act_ordered(quantized(source, tmp_path / "first"))
+    for format in ("compressed-tensors", "awq", "mlx"):
+        with pytest.raises(BitternError, match=r"g_idx|act-order|order"):
+            bittern.convert(first, tmp_path / "there", format=format)
+    bittern.convert(first, tmp_path / "v2", format="gptq_v2")
+    assert json.loads((tmp_path / "v2" / "config.json").read_text())["quantization_config"]["desc_act"] is True
+    assert torch.equal(logits(tmp_path / "v2"), logits(first))
+    bittern.convert(first, tmp_path / "floats", format="safetensors", dtype="fp32")
+    torch.testing.assert_close(logits(tmp_path / "floats"), logits(first), atol=1e-5, rtol=1e-4)
+
+
+def test_biases_of_autogptq(source: Path, tmp_path: Path) -> None:
+    """Zeros that the model has no place for go; a bias that holds something stays."""
+    first = quantized(source, tmp_path / "first")
+    stored = load_file(first / "model.safetensors")
+    for layer in weights(first):
+        stored[f"{layer}.bias"] = torch.zeros(stored[f"{layer}.scales"].shape[1]).half()
+    stored["model.layers.1.mlp.up_proj.bias"][3] = 0.5
+    save_file(stored, first / "model.safetensors", {"format": "pt"})
+    summary = bittern.convert(first, tmp_path / "there", format="compressed-tensors")
+    assert isinstance(summary, RepackSummary)
+    assert [name for name in load_file(tmp_path / "there" / "model.safetensors") if name.endswith(".bias")] == [
+        "model.layers.1.mlp.up_proj.bias"
+    ]
+    assert summary.notes == ("13 biases of zeros left out, which the model has no place for",)
+    assert torch.equal(logits(tmp_path / "there"), logits(first))
+
+
+def test_dequantizes_to_each_dtype(source: Path, tmp_path: Path) -> None:
+    first = quantized(source, tmp_path / "first", bits=3, sym=False)
+    for dtype, torch_dtype in {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.items():
+        summary = bittern.convert(first, tmp_path / dtype, format="safetensors", dtype=dtype)
+        stored = load_file(tmp_path / dtype / "model.safetensors")
+        for layer, weight in weights(first).items():
+            assert torch.equal(stored[f"{layer}.weight"], weight.dequantize().to(torch_dtype))
+        assert all(tensor.dtype == torch_dtype for tensor in stored.values())
+        config = json.loads((tmp_path / dtype / "config.json").read_text())
+        assert "quantization_config" not in config and config["dtype"] == str(torch_dtype).removeprefix("torch.")
+        assert isinstance(summary, RepackSummary) and summary.format == "safetensors"
+        assert (summary.max_relative_error > 0) == (dtype != "fp32")
+    bittern.convert(first, tmp_path / "default")
+    assert json.loads((tmp_path / "default" / "config.json").read_text())["dtype"] == "float16"  # as it says itself
+
+
+def test_refuses(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(BitternError, match="expected packed layers, found none; bittern quantize makes them"):
+        bittern.convert(source, tmp_path / "out", format="gptq")
+    first = quantized(source, tmp_path / "first")
+    with pytest.raises(BitternError, match=r"format: expected one of safetensors, gptq, .* found 'exl2'"):
+        bittern.convert(first, tmp_path / "out", format="exl2")
+    with pytest.raises(BitternError, match="dtype: expected one of bf16, fp16, fp32, found fp8"):
+        bittern.convert(first, tmp_path / "out", format="gptq_v2", dtype="fp8")
+    with pytest.raises(BitternError, match="expected a folder apart from the source"):
+        bittern.convert(first, first, format="gptq_v2", overwrite=True)
+    assert not (tmp_path / "out").exists()
