@@ -229,7 +229,9 @@ def _gptqmodel(layout: Layout) -> tuple[bool, str]:
         return _answer(_gptqmodel_gptq(layout), "GPTQModel.load")
     if layout.format != "awq":
         return False, f"takes GPTQ and AWQ, this is {_NAMES[layout.format]}"
-    skips = f"{_few(layout.plain)} stay floats: silently wrong logits from its AWQ" if layout.plain else None
+    skips = None
+    if layout.plain and not layout.dynamic:
+        skips = f"{_few(layout.plain)} stay floats: silently wrong logits, for it reads that from `dynamic` alone"
     return _answer(_gptqmodel_awq(layout) or skips, "GPTQModel.load")
 
 

@@ -117,6 +117,7 @@ def test_gptq(made: Layout, refusing: set[str]) -> None:
         (layout("awq", QuantSpec(4, 16)), {"transformers", "GPTQModel"}),
         (layout("awq", QuantSpec(8, 128)), set()),
         (layout("awq", **LEFT_OUT), {"transformers", "vLLM", "SGLang", "mlx"}),
+        (layout("awq", **LEFT_OUT, **BOTH_KEYS), {"transformers", "GPTQModel", "vLLM", "SGLang", "mlx"}),
         (layout("awq", **experts()), {"GPTQModel", "vLLM", "SGLang"}),
         (layout("mlx", QuantSpec(3, 64)), {"mlx"}),
         (layout("gguf", QuantSpec(4, 32)), {"transformers", "vLLM", "SGLang", "llama.cpp"}),
