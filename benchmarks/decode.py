@@ -68,47 +68,19 @@ class Engine:
         return f"{self.tool} {self.weights}, head {self.head}"
 
 
-class Worker:
-    """A process that holds one engine; see peers/protocol.py."""
+class Worker(peers.Worker):
+    """A process that holds one engine, whose failure ends the run."""
 
     def __init__(self, script: str, label: str, options: argparse.Namespace) -> None:
         self.label = label
-        self.log = options.work / f"{Path(script).stem}.log"
-        environment = {**os.environ, **peers.ENVIRONMENT, "OMP_NUM_THREADS": str(options.threads)}
-        answers, there = os.pipe()
-        with self.log.open("a") as log:
-            self.process = subprocess.Popen(
-                [interpreter(script, options.envs), peers.SCRIPTS / script, str(there)],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                text=True,
-                env=environment,
-                pass_fds=[there],
-            )
-        os.close(there)
-        self.answers = os.fdopen(answers)
-        self.started = self._answer()
-
-    def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
-        """What the worker answers to a command."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-        self.answers.close()
+        log = options.work / f"{Path(script).stem}.log"
+        super().__init__(script, interpreter(script, options.envs), log, {"OMP_NUM_THREADS": str(options.threads)})
 
     def _answer(self) -> dict[str, Any]:
-        line = self.answers.readline()
-        answer: dict[str, Any] = json.loads(line) if line else {"error": f"ended with {self.process.wait()}"}
-        if "error" in answer:
-            sys.exit(f"error: {self.label}: {answer['error']}; its log is {self.log}")
-        return answer
+        try:
+            return super()._answer()
+        except RuntimeError as error:
+            sys.exit(f"error: {self.label}: {error}; its log is {self.log}")
 
 
 def arguments() -> argparse.Namespace:

@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 
 import torch
-from gptqmodel_logits import load_with_gptqmodel
+from gptqmodel_client import load
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("artifact")
     parser.add_argument("--windows", type=Path, required=True, help="JSON file: a list of windows of token ids")
     arguments = parser.parse_args()
-    model = load_with_gptqmodel(arguments.artifact, "fp32").float().eval()
+    model = load(arguments.artifact)
     total = count = 0.0
     with torch.inference_mode():
         for window in json.loads(arguments.windows.read_text()):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from gptqmodel import GPTQModel, QuantizeConfig
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="folder of the checkpoint")
-    parser.add_argument("output", help="folder of the artifact")
+    parser.add_argument("model", type=Path, help="folder of the checkpoint")
+    parser.add_argument("output", type=Path, help="folder of the artifact")
     parser.add_argument("--calibration", type=Path, required=True, help="JSON file: a list of lists of token ids")
     parser.add_argument("--bits", type=int, required=True)
     parser.add_argument("--group-size", type=int, required=True)
@@ -31,15 +32,17 @@ def main() -> None:
     if arguments.desc_act:
         options["desc_act"] = True
     samples = json.loads(arguments.calibration.read_text())
+    checkpoint, output = str(arguments.model.resolve()), arguments.output.resolve()
+    os.chdir(output.parent)  # GPTQModel leaves a folder of logs where it is run
     calibration = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in samples]
 
     started = time.perf_counter()
     config = QuantizeConfig(bits=arguments.bits, group_size=arguments.group_size, **options)
-    model = GPTQModel.load(arguments.model, config, device="cpu")
+    model = GPTQModel.load(checkpoint, config, device="cpu")
     loaded = time.perf_counter()
     model.quantize(calibration)
     quantized = time.perf_counter()
-    model.save(arguments.output)
+    model.save(str(output))
     saved = time.perf_counter()
     seconds = {
         "load_seconds": loaded - started,

@@ -1,0 +1,53 @@
+"""Quantize a model with llm-compressor's GPTQ; runs inside its own environment, see ../peers.py.
+
+Linear layers except lm_head, in groups; all else stays at llm-compressor's default, among that its static act-order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="folder of the checkpoint")
+    parser.add_argument("output", help="folder of the artifact")
+    parser.add_argument("--calibration", type=Path, required=True, help="JSON file: a list of lists of token ids")
+    parser.add_argument("--bits", type=int, required=True)
+    parser.add_argument("--group-size", type=int, required=True)
+    parser.add_argument("--asym", action="store_true")
+    arguments = parser.parse_args()
+
+    samples = json.loads(arguments.calibration.read_text())
+    data = Dataset.from_list([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in samples])
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+    weights = {
+        "num_bits": arguments.bits,
+        "type": "int",
+        "symmetric": not arguments.asym,
+        "strategy": "group",
+        "group_size": arguments.group_size,
+    }
+    group = {"targets": ["Linear"], "weights": weights}
+    recipe = GPTQModifier(config_groups={"group_0": group}, ignore=["lm_head"])
+    oneshot(
+        model=model,
+        dataset=data,
+        recipe=recipe,
+        max_seq_length=max(map(len, samples)),
+        num_calibration_samples=len(samples),
+    )
+    model.save_pretrained(arguments.output, save_compressed=True)
+    AutoTokenizer.from_pretrained(arguments.model).save_pretrained(arguments.output)
+
+
+if __name__ == "__main__":
+    main()
