@@ -16,8 +16,9 @@ from bittern.artifact import Artifact
 from bittern.checkpoint import open_checkpoint
 from bittern.convert.repack import RepackSummary
 from bittern.errors import BitternError
+from bittern.formats import mlx
 from bittern.formats.packing import FORMATS
-from bittern.weight import QuantWeight
+from bittern.weight import QuantSpec, QuantWeight, round_to_nearest
 from tests import tiny
 
 IDS = torch.arange(4, 40).view(2, 18)
@@ -204,3 +205,29 @@ def test_refuses(source: Path, tmp_path: Path) -> None:
     with pytest.raises(BitternError, match="expected a folder apart from the source"):
         bittern.convert(first, first, format="gptq_v2", overwrite=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_packed_embeddings_of_mlx_lm(source: Path, tmp_path: Path) -> None:
+    first = quantized(source, tmp_path / "first")
+    bittern.convert(first, tmp_path / "mlx", format="mlx")
+    file = tmp_path / "mlx" / "model.safetensors"
+    stored = load_file(file)
+    table = round_to_nearest(stored.pop("model.embed_tokens.weight").float(), QuantSpec(4, 32))
+    for suffix, tensor in mlx.pack(table).items():
+        stored[mlx.names("model.embed_tokens")[suffix]] = tensor
+    save_file(stored, file, {"format": "mlx"})
+    config = json.loads((tmp_path / "mlx" / "config.json").read_text())
+    for key in ("quantization", "quantization_config"):
+        config[key] = {"group_size": 32, "bits": 4}  # mlx-lm's own words
+    (tmp_path / "mlx" / "config.json").write_text(json.dumps(config))
+    model = bittern.load(tmp_path / "mlx", device="cpu")
+    assert torch.equal(model.get_parameter("model.embed_tokens.weight"), table.dequantize())
+    bittern.convert(tmp_path / "mlx", tmp_path / "floats", dtype="fp32")
+    assert torch.equal(
+        load_file(tmp_path / "floats" / "model.safetensors")["model.embed_tokens.weight"], table.dequantize()
+    )
+    torch.testing.assert_close(logits(tmp_path / "mlx"), logits(tmp_path / "floats"), atol=1e-5, rtol=1e-4)
+    with pytest.raises(BitternError, match=r"lm_head_bits: expected embeddings of floats, found model\.embed_tokens"):
+        bittern.load(tmp_path / "mlx", device="cpu", lm_head_bits=8)
+    with pytest.raises(BitternError, match=r"model\.embed_tokens: gptq packs matrices alone"):
+        bittern.convert(tmp_path / "mlx", tmp_path / "out", format="gptq")

@@ -105,6 +105,7 @@ def repack(
         contents = _contents(checkpoint)
         artifact = contents.artifact
         check_output(Path(output), checkpoint.path, overwrite)
+        _refuse_embeddings(contents, format)
         floats = _floats(artifact, dtype)
         packing = Packing(
             format,
@@ -307,6 +308,16 @@ def _contents(checkpoint: Checkpoint) -> _Contents:
         kept=kept,
         notes=[f"{len(notes)} biases of zeros left out, which the model has no place for"] if notes else [],
     )
+
+
+def _refuse_embeddings(contents: _Contents, format: str) -> None:
+    """mlx-lm packs embeddings; elsewhere nothing reads them packed."""
+    matrices = {part for matrix in contents.matrices for part, _, _ in matrix.parts}
+    other = [name for name in contents.artifact.layers if name not in matrices]
+    if other and format != "mlx":
+        raise BitternError(
+            f"{other[0]}: {format} packs matrices alone, this is none; gguf takes it, safetensors as floats"
+        )
 
 
 def _floats(artifact: Artifact, asked: str | None) -> torch.dtype | None:

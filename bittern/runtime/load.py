@@ -21,6 +21,7 @@ from bittern.model import (
     load_tensors,
     pick_device,
     read_tensor,
+    set_tensor,
     stored_matrices,
     unexpected_tensors,
     weight_map,
@@ -104,10 +105,15 @@ def load(
         _check_tensors(model, sources, layers, artifact)
         for _, same in groupby(layers, key=lambda matrix: matrix.parameter):
             _replace(model, list(same), artifact, place)
-        stored = bool(layers) and settings is not None and dtype == torch.float32
+        embeddings = _packed_embeddings(sources, layers, artifact)
+        if embeddings and lm_head_bits is not None:
+            raise BitternError(f"lm_head_bits: expected embeddings of floats, found {next(iter(embeddings))} packed")
+        stored = bool(layers) and settings is not None and dtype == torch.float32 and not embeddings
         ends = plan_ends(model, stored=stored, head_bits=lm_head_bits)
-        replaced = {matrix.parameter for matrix in layers} | ends.parameters
+        replaced = {matrix.parameter for matrix in layers} | ends.parameters | set(embeddings)
         load_tensors(model, checkpoint, sources, (name for name in sources if name not in replaced), dtype, target)
+        for name, layer in embeddings.items():
+            set_tensor(model, name, artifact.read(layer).dequantize().to(target, dtype))
         model.tie_weights()
         place_ends(model, ends, checkpoint, sources, place.pack, threads)
         model.to(target)  # type: ignore[arg-type]
@@ -196,6 +202,15 @@ def packed_matrices(model: PreTrainedModel, sources: dict[str, tuple[Piece, ...]
     found = stored_matrices(model, sources)
     parameters = {matrix.parameter for matrix in found for layer, _, _ in matrix.parts if layer in artifact.layers}
     return [matrix for matrix in found if matrix.parameter in parameters]
+
+
+def _packed_embeddings(
+    sources: dict[str, tuple[Piece, ...]], layers: list[Matrix], artifact: Artifact
+) -> dict[str, str]:
+    """Parameter -> packed layer, of what is packed and no matrix: mlx-lm packs embeddings. They run as floats."""
+    matrices = {matrix.parameter for matrix in layers}
+    named = {name: pieces[0].source.removesuffix(".weight") for name, pieces in sources.items() if len(pieces) == 1}
+    return {name: layer for name, layer in named.items() if name not in matrices and layer in artifact.layers}
 
 
 def unplaced_tensors(
