@@ -20,6 +20,7 @@ from bittern.formats import mlx
 from bittern.formats.packing import FORMATS
 from bittern.weight import QuantSpec, QuantWeight, round_to_nearest
 from tests import tiny
+from tests.test_families import FAMILIES
 
 IDS = torch.arange(4, 40).view(2, 18)
 SHAPES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2}
@@ -231,3 +232,16 @@ def test_packed_embeddings_of_mlx_lm(source: Path, tmp_path: Path) -> None:
         bittern.load(tmp_path / "mlx", device="cpu", lm_head_bits=8)
     with pytest.raises(BitternError, match=r"model\.embed_tokens: gptq packs matrices alone"):
         bittern.convert(tmp_path / "mlx", tmp_path / "out", format="gptq")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt2", "gpt_oss"])
+def test_experts_and_conv1d_keep_their_names(family: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    model = tiny.random_model(family, **{"num_key_value_heads": 4, **FAMILIES[family]})
+    first = quantized(tiny.save(model, tmp_path / "model", tokenizer), tmp_path / "first", sym=True)
+    for format in ("compressed-tensors", "mlx", "awq"):
+        bittern.convert(first, tmp_path / format, format=format)
+        assert list(weights(tmp_path / format)) == list(weights(first))
+        assert torch.equal(logits(tmp_path / format), logits(first))
+        bittern.convert(tmp_path / format, tmp_path / f"{format}-back", format="gptq")
+        back = tmp_path / f"{format}-back" / "model.safetensors"
+        assert back.read_bytes() == (first / "model.safetensors").read_bytes()
