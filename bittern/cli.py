@@ -26,6 +26,7 @@ from bittern.options import (
     NEW_TOKENS,
     Command,
     device_option,
+    format_option,
     generation_options,
     group_size,
     json_option,
@@ -111,7 +112,7 @@ def commands() -> None:
 @_command
 @click.argument("source")
 @output_options
-@click.option("--format", type=click.Choice(FORMATS), help="What to write.  [default: safetensors: plain floats]")
+@format_option(FORMATS, "safetensors, plain floats")
 @target_option
 @click.option("--dtype", type=DTYPE, help="Dtype of floats.  [default: bf16 of a plain source, else as they are]")
 @click.option("--allow-inexact", is_flag=True, help="Round what the format cannot hold exactly, and say by how much.")
@@ -146,7 +147,7 @@ def convert(source: str, as_json: bool, **options: Any) -> None:
     "--sym/--asym", default=True, show_default=True, help="Zero in the middle of the grid, or where it is best."
 )
 @click.option("--method", type=click.Choice(["gptq", "rtn"]), default="gptq", show_default=True)
-@click.option("--format", type=click.Choice(FORMATS[1:]), help="What to write.  [default: gptq, asymmetric gptq_v2]")
+@format_option(FORMATS[1:], "gptq, asymmetric gptq_v2")
 @target_option
 @click.option(
     "--dataset",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
@@ -58,6 +58,12 @@ device_option = click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to compute."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="One line of JSON on stdout.")
+
+
+def format_option(formats: Sequence[str], default: str) -> Callable[[Command], Command]:
+    """``--format`` of a command that writes one of ``formats``, and in words what it writes by default."""
+    help = f"What to write.  [default: gguf for OUT.gguf, else {default}]"
+    return click.option("--format", type=click.Choice(formats), help=help)
 
 
 def output_options(function: Command) -> Command:

@@ -344,7 +344,11 @@ def test_gguf_is_written_in_one_go_and_leaves_nothing_else(source: Path, tmp_pat
     bittern.quantize(source, tmp_path / "out" / "model.gguf", target="llama.cpp", **choices)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.gguf"]
     bittern.quantize(source, tmp_path / "model", **choices)
-    bittern.convert(tmp_path / "model", tmp_path / "two.gguf", format="gguf")
+    bittern.convert(tmp_path / "model", tmp_path / "two.gguf")  # the name says what it shall be
+    with pytest.raises(BitternError, match=r"one\.gguf: expected a folder for awq"):
+        bittern.convert(tmp_path / "model", tmp_path / "one.gguf", format="awq")
+    with pytest.raises(BitternError, match=r"one\.gguf: expected a folder for gptq"):
+        bittern.quantize(source, tmp_path / "one.gguf", target="vllm", **choices)
     ours, theirs = (Artifact(open_checkpoint(path)) for path in (tmp_path / "out" / "model.gguf", tmp_path / "model"))
     assert list(ours.layers) and set(ours.layers) == set(theirs.layers)
     assert all(torch.equal(ours.read(layer).codes, theirs.read(layer).codes) for layer in ours.layers)

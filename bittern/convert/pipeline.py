@@ -15,6 +15,7 @@ from bittern.convert.cast import convert as cast
 from bittern.convert.repack import RepackSummary, dequantize, repack
 from bittern.errors import BitternError
 from bittern.formats.packing import FORMATS as FOLDER_FORMATS
+from bittern.formats.packing import check_name, is_gguf
 from bittern.writer import MAX_SHARD_SIZE
 
 if TYPE_CHECKING:
@@ -45,8 +46,8 @@ def convert(
     Args:
         source: a folder, a .gguf file or a Hub id, packed or not.
         output: a folder that does not exist yet, unless ``overwrite``; for "gguf" a file whose name ends in .gguf.
-        format: one of ``FORMATS``. "safetensors", the default, is a plain checkpoint: of a packed source
-            the weights as floats.
+        format: one of ``FORMATS``. "safetensors" is a plain checkpoint: of a packed source the weights as
+            floats. By default "gguf" when ``output`` ends in .gguf, else "safetensors".
         target: the consumer that it is for (see :data:`bittern.consumers.TARGETS`); picks the format when
             none is given, and refuses what that consumer does not load or gets wrong.
         dtype: "bf16", "fp16" or "fp32" of what is not packed. By default "bf16" of a plain source, else as stored.
@@ -66,7 +67,8 @@ def convert(
         packed = bool(artifact.layers) and (artifact.format != "gguf" or format not in (None, "safetensors"))
         if target is not None:
             format = _for_target(target, artifact, format, allow_inexact)
-        format = format or "safetensors"
+        format = format or ("gguf" if is_gguf(output) else "safetensors")
+        check_name(output, format)
         if format not in FORMATS:
             raise BitternError(f"format: expected one of {', '.join(FORMATS)}, found {format!r}")
         if format == "gguf":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,6 +106,24 @@ class Packing:
     def metadata(self) -> dict[str, str]:
         """What the headers of the weight files state besides."""
         return {"format": "mlx"} if self.format == "mlx" else {}
+
+
+def is_gguf(output: str | os.PathLike[str]) -> bool:
+    """Whether an output is named as GGUF files are."""
+    return Path(output).suffix == ".gguf"
+
+
+def check_name(output: str | os.PathLike[str], format: str) -> None:
+    """Refuse a folder that is named as a GGUF file, and a GGUF file that is not.
+
+    Raises:
+        BitternError: naming both.
+    """
+    if is_gguf(output) != (format == "gguf"):
+        kind = "the name of a .gguf file" if format == "gguf" else f"a folder for {format}"
+        raise BitternError(
+            f"output {output}: expected {kind}, found the name of {'no' if format == 'gguf' else 'a'} .gguf file"
+        )
 
 
 def _named(names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from bittern.convert.cast import DTYPES, cast_tensors, refuse_quantized, target_
 from bittern.errors import BitternError
 from bittern.formats.gptq import V1, V2
 from bittern.formats.packing import FORMATS as FOLDER_FORMATS
-from bittern.formats.packing import Packing
+from bittern.formats.packing import Packing, check_name, is_gguf
 from bittern.layout import planned_layout
 from bittern.model import Piece
 from bittern.quantize.calibration import CalibrationTokens, load_tokens
@@ -76,8 +76,8 @@ def quantize(
             and 32 that divides every layer.
         sym: zeros in the middle of the grid (scales are signed), or searched.
         method: ``gptq``, or ``rtn`` (round to nearest, no calibration).
-        format: one of :data:`bittern.convert.pipeline.FORMATS` but safetensors. By default "gptq", and "gptq_v2"
-            for asymmetric grids.
+        format: one of :data:`bittern.convert.pipeline.FORMATS` but safetensors. By default "gguf" when ``output``
+            ends in .gguf, else "gptq", and "gptq_v2" for asymmetric grids.
         target: the consumer that it is for (see :data:`bittern.consumers.TARGETS`); picks the format when
             none is given, and refuses what that consumer does not load or gets wrong.
         dataset, nsamples, seqlen, seed, chat_template: see :func:`~bittern.quantize.calibration.load_tokens`.
@@ -111,7 +111,9 @@ def quantize(
         prefix, blocks = live.blocks(model)
         matrices = [live.matrices(model, f"{prefix}.{position}", sources) for position in range(len(blocks))]
         plan = make_plan(matrices, bits, group_size, sym, layers, skip)
-        chosen, packing = _choose_packing(checkpoint, model, plan, format, target, damp_percent)
+        wanted = "gguf" if format is None and target is None and is_gguf(output) else format
+        chosen, packing = _choose_packing(checkpoint, model, plan, wanted, target, damp_percent)
+        check_name(output, chosen)
         folder = Path(output)
         if chosen == "gguf":
             from bittern.convert.gguf import check_gguf
