@@ -119,11 +119,10 @@ def check_name(output: str | os.PathLike[str], format: str) -> None:
     Raises:
         BitternError: naming both.
     """
-    if is_gguf(output) != (format == "gguf"):
-        kind = "the name of a .gguf file" if format == "gguf" else f"a folder for {format}"
-        raise BitternError(
-            f"output {output}: expected {kind}, found the name of {'no' if format == 'gguf' else 'a'} .gguf file"
-        )
+    if format == "gguf" and not is_gguf(output):
+        raise BitternError(f"output {output}: expected the name of a .gguf file")
+    if format != "gguf" and is_gguf(output):
+        raise BitternError(f"output {output}: expected a folder for {format}, found the name of a .gguf file")
 
 
 def _named(names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
