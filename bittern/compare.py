@@ -7,7 +7,6 @@ as rows of the live model's parameters. A layer is in memory at a time, or a pie
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,8 +21,6 @@ from bittern.errors import BitternError
 from bittern.runtime.load import packed_matrices, unplaced_tensors
 from bittern.weight import QuantWeight
 
-# Buffers of old checkpoints that are computed today.
-_COMPUTED = re.compile(r"rotary_emb\.inv_freq$|(attn|attention)\.(masked_)?bias$")
 _PIECE = 2**21  # elements of plain tensors that are compared at once
 _ROUND_TRIP = 2.0**-22  # llama.cpp's norms of Gemma are one larger than ours, and lose digits on the way
 _FLOATS = {"F32", "F16", "BF16"}  # types of GGUF
@@ -286,7 +283,7 @@ class Comparison:
 
     def _needless(self, name: str) -> bool:
         """Whether a tensor of the source may be left out."""
-        if _COMPUTED.search(name):
+        if live.COMPUTED.search(name):
             return True
         view = self._source
         if name.removesuffix(".bias") in view.artifact.layers and name.endswith(".bias"):

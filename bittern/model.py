@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 # Buffers that old checkpoints hold and that are computed today.
-_COMPUTED = re.compile(r"rotary_emb\.inv_freq$|attn\.(masked_)?bias$|attention\.(masked_)?bias$")
+COMPUTED = re.compile(r"rotary_emb\.inv_freq$|attn\.(masked_)?bias$|attention\.(masked_)?bias$")
 
 
 @dataclass(frozen=True)
@@ -423,7 +423,7 @@ def unused_tensors(
     ties = tied_names(model)
     computed = {name for name, _ in model.named_buffers()}
     known = used | ties | computed | {name.removeprefix(prefix) for name in ties | computed}
-    return [name for name in available if name not in known and not _COMPUTED.search(name)]
+    return [name for name in available if name not in known and not COMPUTED.search(name)]
 
 
 def unexpected_tensors(

@@ -191,7 +191,7 @@ class CheckpointWriter:
                 self.write_file(MANIFEST_FILE, _json(manifest))
             (self.folder / "config.json.partial").rename(self.folder / "config.json")
             for path in [*(path for path in self.folder.rglob("*") if path.is_file()), self.folder]:
-                _fsync(path)
+                fsync(path)
             self._move_into_place()
 
     def __enter__(self) -> CheckpointWriter:
@@ -264,7 +264,7 @@ class CheckpointWriter:
         elif os.path.lexists(self.out):
             raise BitternError(f"output {self.out}: something has appeared there meanwhile")
         self.folder.rename(self.out)
-        _fsync(self.out.parent)
+        fsync(self.out.parent)
         (self.out / _LOCK).unlink()
         if self._replaced.exists():
             _remove_checkpoint(self._replaced)
@@ -323,7 +323,8 @@ def _json(value: dict[str, Any]) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Make a file, or the names in a folder, durable."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)

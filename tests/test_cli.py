@@ -575,6 +575,14 @@ def test_an_unexpected_failure_is_still_one_line(
     fails(run("convert", model, "-o", tmp_path / "out"), 1, "ValueError: two lines", "--verbose")
 
 
+def test_the_options_offer_the_formats_that_there_are() -> None:
+    """options.py names them again, so that --help does not wait for torch."""
+    from bittern import options
+    from bittern.convert.pipeline import FORMATS
+
+    assert options.FORMATS == FORMATS
+
+
 def test_help_and_version(run: Bittern) -> None:
     assert run("--version").out == f"bittern, version {bittern.__version__}\n"
     for command in cli.commands.commands:

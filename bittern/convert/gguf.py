@@ -29,10 +29,11 @@ from bittern.convert.gguf_vocabulary import Vocabulary, read_vocabulary
 from bittern.errors import BitternError
 from bittern.formats.gguf import BLOCK_BYTES, refuse
 from bittern.formats.gguf_file import GRIDS_KEY
+from bittern.formats.packing import check_name
 from bittern.report import MANIFEST_FILE
 from bittern.shards import write_elements
 from bittern.weight import QuantSpec
-from bittern.writer import explained
+from bittern.writer import explained, fsync
 
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "BF16": 32}  # llama.cpp's llama_ftype
 _ALIGNMENT = 32
@@ -287,8 +288,7 @@ def _grids(grids: dict[str, QuantSpec]) -> str:
 
 
 def _check_output(out: Path, source: Path, overwrite: bool) -> None:
-    if out.suffix != ".gguf":
-        raise BitternError(f"output {out}: expected the name of a .gguf file")
+    check_name(out, "gguf")
     if not os.path.lexists(out):
         return
     if not overwrite:
@@ -325,9 +325,7 @@ def _partial(out: Path, overwrite: bool) -> Iterator[tuple[Path, int]]:
                 raise BitternError(f"output {out}: something has appeared there meanwhile")
             path.replace(out)
             owned = False
-            parent = os.open(out.parent, os.O_RDONLY)
-            os.fsync(parent)
-            os.close(parent)
+            fsync(out.parent)
     finally:
         if owned:
             path.unlink(missing_ok=True)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from bittern.errors import BitternError
+from bittern.formats.bits import check_in_order, check_range
 from bittern.weight import QuantSpec, QuantWeight
 
 BLOCK = 32
@@ -85,17 +86,12 @@ def pack(weight: QuantWeight, kind: str, *, exact: bool = True) -> np.ndarray[An
             that fp16 does not hold.
     """
     spec, columns = weight.spec, weight.in_features
-    if weight.g_idx is not None:
-        raise BitternError("g_idx: GGUF stores columns in order, found act-order")
+    check_in_order(weight, "GGUF")
     if columns % BLOCK or (spec.group_size != -1 and spec.group_size % BLOCK):
         raise BitternError(
             f"weight: {kind} needs columns and groups divisible by 32, found {columns} and {spec.group_size}"
         )
-    for name, values in (("codes", weight.codes), ("zeros", weight.zeros)):
-        if int(values.max()) > spec.max_code:
-            raise BitternError(
-                f"{name}: expected at most {spec.max_code} at {spec.bits} bits, found {int(values.max())}"
-            )
+    check_range(weight)
     scales = weight.scales.half()
     if not bool(torch.isfinite(scales).all()):
         raise BitternError("scales: expected finite values that float16 holds, found others")

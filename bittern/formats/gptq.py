@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bittern import __version__
 from bittern.errors import BitternError
-from bittern.formats.bits import WORD, check_range, pack_rows, unpack_rows, words
+from bittern.formats.bits import WORD, check_range, exact_scales, pack_rows, unpack_rows, words
 from bittern.formats.scheme import PackedLayer, Scheme
 from bittern.shards import TensorInfo
 from bittern.weight import QuantSpec, QuantWeight
@@ -108,9 +108,7 @@ def pack(weight: QuantWeight, *, checkpoint_format: str) -> dict[str, Tensor]:
     spec = weight.spec
     _check_shape(weight.out_features, weight.in_features, spec, "weight")
     check_range(weight)
-    scales = weight.scales.to(torch.float16)
-    if not bool(torch.isfinite(scales).all()) or not torch.equal(scales.to(weight.scales.dtype), weight.scales):
-        raise BitternError("scales: expected finite values that float16 holds exactly, found others")
+    scales = exact_scales(weight, torch.float16)
     zeros = weight.zeros
     if _is_v1(checkpoint_format):
         if int(zeros.min()) == 0:

@@ -19,9 +19,9 @@ from bittern.artifact import Artifact
 from bittern.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from bittern.consumers import asks_dequantize, cannot_hold, check_target, choose_format
 from bittern.convert.cast import DTYPES, cast_tensors, refuse_quantized, target_dtype
+from bittern.convert.pipeline import FORMATS as CONVERT_FORMATS
 from bittern.errors import BitternError
 from bittern.formats.gptq import V1, V2
-from bittern.formats.packing import FORMATS as FOLDER_FORMATS
 from bittern.formats.packing import Packing, check_name, is_gguf
 from bittern.layout import planned_layout
 from bittern.model import Piece
@@ -36,7 +36,7 @@ from bittern.writer import MAX_SHARD_SIZE, CheckpointWriter, check_output
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FORMATS = (*FOLDER_FORMATS, "gguf")
+FORMATS = CONVERT_FORMATS[1:]  # all but plain floats
 DEFAULT_DATASET = "allenai/c4:en"
 
 
