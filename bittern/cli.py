@@ -35,6 +35,7 @@ from bittern.options import (
     output_options,
     regex,
     target_option,
+    uptrain_options,
 )
 
 if TYPE_CHECKING:
@@ -189,6 +190,31 @@ def quantize(source: str, output: Path, **options: Any) -> None:
         f"{output}: {len(manifest['layers'])} layers quantized, {len(manifest['kept'])} kept,"
         f" {measured['seconds']:.1f} s, {size(measured['peak_memory_bytes'])} peak memory"
     )
+
+
+@_command
+@click.argument("source")
+@output_options
+@uptrain_options
+@device_option
+def uptrain(source: str, output: Path, **options: Any) -> None:
+    """Give SOURCE fewer key-value heads, and train it back. Runs under torchrun too."""
+    from bittern.progress import block_row, point_row, uptraining
+    from bittern.uptrain.pipeline import uptrain as run_pipeline
+
+    chosen = {name: value for name, value in options.items() if value is not None}
+    chosen["on_block"] = lambda event: _say(block_row(event))
+    chosen["on_progress"] = lambda event: _say(point_row(event))
+    manifest = run_pipeline(source, output, **chosen)
+    if manifest is None:  # a process of torchrun that only helped
+        return
+    for note in manifest["notes"]:
+        _say(f"note: {note}")
+    print(f"{output}: {uptraining(manifest)}")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 @_command

@@ -32,6 +32,14 @@ def byte_size(value: str) -> int:
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
+def count(value: str) -> int:
+    """A number with an optional k, M or B for thousands, millions or billions: ``2M``."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMB]?)", value)
+    if not match:
+        raise click.BadParameter(f"expected a number such as 500000, 500k or 2M, found {value!r}")
+    return round(float(match[1]) * {"": 1, "k": 10**3, "M": 10**6, "B": 10**9}[match[2]])
+
+
 def regex(value: str) -> str:
     """A regular expression over layer names."""
     try:
@@ -109,6 +117,92 @@ def load_options(function: Command) -> Command:
         device_option,
         click.option("--dtype", type=DTYPE, help="Dtype to compute in."),
         click.option("--revision", help="Branch, tag or commit of a Hub id."),
+    ):
+        function = option(function)
+    return function
+
+
+def uptrain_options(function: Command) -> Command:
+    """How heads become groups, and how the model is trained back; the values are arguments of bittern.uptrain."""
+    for option in (
+        click.option("--resume/--no-resume", default=True, show_default=True, help="Go on with a run that was killed."),
+        click.option("--dtype", type=DTYPE, help="Dtype of the output.  [default: each tensor keeps its own]"),
+        click.option("--seed", type=int, default=0, show_default=True),
+        click.option("--recompute", is_flag=True, help="Activation checkpointing: less memory, a third more time."),
+        click.option("--eval-every", type=click.IntRange(min=1), metavar="STEPS", help="[default: a tenth of all]"),
+        click.option(
+            "--logits",
+            type=click.FloatRange(0, 1, min_open=True),
+            default=1.0,
+            show_default=True,
+            help="Share of the positions to learn from at a step: less work where the vocabulary is large.",
+        ),
+        click.option("--weight-decay", type=click.FloatRange(min=0), default=0.0, show_default=True),
+        click.option(
+            "--kl-weight",
+            type=click.FloatRange(0, 1),
+            default=0.9,
+            show_default=True,
+            help="Share of the KL to the source in the loss; the rest is next-token loss.",
+        ),
+        click.option(
+            "--micro-batch", type=click.IntRange(min=1), default=4, show_default=True, help="Windows at once."
+        ),
+        click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Windows a step."),
+        click.option("--lr", type=click.FloatRange(min=0, min_open=True), default=6e-4, show_default=True),
+        click.option(
+            "--train",
+            "train_what",
+            type=click.Choice(["blocks", "all", "attention"]),
+            default="blocks",
+            show_default=True,
+            help="What is trained; all: embeddings and head too.",
+        ),
+        click.option(
+            "--text", type=click.Path(), help="Text to measure on.  [default: windows held out of the dataset]"
+        ),
+        click.option(
+            "--sampled", type=count, default="0", metavar="N", help="Of --tokens, what the source writes itself."
+        ),
+        click.option(
+            "--tokens",
+            type=count,
+            default="0",
+            show_default=True,
+            metavar="N",
+            help="To train on, as 2M; 0: converts only.",
+        ),
+        click.option(
+            "--seqlen", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens in a window."
+        ),
+        click.option(
+            "--nsamples", type=click.IntRange(min=1), default=128, show_default=True, help="Windows to convert with."
+        ),
+        click.option(
+            "--dataset",
+            metavar="D",
+            help="Text: a Hub dataset, a .txt/.jsonl/.parquet/.arrow file, or self.  [default: allenai/c4:en]",
+        ),
+        click.option(
+            "--passes",
+            type=click.IntRange(min=0),
+            help="Of layer-wise distillation over these windows.  [default: 8, and 0 with mean or first]",
+        ),
+        click.option(
+            "--group",
+            type=click.Choice(["similar", "neighbour"]),
+            help="Which heads share.  [default: similar, and neighbour with mean or first]",
+        ),
+        click.option(
+            "--init",
+            type=click.Choice(["aligned", "mean", "first"]),
+            default="aligned",
+            show_default=True,
+            help="Shared heads in closed form, averaged, or the first of each group.",
+        ),
+        click.option(
+            "--kv-heads", type=click.IntRange(min=1), required=True, metavar="N", help="Of the output; 1: multi-query."
+        ),
     ):
         function = option(function)
     return function

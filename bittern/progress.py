@@ -100,6 +100,52 @@ def layer_row(event: dict[str, Any]) -> str:
     return "  ".join(fields)
 
 
+def block_row(event: dict[str, Any]) -> str:
+    """One block whose heads were merged: groups, and the errors of its output after each stage."""
+    stages = [(name, event[f"error_{name}"]) for name in ("mean", "aligned", "solved", "distilled")]
+    groups = " ".join("+".join(map(str, group)) for group in event["groups"])
+    fields = [
+        f"{event['index'] + 1:>{len(str(event['total']))}}/{event['total']}",
+        event["layer"],
+        f"heads {groups}",
+        *(f"{name} {error:.4f}" for name, error in stages if error is not None),
+    ]
+    return "  ".join(fields)
+
+
+def point_row(event: dict[str, Any]) -> str:
+    """One evaluation of a training run."""
+    fields = [
+        f"step {event['step']:>{len(str(event['steps']))}}/{event['steps']}",
+        f"{event['tokens']:,} tokens",
+        f"loss {event['loss']:.4f}",
+        f"KL {event['kl']:.4f}",
+        f"nll {event['nll']:.4f}",
+        f"lr {event['lr']:.1e}",
+        f"perplexity {event['perplexity']:.3f}",
+        f"{clock(event['seconds'])} elapsed",
+        f"{clock(event['left'])} left",
+        f"{size(peak_memory())} peak",
+    ]
+    return "  ".join(fields)
+
+
+def uptraining(manifest: dict[str, Any]) -> str:
+    """What an uptraining did, in a few lines."""
+    heads, cache, perplexity = (manifest[key] for key in ("heads", "kv_bytes_per_token", "perplexity"))
+    trained = "" if perplexity["trained"] is None else f", {perplexity['trained']:.3f} after {_trained(manifest)}"
+    return (
+        f"{heads['source_kv_heads']} -> {heads['num_key_value_heads']} key-value heads,"
+        f" {cache['source']['fp16']:,} -> {cache['output']['fp16']:,} bytes of fp16 cache a token,"
+        f" {manifest['measured']['seconds']:.1f} s\n"
+        f"perplexity on {perplexity['text']}: {perplexity['source']:.3f} -> {perplexity['converted']:.3f}{trained}"
+    )
+
+
+def _trained(manifest: dict[str, Any]) -> str:
+    return f"{manifest['training']['tokens']:,} tokens"
+
+
 def clock(seconds: float) -> str:
     """Seconds as m:ss or h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)

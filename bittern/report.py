@@ -5,7 +5,7 @@ in every file of the artifact and in all of the manifest but its ``measured`` ob
 
 ==================  ==================================================================================
 schema_version      2; the first had neither ``kind`` nor ``files``, and came from quantize alone
-kind                "quantize", "convert" or "repack"
+kind                "quantize", "convert", "repack" or "uptrain"
 source              name, revision and architecture of what was read
 options             the options that the run was called with
 notes               warnings and fallbacks that a user must know of, one sentence each
@@ -19,7 +19,10 @@ files               file -> its bytes and sha256, of every file of the artifact 
 - convert adds ``dtype``, ``tensors`` (tensor -> what the cast cost), ``clamped`` (tensor -> values that
   were clamped, where there are any) and ``tied`` (tensors left out because they equal another);
 - repack adds ``repacked`` (a record per layer that it moved) and ``origin``: the source's own manifest,
-  or null where it had none. What the source's run measured is under ``measured``, ``origin``.
+  or null where it had none. What the source's run measured is under ``measured``, ``origin``;
+- uptrain adds ``heads``, ``kv_bytes_per_token`` (of source and output), ``calibration``, ``blocks`` (a record per block
+  whose heads were merged), ``perplexity`` (source, converted, trained), ``training`` (tokens, steps and curve, or null)
+  and ``degraded`` (why the result must not be taken for a good one, or null).
 
 :func:`layer_records` finds the records of the run that chose the codes, in a manifest of any kind.
 """
@@ -31,6 +34,7 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -49,7 +53,7 @@ def base_manifest(
     """What the manifests of all jobs have; ``files`` is added when the artifact is committed.
 
     Args:
-        kind: "quantize", "convert" or "repack".
+        kind: "quantize", "convert", "repack" or "uptrain".
         source: name, revision and architecture of what was read.
         options: the options that the run was called with.
         notes: warnings and fallbacks that a user must know of.
@@ -126,6 +130,17 @@ def repacked_manifest(
         manifest["origin"] = {key: value for key, value in origin.items() if key != "measured"}
         manifest["measured"]["origin"] = origin.get("measured")
     return manifest
+
+
+def degraded_note(config: Mapping[str, Any]) -> list[str]:
+    """A sentence for whoever uses a checkpoint that lost quality when its heads were merged; none for others.
+
+    Args:
+        config: its config.json, where uptraining left the reason and what is made of it inherits it.
+    """
+    own = config.get("bittern")
+    reason = own.get("degraded") if isinstance(own, dict) else None
+    return [f"this checkpoint is degraded: {reason}"] if isinstance(reason, str) else []
 
 
 def layer_records(manifest: dict[str, Any]) -> list[dict[str, Any]]:

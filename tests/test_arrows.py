@@ -56,6 +56,19 @@ ALLOWED = {
         "layout",
         "consumers",
     },
+    "uptrain": {
+        "errors",
+        "checkpoint",
+        "writer",
+        "tokenizer",
+        "model",
+        "replay",
+        "report",
+        "convert",
+        "quantize",
+        "evaluate",
+        "inspect",
+    },
     "runtime": {"errors", "weight", "formats", "checkpoint", "artifact", "tokenizer", "model"},
     "evaluate": {"errors", "tokenizer"},
     "tasks": {"errors", "tokenizer"},
@@ -137,10 +150,10 @@ def test_nothing_heavy_is_imported_for_help() -> None:
     assert shown.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("name", ["convert", "quantize", "load"])
+@pytest.mark.parametrize("name", ["convert", "quantize", "uptrain", "load"])
 def test_the_public_functions_are_functions_whatever_was_imported_before(name: str) -> None:
-    # Two of them are named as the packages they live in, and importing a package binds its name.
-    homes = "bittern.convert.pipeline, bittern.quantize.pipeline, bittern.runtime.load"
+    # Three of them are named as the packages they live in, and importing a package binds its name.
+    homes = "bittern.convert.pipeline, bittern.quantize.pipeline, bittern.uptrain.pipeline, bittern.runtime.load"
     code = f"import {homes}; print(bittern.{name}.__module__)"
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert shown.stdout.strip().startswith("bittern.")

@@ -9,21 +9,25 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import reduce
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from bittern.checkpoint import Checkpoint, CheckpointWriter, TensorInfo, open_checkpoint
 from bittern.errors import BitternError
+from bittern.model import Piece, unused_tensors
 from bittern.report import base_manifest
 from bittern.writer import MAX_SHARD_SIZE, check_output
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -256,6 +260,36 @@ def cast_tensors(
         cast = reduce(Cast.join, same)
         _refuse_values(cast, clamp)
         yield cast
+
+
+def copied_tensors(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    sources: dict[str, tuple[Piece, ...]],
+    replaced: Collection[str],
+    dtype: torch.dtype | None,
+) -> list[tuple[TensorInfo, str]]:
+    """What goes from a checkpoint into one that is made of it, unchanged but for its dtype.
+
+    Args:
+        model: of :func:`bittern.model.build`.
+        checkpoint: where its weights are.
+        sources: of :func:`bittern.model.weight_map`.
+        replaced: live names of the parameters that the caller writes itself.
+        dtype: of floats; None leaves each as it is.
+
+    Returns:
+        Name, dtype and shape of each tensor to write, and its name in the checkpoint.
+    """
+    pieces = [piece for name, found in sources.items() if name not in replaced for piece in found]
+    named = [(piece.name, piece.source) for piece in pieces]
+    # What transformers skips when it loads, others use: heads that predict several tokens, for one.
+    named += [(name, name) for name in unused_tensors(model, sources, checkpoint.tensors)]
+    copied = []
+    for name, stored in named:
+        info = checkpoint.tensors[stored]
+        copied.append((TensorInfo(name, target_dtype(info.dtype, dtype or info.dtype), info.shape), stored))
+    return copied
 
 
 def _in_order(

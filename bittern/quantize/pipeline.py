@@ -16,9 +16,9 @@ from torch import Tensor
 
 from bittern import model as live
 from bittern.artifact import Artifact
-from bittern.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from bittern.checkpoint import Checkpoint, open_checkpoint
 from bittern.consumers import asks_dequantize, cannot_hold, check_target, choose_format
-from bittern.convert.cast import DTYPES, cast_tensors, refuse_quantized, target_dtype
+from bittern.convert.cast import DTYPES, cast_tensors, copied_tensors, refuse_quantized
 from bittern.convert.pipeline import FORMATS as CONVERT_FORMATS
 from bittern.errors import BitternError
 from bittern.formats.gptq import V1, V2
@@ -28,7 +28,7 @@ from bittern.model import Piece
 from bittern.quantize.calibration import CalibrationTokens, load_tokens
 from bittern.quantize.plan import Plan, make_plan
 from bittern.quantize.solve import Solver
-from bittern.report import make_manifest
+from bittern.report import degraded_note, make_manifest
 from bittern.tokenizer import context_length
 from bittern.weight import QuantSpec
 from bittern.writer import MAX_SHARD_SIZE, CheckpointWriter, check_output
@@ -121,7 +121,8 @@ def quantize(
             check_gguf(checkpoint, plan.layers, Path(output), overwrite)
             folder = Path(output).with_name(f".{Path(output).name}.quantized")
         kept_dtype = _kept_dtype(checkpoint, dtype)
-        kept = _kept_tensors(model, checkpoint, sources, plan, kept_dtype)
+        solved = {matrix.parameter for block in plan.blocks for matrix, _ in block}
+        kept = copied_tensors(model, checkpoint, sources, solved, kept_dtype)
         tokens = None
         if method == "gptq":
             tokens = _calibration(checkpoint, model, dataset, nsamples, seqlen, seed, chat_template)
@@ -144,7 +145,7 @@ def quantize(
                 calibration=_describe_tokens(tokens),
                 layers=records,
                 kept=plan.kept,
-                notes=[*(tokens.warnings if tokens else ()), *_notes(records, plan)],
+                notes=[*(tokens.warnings if tokens else ()), *_notes(records, plan), *degraded_note(checkpoint.config)],
                 seconds=time.monotonic() - started,
             )
             quantization = packing.config(QuantSpec(bits, plan.group_size, sym), _all_layers(model, sources, plan))
@@ -220,26 +221,6 @@ def _kept_dtype(checkpoint: Checkpoint, asked: str | None) -> torch.dtype:
             sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
     commonest = max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
     return commonest if commonest in (torch.float16, torch.bfloat16) else torch.float16
-
-
-def _kept_tensors(
-    model: PreTrainedModel,
-    checkpoint: Checkpoint,
-    sources: dict[str, tuple[Piece, ...]],
-    plan: Plan,
-    dtype: torch.dtype,
-) -> list[tuple[TensorInfo, str]]:
-    """What is written without being quantized: its name, dtype and shape there, and its name in the source."""
-    quantized = {matrix.parameter for block in plan.blocks for matrix, _ in block}
-    pieces = [piece for name, found in sources.items() if name not in quantized for piece in found]
-    named = [(piece.name, piece.source) for piece in pieces]
-    # What transformers skips when it loads, others use: heads that predict several tokens, for one.
-    named += [(name, name) for name in live.unused_tensors(model, sources, checkpoint.tensors)]
-    kept = []
-    for name, stored in named:
-        info = checkpoint.tensors[stored]
-        kept.append((TensorInfo(name, target_dtype(info.dtype, dtype), info.shape), stored))
-    return kept
 
 
 def _calibration(

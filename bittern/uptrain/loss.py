@@ -1,0 +1,61 @@
+"""The loss that trains a student back: its distance to the teacher, and to the text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 256
+"""Positions whose log-probabilities are held in fp32 at once."""
+
+
+def distillation_loss(
+    student: Tensor, teacher: Tensor, targets: Tensor, kl_weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean over positions of ``kl_weight * KL(teacher || student) + (1 - kl_weight) * nll``.
+
+    Args:
+        student: logits, (positions, vocabulary).
+        teacher: logits, the same shape and dtype. They are overwritten: the gradient is kept in their place, so that
+            nothing of this size is allocated.
+        targets: int64 (positions,), the next tokens.
+        kl_weight: in [0, 1].
+
+    Returns:
+        The loss, which can be differentiated by ``student``; the mean KL and the mean nll in nats.
+    """
+    loss, kl, nll = _Distillation.apply(student, teacher, targets, kl_weight)  # type: ignore[no-untyped-call]
+    return loss, kl, nll
+
+
+class _Distillation(torch.autograd.Function):
+    """Both terms are cross-entropies with fixed targets: the gradient is softmax(student) minus a mixture of them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, targets: Tensor, kl_weight: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        count = len(targets)
+        sums = torch.zeros(2, dtype=torch.float64, device=student.device)
+        for start in range(0, count, CHUNK):
+            rows = slice(start, start + CHUNK)
+            log_q = student[rows].float().log_softmax(1)
+            log_p = teacher[rows].float().log_softmax(1)
+            p = log_p.exp()
+            # words that the teacher masks with -inf count nothing; 0 * inf would be NaN
+            sums[0] += (log_p.sub_(log_q).mul_(p)).masked_fill_(p == 0, 0).sum(1).double().sum()
+            picked = targets[rows, None]
+            sums[1] -= log_q.gather(1, picked).double().sum()
+            gradient = log_q.exp_().sub_(p, alpha=kl_weight)
+            gradient.scatter_add_(1, picked, gradient.new_full(picked.shape, kl_weight - 1))
+            teacher[rows] = gradient.div_(count)
+        ctx.gradient = teacher
+        kl, nll = (sums / count).float()
+        ctx.mark_non_differentiable(kl, nll)
+        return kl_weight * kl + (1 - kl_weight) * nll, kl, nll
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.gradient.mul_(grads[0]), None, None, None

@@ -1,0 +1,572 @@
+"""The whole job: a checkpoint in, the same architecture with fewer key-value heads out."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bittern import model as live
+from bittern.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from bittern.convert.cast import DTYPES, cast_tensors, cast_values, copied_tensors, refuse_quantized, target_dtype
+from bittern.errors import BitternError
+from bittern.evaluate import check_fit, evaluate, text_windows
+from bittern.quantize.pipeline import DEFAULT_DATASET
+from bittern.report import base_manifest, degraded_note
+from bittern.tokenizer import context_length
+from bittern.uptrain.heads import Counts, attention_prefixes, check_attention, find_attention
+from bittern.uptrain.regroup import Recipe, regroup
+from bittern.uptrain.state import load_state, read_story, read_tensor, save_state
+from bittern.uptrain.text import HELD_OUT, Windows, read_windows, write_windows
+from bittern.uptrain.train import Run, Training, shard, train, trained_parameters, world
+from bittern.writer import MAX_SHARD_SIZE, CheckpointWriter, check_output
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Report = Callable[[dict[str, Any]], None]
+
+DEGRADED = 1.10
+"""A result whose perplexity is more than this times the source's is labelled degraded."""
+
+_STATE, _WINDOWS, _LOCK = "state.safetensors", "windows.npy", ".lock"
+_WORKS = "Llama, Mistral, Qwen2, Qwen3, Gemma, Phi and their like do"
+_WAIT = timedelta(days=2)  # for the process that converts
+
+
+def uptrain(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    kv_heads: int,
+    group: str | None = None,
+    init: str = "aligned",
+    passes: int | None = None,
+    dataset: str = DEFAULT_DATASET,
+    nsamples: int = 128,
+    seqlen: int = 512,
+    tokens: int = 0,
+    sampled: int = 0,
+    text: str | os.PathLike[str] | None = None,
+    train_what: str = "blocks",
+    lr: float = 6e-4,
+    batch_size: int = 16,
+    micro_batch: int = 4,
+    kl_weight: float = 0.9,
+    weight_decay: float = 0.0,
+    logits: float = 1.0,
+    eval_every: int | None = None,
+    recompute: bool = False,
+    dtype: str | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    resume: bool = True,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    overwrite: bool = False,
+    revision: str | None = None,
+    on_block: Report | None = None,
+    on_progress: Report | None = None,
+) -> dict[str, Any] | None:
+    """Turn multi-head or grouped-query attention into one with fewer key-value heads, and train the model back.
+
+    Under torchrun, each process runs this; the first one converts and writes.
+
+    Args:
+        source: a folder, a GGUF file or a Hub id.
+        output: the folder to write; it appears when it is whole.
+        kv_heads: num_key_value_heads of the result, a divisor of the source's; 1 is multi-query attention.
+        group: heads that share are ``similar`` or each other's ``neighbour``; by default similar, and neighbours where
+            ``init`` only pools.
+        init: ``aligned`` (merged in closed form, see :mod:`bittern.uptrain.merge`), ``mean`` or ``first``.
+        passes: of layer-wise distillation over the calibration windows; by default 8, and 0 where ``init`` only pools.
+        dataset: text to calibrate and train on, see :func:`bittern.quantize.calibration.load_tokens`.
+        nsamples, seqlen: calibration windows and their tokens.
+        tokens: to train on, end to end; 0 only converts. Text that is shorter is shown again, in another order.
+        sampled: of these, tokens of text that the source writes.
+        text: a file to measure perplexity on; without it, windows of the dataset that are not trained on.
+        train_what: ``blocks``, ``all`` or ``attention``: the parameters to train.
+        lr, batch_size, micro_batch, kl_weight, weight_decay, logits, eval_every, recompute: see
+            :class:`bittern.uptrain.train.Training`.
+        dtype: ``bf16``, ``fp16`` or ``fp32`` of the result; by default each tensor keeps its own.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        seed: of the calibration windows and the order of training.
+        resume: go on where a killed run with the same options stopped; otherwise start over.
+        max_shard_size: bytes.
+        overwrite: replace a checkpoint at ``output``.
+        revision: of a Hub id.
+        on_block: called with the record of each block, with ``index`` and ``total``.
+        on_progress: called with each point of the curve.
+
+    Returns:
+        The manifest, which the output also holds; None in all processes of torchrun but the first.
+
+    Raises:
+        BitternError: for anything that a user can mend; before any work wherever it can be known.
+    """
+    given = {
+        key: value for key, value in locals().items() if key not in ("source", "output", "on_block", "on_progress")
+    }
+    started = time.monotonic()
+    recipe = _recipe(init, group, passes, seed)
+    options = _training(given)
+    with _processes(device) as (place, rank), open_checkpoint(source, revision) as checkpoint:
+        refuse_quantized(checkpoint)
+        check_output(Path(output), checkpoint.path, overwrite)
+        model = live.build(checkpoint.config)
+        counts = head_counts(model, kv_heads)
+        _check_length(model, seqlen)
+        with _training_folder(Path(output), rank) as folder:
+            settings = _settings(given, checkpoint)
+            run = _prepare(
+                folder, checkpoint, counts, kv_heads, recipe, options, given, settings, place, rank, on_block
+            )
+            if options.steps > run.story["step"]:
+                _train(run, options, on_progress if rank == 0 else None)
+            if rank:
+                return None
+            manifest = _manifest(
+                run.story, checkpoint, counts, kv_heads, given, str(source), time.monotonic() - started
+            )
+            _write(folder, checkpoint, run, Path(output), manifest, dtype, max_shard_size, overwrite)
+            shutil.rmtree(folder)
+    return manifest
+
+
+def head_counts(model: PreTrainedModel, kv_heads: int) -> Counts:
+    """How the source divides its attention, after checking that it can have ``kv_heads`` key-value heads.
+
+    Args:
+        model: of :func:`bittern.model.build`; its parameters may be on meta.
+        kv_heads: wanted.
+
+    Raises:
+        BitternError: an architecture that cannot hold groups, or a number that does not divide the source's.
+    """
+    config = model.config.get_text_config(decoder=True)
+    kind = config.model_type
+    names = [find_attention(block) for block in live.blocks(model)[1]]
+    heads = getattr(config, "num_key_value_heads", None)
+    if not isinstance(heads, int) or not any(names):
+        why = "its attention has no separate queries, keys and values of num_key_value_heads heads"
+        if heads is None:
+            why = "its configuration has no num_key_value_heads, so no loader could read the result"
+        raise BitternError(
+            f"{kind}: cannot hold grouped heads: {why} ({_WORKS}); to save memory, quantize it, or run it with"
+            " --kv-cache int8"
+        )
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    counts = Counts(config.num_attention_heads, heads, dim)
+    fitting = [number for number in range(1, heads) if heads % number == 0]
+    if kv_heads not in fitting:
+        allowed = ", ".join(map(str, fitting)) or "none, for it has multi-query attention already"
+        raise BitternError(f"--kv-heads {kv_heads}: {kind} with {heads} key-value heads can have {allowed}")
+    prefix, blocks = live.blocks(model)
+    for index, (block, name) in enumerate(zip(blocks, names, strict=True)):
+        if name is not None:
+            check_attention(block.get_submodule(name), counts, f"{prefix}.{index}.{name}")
+    return counts
+
+
+def make_student(teacher: PreTrainedModel, config: dict[str, Any], kv_heads: int) -> PreTrainedModel:
+    """A model with fewer key-value heads that has the teacher's parameters, the same tensors, outside of attention."""
+    student = live.build(grouped_config(config, kv_heads))
+    own = teacher.state_dict()
+    tied = live.tied_names(student)
+    inside = tuple(attention_prefixes(student))
+    for name, tensor in student.state_dict().items():
+        if name in tied:
+            continue
+        old = own[name]
+        if old.shape != tensor.shape:
+            old = torch.zeros(tensor.shape, dtype=old.dtype, device=old.device)
+        live.set_tensor(student, name, old.clone() if name.startswith(inside) else old)
+    student.tie_weights()
+    live.move_buffers(student, teacher.device)
+    return student
+
+
+def grouped_config(config: dict[str, Any], kv_heads: int) -> dict[str, Any]:
+    """A configuration with another number of key-value heads, wherever it states the heads."""
+    text = config.get("text_config")
+    if isinstance(text, dict) and "num_attention_heads" in text:
+        return {**config, "text_config": {**text, "num_key_value_heads": kv_heads}}
+    return {**config, "num_key_value_heads": kv_heads}
+
+
+def _recipe(init: str, group: str | None, passes: int | None, seed: int) -> Recipe:
+    if init not in ("aligned", "mean", "first"):
+        raise BitternError(f"init: expected aligned, mean or first, found {init!r}")
+    if group not in (None, "similar", "neighbour"):
+        raise BitternError(f"group: expected similar or neighbour, found {group!r}")
+    if passes is not None and passes < 0:
+        raise BitternError(f"passes: expected at least 0, found {passes}")
+    plain = Recipe(init=init, seed=seed)
+    pooled = init != "aligned"
+    return Recipe(
+        init,
+        group or ("neighbour" if pooled else plain.group),
+        (0 if pooled else plain.passes) if passes is None else passes,
+        plain.lr,
+        seed,
+    )
+
+
+def _training(given: dict[str, Any]) -> Training:
+    """The training options, checked."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    for name, least in (
+        ("tokens", 0),
+        ("sampled", 0),
+        ("batch_size", 1),
+        ("micro_batch", 1),
+        ("nsamples", 1),
+        ("seqlen", 2),
+    ):
+        if given[name] < least:
+            raise BitternError(f"{name}: expected at least {least}, found {given[name]}")
+    if given["train_what"] not in ("blocks", "all", "attention"):
+        raise BitternError(f"train_what: expected blocks, all or attention, found {given['train_what']!r}")
+    if not 0 <= given["kl_weight"] <= 1 or not given["lr"] > 0:
+        raise BitternError(
+            f"kl_weight, lr: expected a share and more than 0, found {given['kl_weight']}, {given['lr']}"
+        )
+    if not 0 < given["logits"] <= 1 or given["weight_decay"] < 0:
+        found = f"{given['logits']}, {given['weight_decay']}"
+        raise BitternError(f"logits, weight_decay: expected a share and at least 0, found {found}")
+    if given["sampled"] > given["tokens"]:
+        raise BitternError(
+            f"sampled: expected at most {given['tokens']}, the tokens to train on, found {given['sampled']}"
+        )
+    if given["dtype"] is not None and given["dtype"] not in DTYPES:
+        raise BitternError(f"dtype: expected bf16, fp16 or fp32, found {given['dtype']!r}")
+    if given["batch_size"] % processes:
+        raise BitternError(f"batch_size: expected a multiple of the {processes} processes, found {given['batch_size']}")
+    steps = -(-given["tokens"] // (given["batch_size"] * given["seqlen"]))
+    every = given["eval_every"] or max(1, -(-steps // 10))
+    return Training(
+        steps,
+        given["lr"],
+        given["batch_size"],
+        given["micro_batch"],
+        given["kl_weight"],
+        given["train_what"],
+        every,
+        weight_decay=given["weight_decay"],
+        logits=given["logits"],
+        recompute=given["recompute"],
+    )
+
+
+def _check_length(model: PreTrainedModel, seqlen: int) -> None:
+    context = context_length(model.config)
+    if context is not None and seqlen > context:
+        raise BitternError(f"seqlen {seqlen}: this model's context is {context} tokens")
+
+
+@contextmanager
+def _processes(device: str) -> Iterator[tuple[torch.device, int]]:
+    """The device of this process, and its number among those that torchrun has started."""
+    place = live.pick_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield place, 0
+        return
+    if place.type == "cuda":
+        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(place)
+    dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=_WAIT)
+    try:
+        yield place, dist.get_rank()
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _training_folder(output: Path, rank: int) -> Iterator[Path]:
+    """The sibling of the output that holds windows and state until the output stands; one run at a time."""
+    folder = output.with_name(f".{output.name}.training")
+    if rank:
+        yield folder
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / _LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BitternError(f"output {output}: another bittern is training this") from None
+        yield folder
+
+
+def _settings(given: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
+    """What must be the same for a state to be gone on from."""
+    left_out = ("resume", "overwrite", "max_shard_size", "dtype", "device", "revision")
+    names = sorted(f"{info.name} {info.dtype} {info.shape}" for info in checkpoint.tensors.values())
+    return {
+        **{key: str(value) for key, value in given.items() if key not in left_out},
+        "source": hashlib.sha256(
+            "\n".join([str(checkpoint.path), str(checkpoint.revision), *names]).encode()
+        ).hexdigest(),
+        "processes": str(world()[1]),
+    }
+
+
+def _prepare(
+    folder: Path,
+    checkpoint: Checkpoint,
+    counts: Counts,
+    kv_heads: int,
+    recipe: Recipe,
+    options: Training,
+    given: dict[str, Any],
+    settings: dict[str, Any],
+    place: torch.device,
+    rank: int,
+    on_block: Report | None,
+) -> Run:
+    """Windows and a converted student, from the state of an earlier run or made now by the first process."""
+    state = folder / _STATE
+    if rank == 0 and state.exists():
+        _check_resumable(state, settings, given["resume"])
+    teacher = live.load_dense(checkpoint, device=place)
+    student = make_student(teacher, checkpoint.config, kv_heads)
+    parameters = trained_parameters(student, options.trained if options.steps else "attention")
+    if rank == 0 and not state.exists():
+        story = _convert(folder, checkpoint, teacher, student, counts, recipe, given, on_block)
+        # Frozen parameters are the teacher's own tensors; what is trained gets memory of its own.
+        save_state(state, parameters, None, {**story, "settings": settings, "step": 0, "curve": []})
+    if world()[1] > 1:
+        dist.barrier()
+    windows, held_out = _split(read_windows(folder / _WINDOWS, given["seed"]), given, checkpoint, student)
+    for name, parameter in parameters.items():
+        live.set_tensor(student, name, parameter.detach().clone())
+    student.tie_weights()
+    parameters = trained_parameters(student, options.trained if options.steps else "attention")
+    load_state(state, parameters, None, 0)
+    return Run(student, teacher, parameters, windows, given["nsamples"], held_out, state, read_story(state))
+
+
+def _check_resumable(state: Path, settings: dict[str, Any], resume: bool) -> None:
+    """Remove a state that is not to be gone on from; refuse one that belongs to other options."""
+    if not resume:
+        state.unlink()
+        (state.parent / _WINDOWS).unlink(missing_ok=True)
+        return
+    found = read_story(state).get("settings", {})
+    for key, value in settings.items():
+        if found.get(key) != value:
+            raise BitternError(
+                f"{state.parent}: holds a run with {key} {found.get(key)}, now asked for is {value}; give the same"
+                " options to go on with it, or --no-resume to start over"
+            )
+
+
+def _convert(
+    folder: Path,
+    checkpoint: Checkpoint,
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    counts: Counts,
+    recipe: Recipe,
+    given: dict[str, Any],
+    on_block: Report | None,
+) -> dict[str, Any]:
+    """Read the text, regroup the student's heads; what is to be known of both."""
+    seqlen, wanted = given["seqlen"], given["nsamples"] + -(-given["tokens"] // given["seqlen"])
+    held = 0 if given["text"] is not None else HELD_OUT
+    vocabulary = teacher.config.get_text_config(decoder=True).vocab_size
+    found = write_windows(
+        folder / _WINDOWS,
+        given["dataset"],
+        checkpoint.tokenizer(),
+        seqlen=seqlen,
+        count=wanted + held,
+        vocab_size=vocabulary,
+        sampled=given["sampled"] // seqlen,
+        model=teacher,
+        seed=given["seed"],
+    )
+    windows, held_out = _split(read_windows(folder / _WINDOWS, given["seed"]), given, checkpoint, teacher)
+    calibration = windows.take(0, min(given["nsamples"], len(windows.ids)))
+    notes = []
+    if len(windows.ids) < wanted:
+        notes.append(
+            f"{given['dataset']}: {wanted} windows of {seqlen} tokens asked for, {len(windows.ids)} found"
+            + (", which are shown more than once" if given["tokens"] else "")
+        )
+    before = evaluate(teacher, held_out).perplexity
+    began = time.monotonic()
+    records: list[dict[str, Any]] = []
+    total = sum(1 for _ in attention_prefixes(teacher))
+    batches = list(torch.split(calibration, _BATCH))
+    for record in regroup(teacher, student, batches, recipe, counts):
+        if on_block is not None:
+            on_block({**record, "index": len(records), "total": total})
+        records.append(record)
+    return {
+        "notes": notes,
+        "conversion_seconds": time.monotonic() - began,
+        "blocks": records,
+        "calibration": {
+            "source": given["dataset"],
+            "tokens_asked": given["nsamples"] * seqlen,
+            "tokens_found": calibration.numel(),
+            "sha256": hashlib.sha256(calibration.numpy().astype("<i8").tobytes()).hexdigest(),
+        },
+        "windows": found,
+        "perplexity": {
+            "text": Path(given["text"]).name if given["text"] is not None else f"held out of {given['dataset']}",
+            "tokens": held_out.shape[0] * (held_out.shape[1] - 1),
+            "source": before,
+            "converted": evaluate(student, held_out).perplexity,
+        },
+    }
+
+
+_BATCH = 8  # calibration windows at a time
+
+
+def _split(
+    windows: Windows, given: dict[str, Any], checkpoint: Checkpoint, model: PreTrainedModel
+) -> tuple[Windows, Tensor]:
+    """The windows to train on, and those to measure on: of another text, or spread evenly over the dataset's."""
+    if given["text"] is not None:
+        tokenizer = checkpoint.tokenizer()
+        held_out = text_windows(given["text"], tokenizer, seqlen=given["seqlen"], windows=2 * HELD_OUT)
+        check_fit(model, tokenizer, held_out)
+        return windows, held_out
+    count = len(windows.ids)
+    if count < 2:
+        raise BitternError(
+            f"{given['dataset']}: expected two windows of {given['seqlen']} tokens at least, found {count}"
+        )
+    spread = max(10, count // HELD_OUT)
+    held = list(range(spread // 2, count, spread)) or [count - 1]
+    others = sorted(set(range(count)) - set(held))
+    return Windows(windows.ids[others], windows.seed), torch.from_numpy(windows.ids[held]).long()
+
+
+def _train(run: Run, options: Training, on_progress: Report | None) -> None:
+    if world()[1] > 1:
+        shard(run.teacher)
+        shard(run.student)
+        run.parameters = trained_parameters(run.student, options.trained)
+    train(run, options, on_progress)
+
+
+def degraded(perplexity: dict[str, Any], tokens: int) -> str | None:
+    """Why a result must be labelled so, in a sentence; None when it need not.
+
+    Args:
+        perplexity: ``source``, ``converted`` and ``trained`` (None without training).
+        tokens: that it was trained on.
+    """
+    final = perplexity["trained"] if tokens else perplexity["converted"]
+    above = final / perplexity["source"] - 1
+    beyond = f"perplexity is {above:.0%} above the source's" if above > DEGRADED - 1 else ""
+    untrained = "" if tokens else "not trained after its key-value heads were merged"
+    return "; ".join(filter(None, (untrained, beyond))) or None
+
+
+def _manifest(
+    story: dict[str, Any],
+    checkpoint: Checkpoint,
+    counts: Counts,
+    kv_heads: int,
+    given: dict[str, Any],
+    source: str,
+    seconds: float,
+) -> dict[str, Any]:
+    from bittern.inspect import kv_elements
+
+    kind = checkpoint.config.get("model_type")
+    curve = story["curve"]
+    perplexity = {**story["perplexity"], "trained": curve[-1]["perplexity"] if curve else None}
+    reason = degraded(perplexity, given["tokens"])
+    mark = {"bittern": {"degraded": reason}} if reason else {}
+    notes = [*story["notes"], *degraded_note(mark)]
+    elements = kv_elements(live.build(checkpoint.config).config)
+    smaller = elements * kv_heads // counts.key_value
+    manifest = base_manifest(
+        "uptrain",
+        {"name": source, "revision": checkpoint.revision, "model_type": kind},
+        {**given, "text": None if given["text"] is None else str(given["text"])},
+        notes=notes,
+        seconds=seconds,
+    )
+    manifest["measured"]["conversion_seconds"] = round(story["conversion_seconds"], 3)
+    return manifest | {
+        "heads": {
+            "num_attention_heads": counts.query,
+            "source_kv_heads": counts.key_value,
+            "num_key_value_heads": kv_heads,
+            "head_dim": counts.dim,
+        },
+        "kv_bytes_per_token": {
+            "source": {"fp16": 2 * elements, "fp32": 4 * elements},
+            "output": {"fp16": 2 * smaller, "fp32": 4 * smaller},
+        },
+        "calibration": story["calibration"],
+        "blocks": story["blocks"],
+        "perplexity": perplexity,
+        "training": {"tokens": curve[-1]["tokens"], "steps": curve[-1]["step"], "curve": curve} if curve else None,
+        "degraded": reason,
+    }
+
+
+def _write(
+    folder: Path,
+    checkpoint: Checkpoint,
+    run: Run,
+    output: Path,
+    manifest: dict[str, Any],
+    dtype: str | None,
+    max_shard_size: int,
+    overwrite: bool,
+) -> None:
+    """The output: what was trained from the state, everything else from the source."""
+    sources = live.weight_map(run.teacher, checkpoint.tensors)
+    kept = copied_tensors(run.teacher, checkpoint, sources, set(run.parameters), DTYPES[dtype] if dtype else None)
+    shapes = {name: tuple(parameter.shape) for name, parameter in run.parameters.items()}
+    planned: list[TensorInfo] = []
+    moves: list[tuple[str, int, int, TensorInfo]] = []
+    for name in run.parameters:
+        pieces = sources[name]
+        for piece in pieces:
+            stored = checkpoint.tensors[piece.source].dtype
+            shape = shapes[name] if len(pieces) == 1 else (piece.stop - piece.start, *shapes[name][-1:])
+            info = TensorInfo(piece.name, target_dtype(stored, DTYPES[dtype] if dtype else stored), shape)
+            planned.append(info)
+            moves.append((name, piece.start, piece.stop, info))
+    config = grouped_config(checkpoint.config, manifest["heads"]["num_key_value_heads"])
+    if dtype is not None:
+        config = {key: value for key, value in config.items() if key != "torch_dtype"} | {
+            "dtype": str(DTYPES[dtype]).removeprefix("torch.")
+        }
+    if manifest["degraded"]:
+        config["bittern"] = {"degraded": manifest["degraded"]}
+    plan = [info for info, _ in kept] + planned
+    with CheckpointWriter(output, plan, max_shard_size=max_shard_size, overwrite=overwrite) as writer:
+        for _ in cast_tensors(checkpoint, writer, kept):
+            pass
+        for name, start, stop, info in moves:
+            tensor = read_tensor(folder / _STATE, name)
+            if tuple(tensor.shape) != info.shape:
+                tensor = tensor.flatten(0, -2)[start:stop]
+            values, cast = cast_values(tensor.flatten(), info.dtype, info.name)
+            if cast.overflowed or cast.not_finite:
+                raise BitternError(
+                    f"{info.name}: its largest magnitude {cast.max_magnitude:g} does not fit {cast.dtype}"
+                )
+            writer.write(info.name, values.view(info.shape))
+        checkpoint.copy_side_files(writer.folder)
+        writer.commit(config, manifest)

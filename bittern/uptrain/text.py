@@ -1,0 +1,118 @@
+"""Windows of tokens to train on, in a file: mapped, they take no memory, and a resumed run reads the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bittern.errors import BitternError
+from bittern.quantize.calibration import BYTES_PER_TOKEN, load_tokens, read_texts
+from bittern.tokenizer import check_vocabulary, encode, leading_bos
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+HELD_OUT = 32
+"""Windows kept for evaluation when no other text is given, and a tenth of all at most."""
+
+_SPARE = 2  # times the bytes that the tokens should take: not all text is as short as that
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows in a file, and the order in which they are trained on.
+
+    Attributes:
+        ids: int32 (windows, seqlen), mapped.
+        seed: of the order.
+    """
+
+    ids: np.ndarray[tuple[int, int], np.dtype[np.int32]]
+    seed: int
+
+    def take(self, start: int, stop: int) -> Tensor:
+        """Windows [start, stop) of an endless sequence that shows all of them in a new order each time around."""
+        count = len(self.ids)
+        rows = []
+        for around in range(start // count, (stop - 1) // count + 1):
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + around))
+            rows.append(order[max(start - around * count, 0) : stop - around * count])
+        return torch.from_numpy(self.ids[torch.cat(rows).numpy()].astype(np.int64))
+
+
+def write_windows(
+    path: Path,
+    dataset: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seqlen: int,
+    count: int,
+    vocab_size: int,
+    sampled: int = 0,
+    model: PreTrainedModel | None = None,
+    seed: int = 0,
+) -> int:
+    """Tokenize a dataset into ``count`` windows, streamed, and put them into a file of NumPy's format.
+
+    Args:
+        path: the file, which appears when it is whole.
+        dataset: as in :func:`bittern.quantize.calibration.load_tokens`, ``self`` too.
+        tokenizer: the model's own; each window begins with BOS where it puts that before every text.
+        seqlen: tokens in a window.
+        count: windows wanted. Fewer are found in a short text.
+        vocab_size: of the model; ids beyond it are an error.
+        sampled: of ``count``, windows that ``model`` writes, at temperature 1; the dataset gives the others.
+        model: the source.
+        seed: of the sampling.
+
+    Returns:
+        The number of windows found.
+
+    Raises:
+        BitternError: as :func:`~bittern.quantize.calibration.load_tokens`.
+    """
+    written = [] if dataset == "self" else list(_windows(dataset, tokenizer, seqlen, count - sampled))
+    missing = sampled if written else count
+    if missing:
+        drawn = load_tokens("self", tokenizer, nsamples=missing, seqlen=seqlen, seed=seed, model=model)
+        written.append(drawn.ids.numpy().astype(np.int32))
+    ids = np.concatenate(written)
+    check_vocabulary(torch.from_numpy(ids[:, :]), tokenizer, vocab_size)
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        np.save(file, ids, allow_pickle=False)
+    partial.rename(path)
+    return len(ids)
+
+
+def read_windows(path: Path, seed: int) -> Windows:
+    """The windows of a file of :func:`write_windows`."""
+    return Windows(np.load(path, mmap_mode="r", allow_pickle=False), seed)
+
+
+def _windows(
+    dataset: str, tokenizer: PreTrainedTokenizerBase, seqlen: int, count: int
+) -> Iterable[np.ndarray[tuple[int, int], np.dtype[np.int32]]]:
+    """Windows text by text, as arrays of int32: a Python list of ids takes eight times as much."""
+    bos = leading_bos(tokenizer)
+    width = seqlen if bos is None else seqlen - 1
+    budget = _SPARE * BYTES_PER_TOKEN * count * seqlen
+    rest: list[int] = []
+    found = 0
+    for text in read_texts(dataset, budget=budget, pieces=max(1, count), tokenizer=None, text_column=None):
+        rest += encode(tokenizer, text)
+        whole = min(len(rest) // width, count - found)
+        if whole:
+            rows = np.array(rest[: whole * width], dtype=np.int32).reshape(whole, width)
+            yield rows if bos is None else np.insert(rows, 0, bos, axis=1)
+            rest, found = rest[whole * width :], found + whole
+        if found == count:
+            return
+    if not found:
+        raise BitternError(f"{dataset}: expected at least one window of {seqlen} tokens, found {len(rest)} tokens")

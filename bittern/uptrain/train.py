@@ -1,0 +1,257 @@
+"""Train a regrouped model back on the logits of the model that it was made of.
+
+One process, or several under torchrun: then torch's FSDP shards student, teacher and optimizer over them, and each
+takes its part of every batch. What a step sees depends on its number and the seed alone, so a run that was killed goes
+on from its last state to the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from bittern import model as live
+from bittern.errors import BitternError
+from bittern.evaluate import evaluate
+from bittern.uptrain.heads import attention_prefixes
+from bittern.uptrain.loss import distillation_loss
+from bittern.uptrain.regroup import cosine
+from bittern.uptrain.state import load_state, save_state
+from bittern.uptrain.text import Windows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DIVERGED = 2.0
+"""A run ends when its perplexity is this many times that before training."""
+
+_BETAS = (0.9, 0.95)
+_WARMUP = 0.1  # of the steps
+_LEAST_LR = 0.02  # of the largest
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a student is trained.
+
+    Attributes:
+        steps: of the optimizer.
+        lr: the largest learning rate, after the warm-up; a cosine takes it down from there.
+        batch_size: windows in a step, over all processes.
+        micro_batch: windows that one process computes at once; gradients accumulate over these.
+        kl_weight: share of the KL to the teacher in the loss; the rest is next-token loss.
+        trained: "blocks", "all" (embeddings, last norm and head too) or "attention".
+        eval_every: steps between evaluations; the state is written then.
+        clip: largest norm of the gradient.
+        weight_decay: of AdamW, on matrices.
+        logits: share of a window's positions whose logits are computed and learned from, others at every step; where
+            the vocabulary is large and the model small, the output head is most of the work.
+        recompute: activation checkpointing: each block is computed again for its gradient.
+    """
+
+    steps: int
+    lr: float
+    batch_size: int = 16
+    micro_batch: int = 4
+    kl_weight: float = 0.9
+    trained: str = "blocks"
+    eval_every: int = 50
+    clip: float = 1.0
+    weight_decay: float = 0.0
+    logits: float = 1.0
+    recompute: bool = False
+
+
+@dataclass
+class Run:
+    """A student in training.
+
+    Attributes:
+        student, teacher: whole, or sharded by :func:`shard`.
+        parameters: those of the student that are trained, by name.
+        windows: to train on.
+        first: the window that training begins with: those before it the conversion has seen already.
+        held_out: int64 (windows, seqlen), to evaluate on.
+        path: of the state.
+        story: what the state keeps besides tensors; ``step`` and ``curve`` are kept up here, the rest is the caller's.
+    """
+
+    student: PreTrainedModel
+    teacher: PreTrainedModel
+    parameters: dict[str, nn.Parameter]
+    windows: Windows
+    first: int
+    held_out: Tensor
+    path: Path
+    story: dict[str, Any]
+
+
+def world() -> tuple[int, int]:
+    """The number of this process, and of all of them."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def trained_parameters(student: PreTrainedModel, trained: str) -> dict[str, nn.Parameter]:
+    """The parameters that ``trained`` stands for, by name, made trainable; all others are frozen."""
+    prefix = live.blocks(student)[0]
+    inside = (
+        tuple(attention_prefixes(student)) if trained == "attention" else f"{prefix}." if trained == "blocks" else ""
+    )
+    parameters = {}
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(name.startswith(inside))
+        if parameter.requires_grad:
+            parameters[name] = parameter
+    return parameters
+
+
+def shard(model: PreTrainedModel) -> None:
+    """Shard a model's parameters over all processes, block by block."""
+    for block in live.blocks(model)[1]:
+        fully_shard(block)
+    fully_shard(model)
+
+
+def train(run: Run, options: Training, on_progress: Callable[[dict[str, Any]], None] | None = None) -> None:
+    """Train from the state's step to the last one; the student's parameters are what comes of it.
+
+    ``run.story["curve"]`` gets a point per evaluation: step, tokens, loss, kl and nll as means of the steps since the
+    last point, lr, and perplexity on the held-out windows.
+
+    Args:
+        run: see there; when ``story["step"]`` is not 0, the state is loaded first.
+        options: how.
+        on_progress: called with each point, with ``steps`` and ``seconds`` since this process began.
+
+    Raises:
+        BitternError: when the loss is not a number or perplexity grows to :data:`DIVERGED` times what it was.
+    """
+    story = run.story
+    optimizer = torch.optim.AdamW(_decayed(run.parameters, options.weight_decay), lr=options.lr, betas=_BETAS)
+    if run.path.exists():
+        load_state(run.path, run.parameters, optimizer, story["step"])
+    if options.recompute:
+        for block in live.blocks(run.student)[1]:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    began, first = time.monotonic(), int(story["step"])
+    sums = torch.zeros(3, dtype=torch.float64)
+    seqlen = run.windows.ids.shape[1]
+    for step in range(first, options.steps):
+        lr = learning_rate(step, options)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        sums += _step(run, options, step)
+        torch.nn.utils.clip_grad_norm_(run.parameters.values(), options.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        done = step + 1
+        if done % options.eval_every and done != options.steps:
+            continue
+        since = done - (story["curve"][-1]["step"] if story["curve"] else 0)
+        loss, kl, nll = (sums / since).tolist()
+        sums.zero_()
+        perplexity = held_out_perplexity(run)
+        _check(loss, perplexity, run, done, options)
+        point = {
+            "step": done,
+            "tokens": done * options.batch_size * seqlen,
+            "loss": loss,
+            "kl": kl,
+            "nll": nll,
+            "lr": lr,
+        }
+        point["perplexity"] = perplexity
+        story["curve"].append(point)
+        story["step"] = done
+        save_state(run.path, run.parameters, optimizer, story, write=world()[0] == 0)
+        if on_progress is not None:
+            seconds = time.monotonic() - began
+            left = seconds / (done - first) * (options.steps - done)
+            on_progress({**point, "steps": options.steps, "seconds": seconds, "left": left})
+
+
+def held_out_perplexity(run: Run) -> float:
+    """Of the student on the held-out windows."""
+    with _precision(run.student):
+        return evaluate(run.student, run.held_out, batch_size=1).perplexity
+
+
+def learning_rate(step: int, options: Training) -> float:
+    """Linear warm-up, then a cosine down to a fiftieth."""
+    warmup = max(1, round(_WARMUP * options.steps))
+    if step < warmup:
+        return options.lr * (step + 1) / warmup
+    return options.lr * max(_LEAST_LR, cosine((step - warmup) / max(1, options.steps - warmup)))
+
+
+def _step(run: Run, options: Training, step: int) -> Tensor:
+    """Gradients of one batch; loss, kl and nll over all processes, fp64 (3,)."""
+    rank, processes = world()
+    start = run.first + step * options.batch_size
+    windows = run.windows.take(start, start + options.batch_size)[rank::processes]
+    device = next(iter(run.parameters.values())).device
+    places = _places(windows.shape[1] - 1, options.logits, run.windows.seed + step).to(device)
+    sums = torch.zeros(3, dtype=torch.float64)
+    for ids in torch.split(windows, options.micro_batch):
+        ids = ids.to(device)
+        share = len(ids) / len(windows)
+        with _precision(run.student):
+            with torch.no_grad():
+                teacher = run.teacher(input_ids=ids, use_cache=False, logits_to_keep=places).logits
+            student = run.student(input_ids=ids, use_cache=False, logits_to_keep=places).logits
+            targets = ids[:, places + 1].flatten()
+            loss, kl, nll = distillation_loss(student.flatten(0, 1), teacher.flatten(0, 1), targets, options.kl_weight)
+        (share * loss).backward()  # type: ignore[no-untyped-call]
+        sums += share * torch.stack([loss.detach(), kl, nll]).double().cpu()
+    if processes > 1:
+        total = sums.to(device)
+        dist.all_reduce(total)
+        sums = total.cpu() / processes
+    return sums
+
+
+def _places(positions: int, share: float, seed: int) -> Tensor:
+    """The positions whose logits a step learns from."""
+    count = max(1, round(share * positions))
+    if count == positions:
+        return torch.arange(positions)
+    return torch.randperm(positions, generator=torch.Generator().manual_seed(seed))[:count].sort().values
+
+
+def _precision(model: nn.Module) -> AbstractContextManager[Any]:
+    """bfloat16 products where the device has them in hardware; weights and their updates stay fp32."""
+    device = next(model.parameters()).device.type
+    if device == "cuda" and torch.cuda.is_bf16_supported():
+        return torch.autocast("cuda", torch.bfloat16)
+    return nullcontext()
+
+
+def _decayed(parameters: dict[str, nn.Parameter], weight_decay: float) -> Iterator[dict[str, Any]]:
+    """Norms and biases are not drawn to zero."""
+    for matrices in (True, False):
+        members = [parameter for parameter in parameters.values() if (parameter.ndim > 1) is matrices]
+        if members:
+            yield {"params": members, "weight_decay": weight_decay if matrices else 0.0}
+
+
+def _check(loss: float, perplexity: float, run: Run, step: int, options: Training) -> None:
+    before = run.story["perplexity"]["converted"]
+    if math.isfinite(loss) and perplexity <= DIVERGED * before:
+        return
+    last = run.story["step"]
+    raise BitternError(
+        f"training diverged before step {step}: loss {loss:.4g}, perplexity {perplexity:.4g}, at first {before:.4g};"
+        f" a smaller --lr than {options.lr:g} may help (the state of step {last} is kept)"
+    )

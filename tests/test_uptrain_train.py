@@ -1,0 +1,239 @@
+"""Training: the loss against autograd, states, resuming after a kill, two processes, divergence."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast
+
+from bittern.errors import BitternError
+from bittern.uptrain import state
+from bittern.uptrain.loss import distillation_loss
+from bittern.uptrain.pipeline import uptrain
+from bittern.uptrain.text import Windows, read_windows, write_windows
+from bittern.uptrain.train import Training, learning_rate
+from tests import tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+OPTIONS: dict[str, Any] = {"kv_heads": 1, "seqlen": 16, "nsamples": 8, "init": "first", "batch_size": 4, "lr": 1e-3}
+"""From a conversion that leaves much to learn."""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    folder = tmp_path_factory.mktemp("uptrain") / "source"
+    model = tiny.random_model("llama", num_key_value_heads=4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "attn" in name:
+                parameter.normal_(0, 0.2)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def run(source: Path, output: Path, text: Path, **options: Any) -> dict[str, Any]:
+    manifest = uptrain(source, output, dataset=str(text), **{**OPTIONS, **options})
+    assert manifest is not None
+    return manifest
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_the_loss_and_its_gradient_are_those_of_autograd(weight: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(600, 40, generator=generator, requires_grad=True)
+    teacher = 3 * torch.randn(600, 40, generator=generator)
+    teacher[:, 7] = -math.inf  # a word that the teacher never says
+    targets = torch.randint(7, (600,), generator=generator)
+    log_q, log_p = student.log_softmax(1), teacher.log_softmax(1)
+    kl = (log_p.exp() * (log_p - log_q)).nan_to_num(0.0).sum(1).mean()
+    nll = torch.nn.functional.cross_entropy(student, targets)
+    expected = weight * kl + (1 - weight) * nll
+    (gradient,) = torch.autograd.grad(expected, student)
+    found, found_kl, found_nll = distillation_loss(student, teacher.clone(), targets, weight)
+    found.backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.stack([found_kl, found_nll]), torch.stack([kl, nll]).detach())
+    assert student.grad is not None
+    torch.testing.assert_close(student.grad, gradient, rtol=1e-4, atol=1e-8)
+
+
+def test_windows_come_in_a_new_order_each_time_around_and_from_any_place() -> None:
+    windows = Windows(np.arange(10, dtype=np.int32).reshape(5, 2), seed=3)
+    first, second = windows.take(0, 5), windows.take(5, 10)
+    assert sorted(first[:, 0].tolist()) == sorted(second[:, 0].tolist()) == [0, 2, 4, 6, 8]
+    assert first.tolist() != second.tolist()
+    assert torch.equal(windows.take(3, 8), torch.cat([first[3:], second[:3]]))
+    assert not torch.equal(Windows(windows.ids, seed=4).take(0, 5), first)
+
+
+def test_windows_of_a_short_text_are_its_tokens(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    text = tiny.write_text(tmp_path / "short.txt", words=60)
+    ids = tokenizer(text.read_text(), add_special_tokens=False)["input_ids"]
+    whole = len(ids) // 8
+    count = write_windows(tmp_path / "w.npy", str(text), tokenizer, seqlen=8, count=1000, vocab_size=256)
+    assert count == whole > 2
+    assert read_windows(tmp_path / "w.npy", 0).ids.tolist() == np.reshape(ids[: 8 * whole], (whole, 8)).tolist()
+
+
+def test_the_learning_rate_warms_up_and_falls() -> None:
+    options = Training(steps=100, lr=1.0)
+    rates = [learning_rate(step, options) for step in range(100)]
+    top = rates.index(max(rates))
+    assert 0 < top < 20 and rates[:top] == sorted(rates[:top]) and rates[top:] == sorted(rates[top:], reverse=True)
+    assert max(rates) == 1.0 and rates[-1] < 0.05
+
+
+def test_a_state_comes_back_and_a_foreign_file_is_refused(tmp_path: Path) -> None:
+    parameter = torch.nn.Parameter(torch.randn(3, 4))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1)
+    parameter.square().sum().backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    path = tmp_path / "state.safetensors"
+    state.save_state(path, {"w": parameter}, optimizer, {"step": 1, "word": "grüß"})
+    fresh = torch.nn.Parameter(torch.zeros(3, 4))
+    again = torch.optim.AdamW([fresh], lr=0.1)
+    state.load_state(path, {"w": fresh}, again, 1)
+    assert state.read_story(path) == {"step": 1, "word": "grüß"} and torch.equal(fresh, parameter)
+    for moment in state.MOMENTS:
+        assert torch.equal(again.state[fresh][moment], optimizer.state[parameter][moment])
+    path.write_bytes(b"no state")
+    with pytest.raises(BitternError, match="--no-resume"):
+        state.read_story(path)
+
+
+@pytest.fixture(scope="module")
+def whole(source: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A run that nobody disturbed."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    return output, run(source, output, text, tokens=4 * 16 * 30, eval_every=3)
+
+
+def test_training_brings_the_student_nearer(whole: tuple[Path, dict[str, Any]]) -> None:
+    curve = whole[1]["training"]["curve"]
+    assert [point["step"] for point in curve] == list(range(3, 31, 3))
+    assert curve[-1]["kl"] < curve[0]["kl"]
+    assert whole[1]["training"]["tokens"] == 1920
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes_and_curve(
+    source: Path, text: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    command = [sys.executable, "-m", "bittern", "uptrain", str(source), "-o", str(output), "--dataset", str(text)]
+    command += ["--kv-heads", "1", "--seqlen", "16", "--nsamples", "8", "--init", "first", "--batch-size", "4"]
+    command += ["--lr", "1e-3", "--tokens", "1920", "--eval-every", "3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    for rows in (1, 3):  # killed after these many rows of training, then killed again
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        seen = 0
+        for line in process.stderr:
+            seen += line.startswith("step ")
+            if seen == rows:
+                break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not output.exists()
+    story = state.read_story(tmp_path / ".out.training" / "state.safetensors")
+    assert 3 <= story["step"] < 30
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "step  3/30" not in done.stderr  # it went on, it did not start over
+    assert (output / "model.safetensors").read_bytes() == (whole[0] / "model.safetensors").read_bytes()
+    manifest = json.loads((output / "bittern_manifest.json").read_text())
+    assert manifest["training"] == json.loads(json.dumps(whole[1]["training"]))
+    assert not (tmp_path / ".out.training").exists()
+
+
+def test_other_options_are_not_gone_on_with(source: Path, text: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+
+    def stop(_: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(source, output, text, tokens=640, on_progress=stop)
+    with pytest.raises(BitternError, match=r"lr 0\.001.*asked for is 0\.002.*--no-resume"):
+        run(source, output, text, tokens=640, lr=2e-3)
+    manifest = run(source, output, text, tokens=640, lr=2e-3, resume=False)
+    assert manifest["training"]["steps"] == 10
+
+
+def test_a_run_that_diverges_ends_in_one_line_and_writes_nothing(source: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(BitternError, match=r"diverged before step .*smaller --lr"):
+        run(source, tmp_path / "out", text, tokens=64 * 40, lr=100.0, eval_every=4)
+    assert not (tmp_path / "out").exists()
+
+
+def test_gradients_accumulate_to_those_of_the_whole_batch(source: Path, text: Path, tmp_path: Path) -> None:
+    curves = []
+    for micro in (1, 4):
+        manifest = run(source, tmp_path / str(micro), text, tokens=640, micro_batch=micro)
+        curves.append([point["loss"] for point in manifest["training"]["curve"]])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+def test_activation_checkpointing_changes_nothing(source: Path, text: Path, tmp_path: Path) -> None:
+    for name, recompute in (("plain", False), ("recomputed", True)):
+        run(source, tmp_path / name, text, tokens=640, recompute=recompute)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "recomputed")]
+    assert files[0] == files[1]
+
+
+def test_a_share_of_the_positions_trains_too(source: Path, text: Path, tmp_path: Path) -> None:
+    curve = run(source, tmp_path / "out", text, tokens=64 * 30, logits=0.25, eval_every=5)["training"]["curve"]
+    assert curve[-1]["kl"] < curve[0]["kl"]
+
+
+@pytest.mark.parametrize("trained", ["attention", "all"])
+def test_what_is_not_trained_keeps_its_bytes(source: Path, text: Path, tmp_path: Path, trained: str) -> None:
+    run(source, tmp_path / "out", text, tokens=640, train_what=trained)
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    inside = {name for name in before if "self_attn" in name}
+    assert changed == (inside if trained == "attention" else set(before))
+
+
+def test_two_processes_train_as_one(source: Path, text: Path, tmp_path: Path) -> None:
+    """FSDP over two CPU processes: the same curve but for the order of sums."""
+    arguments = ["uptrain", str(source), "--dataset", str(text), "--kv-heads", "1", "--seqlen", "16", "--nsamples", "8"]
+    arguments += ["--init", "first", "--batch-size", "4", "--lr", "1e-3", "--tokens", "640"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bittern"]
+    curves = []
+    for name, launcher in (("one", [sys.executable, "-m", "bittern"]), ("two", torchrun)):
+        command = [*launcher, *arguments, "-o", str(tmp_path / name)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        manifest = json.loads((tmp_path / name / "bittern_manifest.json").read_text())
+        curves.append([[point[key] for key in ("loss", "perplexity")] for point in manifest["training"]["curve"]])
+    assert np.allclose(curves[0], curves[1], rtol=1e-4)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-3)  # Adam: at most lr a step and weight
+
+
+def test_a_second_run_of_the_same_output_is_refused(source: Path, text: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    caught: list[BitternError] = []
+
+    def again(_: dict[str, Any]) -> None:
+        with pytest.raises(BitternError, match="another bittern") as error:
+            run(source, output, text)
+        caught.append(error.value)
+
+    run(source, output, text, on_block=again)
+    assert caught
