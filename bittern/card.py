@@ -6,6 +6,7 @@ keeps its text, and what it states of licence, base, language and the like.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
@@ -13,7 +14,7 @@ from typing import Any
 
 from bittern.card_text import Facts, card_text, degraded_block
 from bittern.errors import BitternError, first_line
-from bittern.origin import HUB_ID, lineage, metadata
+from bittern.origin import HUB_ID, lineage, split_card
 
 EVALUATIONS = ".eval_results"
 """Folder of the results that the Hub collects for its benchmarks."""
@@ -24,12 +25,24 @@ _FILE_SUFFIXES = (".txt", ".json", ".jsonl", ".parquet", ".arrow", ".gz")
 
 
 def make_card(facts: Facts) -> str:
-    """A whole card."""
-    return _join(card_metadata(facts), card_text(facts))
+    """A whole card; its last line, which readers do not see, tells whether somebody has changed it since."""
+    card = _join(card_metadata(facts), card_text(facts))
+    return f"{card}\n{_seal(card)}\n"
+
+
+def is_ours(card: str) -> bool:
+    """Whether a card is as :func:`make_card` made it, and so can be made again."""
+    card, _, last = card.rstrip("\n").rpartition("\n")
+    return last == _seal(card)
+
+
+def _seal(card: str) -> str:
+    digest = hashlib.sha256(card.encode()).hexdigest()[:16]
+    return f"<!-- made by bittern, {digest}: a text that is changed is kept by the next push -->"
 
 
 def update_card(own: str, facts: Facts) -> str:
-    """A publisher's card: its text as it is, its metadata completed.
+    """A publisher's card: its text as it is, its metadata completed; metadata alone get our text.
 
     What is ours to say (relation to the base, licence, results, who quantized it) replaces what stood there; tags
     are added; all else that stood there stays.
@@ -37,14 +50,7 @@ def update_card(own: str, facts: Facts) -> str:
     Raises:
         BitternError: for metadata that huggingface_hub does not understand.
     """
-    from huggingface_hub import ModelCard
-
-    try:
-        text = own if re.match(r"\s*---[ \t]*\r?\n", own) else f"---\n{{}}\n---\n{own}"
-        card = ModelCard(text)
-        stated: dict[str, Any] = dict(card.data.to_dict())  # type: ignore[no-untyped-call]
-    except Exception as error:  # yaml and huggingface_hub raise whatever comes of metadata that are none
-        raise BitternError(f"card: its metadata are not what the Hub expects: {first_line(error)}") from error
+    stated, body = own_card(own)
     ours = card_metadata(facts)
     merged = {**ours, **stated} | {key: ours[key] for key in _OURS if key in ours}
     for key in ("license_name", "license_link"):
@@ -53,20 +59,20 @@ def update_card(own: str, facts: Facts) -> str:
     tags = stated.get("tags") or []
     tags = [tags] if isinstance(tags, str) else tags
     merged["tags"] = [*tags, *(tag for tag in ours["tags"] if tag not in tags)]
-    body = card.text
+    body = body if body.strip() else card_text(facts)
     if facts.degraded is not None and facts.degraded not in body:
         body = f"\n{degraded_block(facts.degraded)}\n{body}"
     return _join(merged, body)
 
 
-def metadata_of(own: str) -> dict[str, Any]:
-    """The metadata of a publisher's card.
+def own_card(own: str) -> tuple[dict[str, Any], str]:
+    """The metadata of a publisher's card and the text below them.
 
     Raises:
         BitternError: when they are no YAML object.
     """
     try:
-        return metadata(own)
+        return split_card(own)
     except ValueError as error:
         raise BitternError(f"card: {error}") from error
 

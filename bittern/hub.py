@@ -229,6 +229,25 @@ def model_card(repo_id: str, revision: str | None = None) -> dict[str, Any] | No
     return {**found, "gated": True} if info.gated else found
 
 
+def read_text(repo_id: str, name: str, revision: str | None = None) -> str | None:
+    """A text file of a repository as it is there now; None when it, its revision or the repository is not there.
+
+    Raises:
+        BitternError: when the Hub cannot be reached or refuses.
+    """
+    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    with told(repo_id):
+        api = _api()
+        try:
+            path = _again(lambda: api.hf_hub_download(repo_id, name, revision=revision))
+        except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+            if passing(error):  # nothing in the cache either, but the Hub was not asked
+                raise
+            return None
+        return Path(path).read_text(encoding="utf-8-sig")
+
+
 def _api() -> HfApi:
     from huggingface_hub import HfApi, constants
 

@@ -13,10 +13,11 @@ from contextlib import contextmanager
 
 from bittern.errors import BitternError
 
-_TOKENS = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|hf_oauth_[\w.-]{16,}|hf_jwt_[\w.-]{16,}|api_org_[A-Za-z0-9]{16,})")
+_TOKENS = re.compile(r"\b(hf_[A-Za-z0-9]{30,}|hf_oauth_[\w.-]{16,}|hf_jwt_[\w.-]{16,}|api_org_[A-Za-z0-9]{30,})")
 _QUERY = re.compile(r"(https?://[^\s?'\"<>]+)\?[^\s'\"<>)]+")
 _QUOTA = re.compile(r"quota|storage (limit|space)|limit reached|exceed\w* .{0,40}(storage|limit)", re.IGNORECASE)
 _HIDDEN = "[hidden]"
+_MIN_TOKEN = 8  # characters; hiding fewer would hide words
 _MAX_SAID = 200  # characters of a server's words
 
 
@@ -85,6 +86,8 @@ def _reason(error: BaseException, repo_id: str) -> str | None:
     said = _short(_hidden(_last_words(chain), _known_token()))
     if _QUOTA.search(text) or status in (402, 413, 507):
         return f"the Hub has no more room for it: {said}; free space or raise the quota, then push again"
+    if "OfflineModeIsEnabled" in names:
+        return "the Hub cannot be reached: HF_HUB_OFFLINE is set"
     if "GatedRepoError" in names:
         return f"gated, its owner must grant access: ask at https://huggingface.co/{repo_id}"
     if status == 401 and "RepositoryNotFoundError" not in names:
@@ -155,11 +158,12 @@ def secret(data: bytes) -> bool:
 
 
 def _known_token() -> str | None:
-    """The token to hide; the one that cannot be had is in nothing either."""
+    """The token to hide, if it is long enough to be one; what cannot be had is in nothing either."""
     try:
-        return token()
+        own = token()
     except Exception:
         return None
+    return own if own and len(own) >= _MIN_TOKEN else None
 
 
 def _hidden(text: str, own: str | None) -> str:

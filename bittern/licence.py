@@ -27,6 +27,7 @@ def settle(
     base: Mapping[str, Any] | None,
     base_id: str | None,
     files: Collection[str],
+    whose: str = "the base",
 ) -> tuple[dict[str, Any], list[str]]:
     """The licence fields of a card, and what must be said about them.
 
@@ -36,6 +37,7 @@ def settle(
         base: what the base's card says (see :func:`bittern.origin.stated_card`).
         base_id: the base on the Hub.
         files: names of the files that are published.
+        whose: what to call the base in a message.
 
     Raises:
         BitternError: when no licence is known, when the card contradicts the base, and for a licence of the
@@ -45,7 +47,6 @@ def settle(
     own = _fields(card)
     if stated is not None and not _IDENTIFIER.fullmatch(stated):
         raise BitternError(f"--license: expected an identifier of the Hub such as apache-2.0 or mit, found {stated!r}")
-    whose = base_id or "the base"
     notes: list[str] = []
     if stated is not None:
         alike = next((fields for fields in (own, inherited) if fields.get("license") == stated), {})
@@ -61,7 +62,7 @@ def settle(
     elif inherited:
         chosen = dict(inherited)
     else:
-        raise BitternError(_unknown(base, base_id, files))
+        raise BitternError(_unknown(base, whose, files))
     return _completed(chosen, base_id, files), notes
 
 
@@ -102,14 +103,14 @@ def _completed(chosen: dict[str, Any], base_id: str | None, files: Collection[st
     return {key: value for key, value in fields.items() if value is not None}
 
 
-def _unknown(base: Mapping[str, Any] | None, base_id: str | None, files: Collection[str]) -> str:
+def _unknown(base: Mapping[str, Any] | None, whose: str, files: Collection[str]) -> str:
     """What was looked at in vain."""
     if base is None:
-        seen = f"{base_id or 'what it was made of'} came without a model card"
+        seen = f"{whose} came without a model card"
     elif "unreadable" in base:
-        seen = f"the card of {base_id or 'what it was made of'} cannot be read: {base['unreadable']}"
+        seen = f"the card of {whose} cannot be read: {base['unreadable']}"
     else:
-        seen = f"the card of {base_id or 'what it was made of'} names none"
+        seen = f"the card of {whose} names none"
     texts = files_among(files)
     more = f" (read {texts[0]})" if texts else ""
     return f"license: expected the base's, found none: {seen}; {_STATE}{more}"

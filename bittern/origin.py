@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bittern.checkpoint import read_json
+from bittern.checkpoint import contained, read_json
 from bittern.errors import BitternError, first_line
 from bittern.report import MANIFEST_FILE
 
@@ -23,7 +23,7 @@ CARD_KEYS = (*LICENCE_KEYS, "language", "pipeline_tag")
 """What is inherited from the card of a base model, by the names that the Hub gives it."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
-_METADATA = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|\Z)", re.DOTALL)
+_METADATA = re.compile(r"\A\s*---[ \t]*\r?\n(?:(.*?)\r?\n)??---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/([0-9a-f]{40})/?\Z")  # a folder of the Hub's cache
 _MAX_BYTES = 2_000_000  # of a card
 _MAX_ITEMS, _MAX_CHARACTERS = 200, 500  # of a value that is kept
@@ -50,7 +50,10 @@ def stated_card(folder: Path) -> dict[str, Any] | None:
     Returns:
         Only what is stated. ``unreadable`` is the reason why a card was not understood. None without a card.
     """
-    own = read_card(folder / CARD_FILE)
+    try:
+        own = read_card(contained(folder, CARD_FILE))
+    except BitternError as error:  # a link out of the folder
+        own = {"unreadable": str(error)}
     if own is not None and "license" in own:
         return own
     path = folder / MANIFEST_FILE
@@ -67,30 +70,30 @@ def read_card(path: Path) -> dict[str, Any] | None:
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError(f"expected at most {_MAX_BYTES} bytes, found {path.stat().st_size}")
-        found = metadata(path.read_text(encoding="utf-8-sig"))
+        found, _ = split_card(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         return {"unreadable": first_line(error)[:_MAX_CHARACTERS]}
     return inherited_fields(found)
 
 
-def metadata(text: str) -> dict[str, Any]:
-    """The metadata block of a card; empty without one.
+def split_card(text: str) -> tuple[dict[str, Any], str]:
+    """The metadata block of a card, empty without one, and the text below it.
 
     Raises:
-        ValueError: when it is no YAML object.
+        ValueError: when the block is no YAML object.
     """
     import yaml
 
     match = _METADATA.match(text)
     if match is None:
-        return {}
+        return {}, text
     try:
-        found = yaml.safe_load(match[1])
+        found = yaml.safe_load(match[1] or "")
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"its metadata are no YAML: {first_line(error)}") from error
     if not isinstance(found, dict | None):
         raise ValueError(f"its metadata: expected a YAML object, found {type(found).__name__}")
-    return found or {}
+    return found or {}, text[match.end() :]
 
 
 def inherited_fields(found: dict[str, Any]) -> dict[str, Any]:

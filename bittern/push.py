@@ -12,12 +12,12 @@ from typing import Any
 
 from bittern import origin
 from bittern.artifact import Artifact
-from bittern.card import EVALUATIONS, evaluation_files, make_card, metadata_of, update_card
+from bittern.card import EVALUATIONS, evaluation_files, is_ours, make_card, own_card, update_card
 from bittern.card_text import Facts
 from bittern.checkpoint import contained, open_checkpoint, read_json
 from bittern.consumers import choose_format
 from bittern.errors import BitternError
-from bittern.hub import Published, Upload, model_card, publish
+from bittern.hub import Published, Upload, model_card, publish, read_text
 from bittern.hub_errors import secret
 from bittern.inspect import inspect
 from bittern.layout import layout_of
@@ -100,7 +100,8 @@ def push(
         revision: branch to push to; made when it is missing.
         message: of the commit.
         license: an identifier of the Hub, where the base's licence is not known or another one holds.
-        card: a model card whose text is kept; by default README.md of the artifact, else one is written.
+        card: a model card whose text is kept; by default README.md of the artifact, or what somebody wrote into the
+            card in the repository. Without any of them one is made.
         dry_run: make the card and say what would be sent, without the network.
         on_step: called with the files that were checked and their number.
 
@@ -112,10 +113,14 @@ def push(
     if not origin.HUB_ID.fullmatch(repo_id) or "--" in repo_id or ".." in repo_id:
         raise BitternError(f"REPO: expected org/name, found {repo_id!r}")
     contents = _contents(Path(artifact), on_step)
-    own = _own_card(contents.folder, card)
+    files = _uploads(contents)
+    own = _chosen_card(contents.folder, card)
+    if own is None and not dry_run:
+        held = read_text(repo_id, origin.CARD_FILE, revision)
+        own = None if held is None or is_ours(held) else held
     facts, notes = _facts(contents, repo_id, revision, license, own, ask=not dry_run)
     text = make_card(facts) if own is None else update_card(own, facts)
-    uploads = _uploads(contents, text)
+    uploads = [*files, *_texts({origin.CARD_FILE: text, **evaluation_files(contents.manifest)})]
     published = None
     if not dry_run:
         published = publish(
@@ -161,16 +166,16 @@ def _contents(folder: Path, on_step: Callable[[int, int], None] | None) -> _Cont
     beside = {
         path.relative_to(folder).as_posix() for pattern in _BESIDE for path in folder.glob(pattern) if path.is_file()
     }
-    names = sorted({*listed, *beside} - {origin.CARD_FILE})
+    names = sorted({*listed, *beside} - {origin.CARD_FILE, *evaluation_files(manifest)})
     inside = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     shown = {path.as_posix() for path in inside if not any(part.startswith(".") for part in path.parts)}
     left_out = sorted(shown - {*names, origin.CARD_FILE})
     return _Contents(folder, manifest, config, inspect(folder), gguf, names, left_out)
 
 
-def _own_card(folder: Path, card: str | os.PathLike[str] | None) -> str | None:
+def _chosen_card(folder: Path, card: str | os.PathLike[str] | None) -> str | None:
     """The text of the publisher's card, None when there is none."""
-    path = folder / origin.CARD_FILE if card is None else Path(card)
+    path = contained(folder, origin.CARD_FILE) if card is None else Path(card)
     if card is None and not path.is_file():
         return None
     try:
@@ -185,27 +190,24 @@ def _facts(
     contents: _Contents, repo_id: str, revision: str | None, stated: str | None, own: str | None, ask: bool
 ) -> tuple[Facts, list[str]]:
     """What the card is made of, and what must be said; ``ask``: the Hub, for a licence that is not on record."""
-    metadata = {} if own is None else metadata_of(own)
-    base_id, base_revision = origin.base_model(contents.manifest)
+    metadata = {} if own is None else own_card(own)[0]
+    recorded, base_revision = origin.base_model(contents.manifest)
     known = origin.base_card(contents.manifest)
     notes: list[str] = []
-    if base_id is not None and "license" not in (known or {}) and ask:
-        asked = model_card(base_id, base_revision)
+    if recorded is not None and "license" not in (known or {}) and ask:
+        asked = model_card(recorded, base_revision)
         if asked is not None:
-            known = {
-                **(known or {}),
-                **origin.inherited_fields(asked),
-                **({"gated": True} if asked.get("gated") else {}),
-            }
-    if base_id is None and isinstance(metadata.get("base_model"), str):
-        base_id = metadata["base_model"]
+            gated = {"gated": True} if asked.get("gated") else {}
+            known = {**(known or {}), **origin.inherited_fields(asked), **gated}
+    stated_base = metadata.get("base_model")
+    base_id = recorded or (stated_base if isinstance(stated_base, str) else None)
     licence: dict[str, Any] = {}
     try:
-        licence, notes = settle(stated, metadata, known, base_id, contents.names)
+        licence, notes = settle(stated, metadata, known, base_id, contents.names, recorded or "the base")
     except BitternError:
-        if ask or base_id is None or "license" in metadata or "license" in (known or {}):
+        if ask or recorded is None or "license" in metadata or "license" in (known or {}):
             raise
-        notes = [f"the licence is not on record; a push asks the Hub for that of {base_id}"]
+        notes = [f"the licence is not on record; a push asks the Hub for that of {recorded}"]
     if base_id is None:
         notes.append("which model on the Hub this was made of is not known: base_model in a card's metadata names it")
     facts = Facts(
@@ -224,18 +226,21 @@ def _facts(
     return facts, notes
 
 
-def _uploads(contents: _Contents, card: str) -> list[Upload]:
-    """Every file with what the Hub must hold, the card among them; none of them with a token inside."""
-    texts = {origin.CARD_FILE: card, **evaluation_files(contents.manifest)}
+def _uploads(contents: _Contents) -> list[Upload]:
+    """The files of the folder, each with what the Hub must hold; none of them with a token inside."""
     uploads = []
     for name in contents.names:
-        if name in texts:
-            continue
         path = contained(contents.folder, name)
         record = contents.manifest["files"].get(name) or file_record(path)
         uploads.append(Upload(name, path, record["bytes"], record["sha256"]))
         if not name.endswith(_WEIGHTS) and record["bytes"] <= _MAX_TEXT:
             _refuse_secrets(name, path.read_bytes())
+    return uploads
+
+
+def _texts(texts: Mapping[str, str]) -> list[Upload]:
+    """The same of what is made here."""
+    uploads = []
     for name, text in texts.items():
         data = text.encode()
         _refuse_secrets(name, data)

@@ -94,6 +94,7 @@ class Hub(ThreadingHTTPServer):
         self.log: list[str] = []
         self.multipart = False
         self.corrupt: Callable[[str, bytes], bytes] = lambda name, data: data
+        self.meanwhile: Callable[[str], None] = lambda request: None
 
     @property
     def endpoint(self) -> str:
@@ -167,6 +168,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         body = self.read_body()
         with self.server.lock:
+            self.server.meanwhile(f"{self.command} {path}")
             status, headers, data = self.answer(path, body)
         if failure is not None:
             self.break_down(failure)

@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard
 from transformers import PreTrainedTokenizerFast
 
 import bittern
+from bittern.cli import commands
 from tests import tiny
 from tests.hub_server import Hub, running
 
@@ -328,10 +329,15 @@ def test_an_unknown_token_and_a_foreign_namespace(hub: Hub, client: Client, arti
 
 
 def test_a_repository_that_changed_meanwhile(hub: Hub, client: Client, artifact: Path) -> None:
-    hub.create("me/tiny")
-    hub.corrupt = lambda name, data: data
-    hub.fail("POST", "/commit/", status=412, body=b"A commit has happened since. Please refresh and try again.")
+    repo = hub.create("me/tiny")
+
+    def meanwhile(request: str) -> None:
+        if "/commit/" in request:
+            repo.add("main", repo.at("main"), "somebody else's", {"notes.txt": b"mine"}, set())
+
+    hub.meanwhile = meanwhile
     assert "it has changed meanwhile (A commit has happened since." in client.refused(artifact, "me/tiny")
+    assert hub.files("me/tiny") == {"notes.txt": b"mine"}
 
 
 def test_somebody_else_s_model_is_not_overwritten(hub: Hub, client: Client, artifact: Path) -> None:
@@ -402,6 +408,32 @@ def test_a_card_of_one_s_own_keeps_its_text(hub: Hub, client: Client, artifact: 
     (artifact / "README.md").write_text("# In the folder\n")
     client.push(artifact, "me/tiny")
     assert ModelCard(hub.files("me/tiny")["README.md"].decode()).text == "# In the folder\n"
+
+
+def test_what_somebody_wrote_into_the_card_on_the_hub_is_kept(
+    hub: Hub, client: Client, artifact: Path, source: Path, tmp_path: Path
+) -> None:
+    client.push(artifact, "me/tiny")
+    repo, card = hub.repos["me/tiny"], hub.files("me/tiny")["README.md"]
+    bittern.quantize(source, tmp_path / "other", bits=8, group_size=32, method="rtn")
+    client.push(tmp_path / "other", "me/tiny")
+    made = hub.files("me/tiny")["README.md"]
+    assert b"quantized to 4 bits" in card and b"quantized to 8 bits" in made  # a text that is ours is made anew
+    edited = made.replace(b"# tiny\n", b"# tiny\n\nA tale of seven stones.\n")
+    head = repo.at("main")
+    assert head is not None and edited != made
+    repo.add("main", head, "edited on the Hub", head.files | {"README.md": edited}, head.large)
+    client.push(artifact, "me/tiny")
+    held = ModelCard(hub.files("me/tiny")["README.md"].decode())
+    assert held.text == ModelCard(edited.decode()).text
+    assert "4-bit" in held.data["tags"]  # its metadata are completed
+
+
+def test_a_repository_made_on_the_web_has_a_card_of_metadata_alone(hub: Hub, client: Client, artifact: Path) -> None:
+    hub.create("me/tiny", README__md=b"---\nlicense: apache-2.0\n---\n")
+    client.push(artifact, "me/tiny")
+    held = ModelCard(hub.files("me/tiny")["README.md"].decode())
+    assert "## What was done" in held.text and held.data["tags"] == ["bittern", "gptq", "rtn", "4-bit"]
 
 
 def with_source(artifact: Path, **source: Any) -> None:
@@ -508,10 +540,8 @@ for repo in ("me/refused", "me/tiny"):
 """
 
 
-@pytest.fixture
-def traces(hub: Hub, artifact: Path, tmp_path: Path) -> dict[str, str]:
-    """All that a refused and a successful push leave behind, with everything logged, by where it is."""
-    home = tmp_path / "home"
+def test_no_secret_reaches_a_terminal_a_log_or_a_file(hub: Hub, client: Client, artifact: Path, tmp_path: Path) -> None:
+    home, page = tmp_path / "home", tmp_path / "report.html"
     hub.fail("PUT", "/lfs/", times=1)  # is logged with its address
     body = b'{"error": "cannot take {authorization} here"}'
     headers = {"Content-Type": "application/json", "X-HF-Warning": f"topic; you sent {TOKEN}"}
@@ -519,40 +549,25 @@ def traces(hub: Hub, artifact: Path, tmp_path: Path) -> dict[str, str]:
     environment = client_environment(hub, home) | {"HF_TOKEN": TOKEN, "HF_DEBUG": "1", "HF_HUB_VERBOSITY": "debug"}
     command = [sys.executable, "-c", TWO_PUSHES, str(artifact)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    found = {"stdout": done.stdout, "stderr": done.stderr}
-    found |= {f"hub/{name}": data.decode("latin-1") for name, data in hub.files("me/tiny").items()}
-    for folder in (artifact, home):
-        found |= {str(path): path.read_bytes().decode("latin-1") for path in folder.rglob("*") if path.is_file()}
-    return found
-
-
-def test_no_secret_reaches_a_terminal_a_log_or_a_file(traces: dict[str, str]) -> None:
-    out, err = traces["stdout"], traces["stderr"]
-    assert "me/refused ended with 1" in out and "me/tiny ended with 0" in out
+    out, err = done.stdout, done.stderr
+    assert "me/refused ended with 1" in out and "me/tiny ended with 0" in out, err
     assert "/preupload/" in err and "Traceback" in err  # requests were logged, and the error with all that led to it
     assert "error: me/refused: the token may not do this (cannot take Bearer [hidden] here)" in err
     assert "you sent [hidden]" in err and "?[hidden]" in err
-    assert "hub/README.md" in traces and "hub/bittern_manifest.json" in traces
-    assert not [name for name, text in traces.items() if any(secret in text for secret in SECRETS)]
-
-
-def test_no_secret_reaches_the_report(traces: dict[str, str], artifact: Path, tmp_path: Path) -> None:
-    from bittern.cli import commands
-
-    if "report" not in commands.commands:
-        pytest.skip("there is no command that writes a report yet")
-    assert "hub/README.md" in traces
-    page = tmp_path / "report.html"
-    environment = {**os.environ, "HF_TOKEN": TOKEN}
-    command = [sys.executable, "-m", "bittern", "report", str(artifact), "-o", str(page)]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
-    text = page.read_text(encoding="utf-8")
-    assert not any(secret in text for secret in SECRETS)
+    found = {"stdout": out, "stderr": err}
+    found |= {f"hub/{name}": data.decode("latin-1") for name, data in hub.files("me/tiny").items()}
+    for folder in (artifact, home):
+        found |= {str(path): path.read_bytes().decode("latin-1") for path in folder.rglob("*") if path.is_file()}
+    if "report" in commands.commands:
+        assert client.run("report", artifact, "-o", page)[0] == 0
+        found["report"] = page.read_text(encoding="utf-8")
+    assert {"hub/README.md", "hub/bittern_manifest.json"} <= set(found)
+    assert not [name for name, text in found.items() if any(secret in text for secret in SECRETS)]
 
 
 def test_a_file_with_a_token_is_not_pushed(hub: Hub, client: Client, artifact: Path, tmp_path: Path) -> None:
     card = tmp_path / "card.md"
-    card.write_text(f"# Mine\n\nexport HF_TOKEN={OTHER}\n")
+    card.write_text(f"---\ntags: [x]\n---\n# Mine\n\nexport HF_TOKEN={OTHER}\n")
     message = client.refused(artifact, "me/tiny", "--card", card)
     assert message.startswith("README.md: holds an access token of the Hub: not pushed") and OTHER not in message
     (artifact / "NOTICE").write_text(f"log in with {TOKEN}")
