@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from bittern.origin import lineage
 from bittern.report import layer_records
 
 _METHODS = {"gptq": "GPTQ", "rtn": "round to nearest"}
+_LOCAL = re.compile(r"[/~]|\.\.?/")  # begins what is a path on the machine that made it
 _SHOWN = 5  # names or notes in a list
 
 
@@ -56,6 +59,7 @@ def card_text(facts: Facts) -> str:
         _section("What it kept", _kept(facts)),
         _section("Size and memory", _size(facts)),
         _section("How to load it", _loading(facts)),
+        _section("Made with", _commands_run(facts)),
         _section("Licence", _licence(facts)),
     ]
     return "\n" + "\n\n".join(section for section in sections if section) + "\n"
@@ -260,6 +264,17 @@ def _commands(repo_id: str, revision: str | None) -> dict[str, tuple[str, str]]:
     if revision is None:  # mlx-lm's command takes no revision
         found["mlx"] = ("sh", f'mlx_lm.generate --model {repo_id} --prompt "Once upon a time"')
     return found
+
+
+def _commands_run(facts: Facts) -> str:
+    """The commands that make it again, the first one first; of local paths the last names."""
+    commands = [run.get("command") for run in reversed(lineage(dict(facts.manifest)))]
+    lines = []
+    for command in commands:
+        if isinstance(command, list) and command:
+            local = [PurePosixPath(str(part)).name if _LOCAL.match(str(part)) else str(part) for part in command]
+            lines.append(shlex.join(local))
+    return "```sh\n" + "\n".join(" ".join(line.split()) for line in lines) + "\n```" if lines else ""
 
 
 def _licence(facts: Facts) -> str:

@@ -100,7 +100,7 @@ def quantize_options(function: Command) -> Command:
         ),
         click.option(
             "--layer",
-            "every layer.",
+            "layers",
             type=layer_bits,
             metavar="REGEX=bits:N",
             multiple=True,

@@ -39,9 +39,16 @@ def source_record(checkpoint: Checkpoint, **more: Any) -> dict[str, Any]:
     Returns:
         ``name`` as the user gave it, ``revision``, ``model_type``, ``card`` (see :func:`stated_card`), and ``more``.
     """
-    card = stated_card(checkpoint.folder) if checkpoint.gguf is None else None
+    card = checkpoint_card(checkpoint)
     model_type = checkpoint.config.get("model_type")
     return {"name": checkpoint.source, "revision": checkpoint.revision, "model_type": model_type, **more, "card": card}
+
+
+def checkpoint_card(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """What a checkpoint says of itself under :data:`CARD_KEYS`; None when it says nothing."""
+    if checkpoint.gguf is None:
+        return stated_card(checkpoint.folder)
+    return inherited_fields(checkpoint.gguf.card) or None  # what lies beside the file may be anybody's
 
 
 def stated_card(folder: Path) -> dict[str, Any] | None:

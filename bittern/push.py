@@ -149,7 +149,11 @@ def push(
 def _contents(folder: Path, on_step: Callable[[int, int], None] | None) -> _Contents:
     """Check an artifact against its manifest, and choose what of the folder is published."""
     if not folder.is_dir():
-        what = "a GGUF file has no manifest to check it against" if folder.is_file() else "there is none"
+        what = (
+            "a single file has no manifest to check it against (`hf upload` sends it as it is)"
+            if folder.is_file()
+            else "there is none"
+        )
         raise BitternError(f"{folder}: expected an artifact's folder: {what}")
     manifest = origin.read_manifest(folder)
     checked = check_files(folder, lambda _, done, total: on_step(done, total) if on_step else None)

@@ -304,6 +304,18 @@ def test_a_card_that_is_none_is_refused(artifact: Path, tmp_path: Path, data: by
     assert expected in str(refused.value)
 
 
+def test_the_commands_that_make_it_again_name_no_place_on_this_machine(artifact: Path) -> None:
+    first = {"kind": "convert", "source": {}, "command": ["bittern", "convert", "org/base", "-o", "OUT"]}
+    last = ["bittern", "quantize", "/home/me/fp32", "-o", "OUT", "--dataset", "~/texts/my wiki.txt", "--skip", "a|b"]
+    change(artifact, origin=first, command=last)
+    text = card_of(artifact)
+    made = text.split("## Made with\n\n```sh\n")[1].split("\n```")[0].splitlines()
+    assert made == [
+        "bittern convert org/base -o OUT",
+        "bittern quantize fp32 -o OUT --dataset 'my wiki.txt' --skip 'a|b'",
+    ]
+
+
 def test_a_manifest_from_elsewhere_breaks_no_table(artifact: Path) -> None:
     change(artifact, notes=["a | b\n\n# headline"], source={"name": "/home/somebody/secret place/model"})
     text = card_of(artifact)

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 import bittern
 from bittern import origin
+from bittern.checkpoint import open_checkpoint
 from bittern.errors import BitternError
 from bittern.hub import download
 from bittern.licence import settle
@@ -165,6 +166,21 @@ def test_the_record_goes_from_artifact_to_artifact(model: Path, tmp_path: Path) 
         manifest = json.loads((tmp_path / name / "bittern_manifest.json").read_text())
         assert manifest["source"]["card"] == expected
         assert licence(shown(tmp_path / name).card) == {"license": "mit"}
+
+
+def test_a_gguf_file_carries_the_licence_too(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    metadata = OTHER + "language: [en, no]\n"
+    bittern.quantize(base(model, tmp_path / "base", metadata), tmp_path / "packed", bits=4, group_size=32, method="rtn")
+    bittern.convert(tmp_path / "packed", tmp_path / "packed.gguf")
+    with open_checkpoint(tmp_path / "packed.gguf") as checkpoint:
+        expected = {**origin.read_card(tmp_path / "base" / "README.md")}  # type: ignore[dict-item]
+        assert origin.checkpoint_card(checkpoint) == expected
+    bittern.convert(tmp_path / "packed.gguf", tmp_path / "floats", format="safetensors")
+    assert licence(shown(tmp_path / "floats").card)["license_name"] == "tiny-research"
+    bittern.convert(base(model, tmp_path / "bare", None), tmp_path / "bare.gguf")
+    with open_checkpoint(tmp_path / "bare.gguf") as checkpoint:
+        assert origin.checkpoint_card(checkpoint) is None
 
 
 def test_the_base_is_what_everything_began_with(tmp_path: Path) -> None:
