@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from bittern.errors import BitternError
 
 _TOKENS = re.compile(r"\b(hf_[A-Za-z0-9]{30,}|hf_oauth_[\w.-]{16,}|hf_jwt_[\w.-]{16,}|api_org_[A-Za-z0-9]{30,})")
+_ADDRESS = re.compile(r"https?://\S+")
 _QUERY = re.compile(r"(https?://[^\s?'\"<>]+)\?[^\s'\"<>)]+")
 _QUOTA = re.compile(r"quota|storage (limit|space)|limit reached|exceed\w* .{0,40}(storage|limit)", re.IGNORECASE)
 _HIDDEN = "[hidden]"
@@ -80,11 +81,10 @@ def passing(error: BaseException) -> bool:
 def _reason(error: BaseException, repo_id: str) -> str | None:
     """What went wrong and what to do, None for what is no matter of the Hub."""
     chain = list(_chain(error))
-    text = " ".join(str(each) for each in chain)
     status = next((found for each in chain if (found := _status(each)) is not None), None)
     names = {type(each).__name__ for each in chain}
     said = _short(_hidden(_last_words(chain), _known_token()))
-    if _QUOTA.search(text) or status in (402, 413, 507):
+    if _QUOTA.search(_ADDRESS.sub("", said)) or status in (402, 413, 507):
         return f"the Hub has no more room for it: {said}; free space or raise the quota, then push again"
     if "OfflineModeIsEnabled" in names:
         return "the Hub cannot be reached: HF_HUB_OFFLINE is set"

@@ -216,7 +216,7 @@ def _facts(
         notes.append("which model on the Hub this was made of is not known: base_model in a card's metadata names it")
     facts = Facts(
         repo_id=repo_id,
-        revision=revision if revision != "main" else None,
+        revision=None if revision == "main" or (revision or "").startswith("refs/") else revision,
         manifest=contents.manifest,
         found=contents.found,
         files={name: contents.folder.joinpath(name).stat().st_size for name in contents.names},

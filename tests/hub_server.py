@@ -93,6 +93,7 @@ class Hub(ThreadingHTTPServer):
         self.failures: list[Failure] = []
         self.log: list[str] = []
         self.multipart = False
+        self.full: str | None = None
         self.corrupt: Callable[[str, bytes], bytes] = lambda name, data: data
         self.meanwhile: Callable[[str], None] = lambda request: None
 
@@ -324,6 +325,8 @@ class Handler(BaseHTTPRequestHandler):
         for each in asked["objects"]:
             oid = each["oid"]
             found: dict[str, Any] = {"oid": oid, "size": each["size"]}
+            if self.server.full is not None:
+                found["error"] = {"code": 507, "message": self.server.full}
             if oid not in self.server.store:
                 # as storage does it, the address is its own permission
                 url = f"{self.server.endpoint}/lfs/{oid}"

@@ -53,6 +53,12 @@ for line in lines:
 """
 
 
+CONSTANT = """
+from huggingface_hub import constants
+constants.{} = {}
+"""
+
+
 class Client:
     """A process with the real huggingface_hub, which runs bittern's commands; it waits a hundredth between attempts."""
 
@@ -214,6 +220,24 @@ def test_a_pull_request_leaves_the_branch_alone(hub: Hub, client: Client, artifa
     held = hub.files("you/tiny", "refs/pr/1")
     assert {name for name in held if name != "README.md"} == set(contents(artifact))
     assert out.startswith("you/tiny (proposed to): ") and f"{hub.endpoint}/you/tiny/discussions/1" in out
+    code, text, err = client.run("run", "you/tiny", "--revision", "refs/pr/1", "--prompt", "stone", token=OTHER)
+    assert code == 0 and text, err
+
+
+def test_a_proposal_is_taken_up_again_by_its_name(
+    hub: Hub, client: Client, artifact: Path, source: Path, tmp_path: Path
+) -> None:
+    hub.create("me/tiny")
+    client.push(artifact, "me/tiny", "--create-pr")
+    bittern.quantize(source, tmp_path / "other", bits=8, group_size=32, method="rtn")
+    out = client.push(tmp_path / "other", "me/tiny", "--revision", "refs/pr/1", "--json")
+    held = hub.files("me/tiny", "refs/pr/1")
+    assert b"refs/pr" not in held.pop("README.md") and held == contents(tmp_path / "other")
+    assert hub.files("me/tiny") == {} and hub.repos["me/tiny"].pull_requests == ["refs/pr/1"]
+    told = json.loads(out)
+    assert told["published"]["commit"] == hub.repos["me/tiny"].heads["refs/pr/1"]
+    assert set(told["files"]) == {*held, "README.md"} and told["licence"] == {"license": "apache-2.0"}
+    assert "no revision refs/pr/2" in client.refused(artifact, "me/tiny", "--revision", "refs/pr/2")
 
 
 def test_a_pull_request_needs_a_repository(hub: Hub, client: Client, artifact: Path) -> None:
@@ -316,6 +340,25 @@ def test_what_the_hub_refuses_is_one_line_that_says_what_to_do(
     message = client.refused(artifact, "me/tiny")
     assert message.startswith("me/tiny: ") and expected in message
     assert "me/tiny" not in hub.repos or hub.files("me/tiny") == {}
+
+
+def test_a_full_store_is_told_from_a_name_that_sounds_like_it(hub: Hub, client: Client, artifact: Path) -> None:
+    hub.full = "Private repository storage limit reached"
+    message = client.refused(artifact, "me/tiny")
+    assert "the Hub has no more room for it: " in message and "storage limit reached" in message
+    hub.full = None
+    hub.fail("POST", "/preupload/", status=404)
+    assert "the Hub does not find it" in client.refused(artifact, "me/quota-limit-reached")
+
+
+def test_a_hub_without_xet_says_so(hub: Hub, client: Client, artifact: Path) -> None:
+    client.job(None, code=CONSTANT.format("HF_HUB_DISABLE_XET", False))
+    try:
+        message = client.refused(artifact, "me/tiny")
+    finally:
+        client.job(None, code=CONSTANT.format("HF_HUB_DISABLE_XET", True))
+    assert message.startswith("me/tiny: the upload by xet fails (") and message.endswith("HF_HUB_DISABLE_XET=1")
+    assert hub.files("me/tiny") == {}
 
 
 def test_an_unknown_token_and_a_foreign_namespace(hub: Hub, client: Client, artifact: Path) -> None:
@@ -511,19 +554,13 @@ def test_the_cache_serves_without_a_network(hub: Hub, client: Client, artifact: 
     command = [sys.executable, "-m", "bittern", *wanted, "--revision", commit]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, expected[1]), done.stderr
-    client.job(None, code=OFFLINE.format(True))
+    client.job(None, code=CONSTANT.format("HF_HUB_OFFLINE", True))
     try:
         assert client.run(*wanted)[:2] == expected[:2]
         assert client.refused(artifact, "me/tiny") == "me/tiny: the Hub cannot be reached: HF_HUB_OFFLINE is set"
     finally:
-        client.job(None, code=OFFLINE.format(False))
+        client.job(None, code=CONSTANT.format("HF_HUB_OFFLINE", False))
     assert not hub.log
-
-
-OFFLINE = """
-from huggingface_hub import constants
-constants.HF_HUB_OFFLINE = {}
-"""
 
 
 SECRETS = (TOKEN, "5ecret51gnature")
