@@ -130,7 +130,7 @@ def _done(facts: Facts) -> str:
         if fallbacks:
             rows.append(("fallbacks", f"{fallbacks} of {len(records)} layers, see the manifest"))
     if quantization:
-        rows += [(f"{count} layers", grid) for grid, count in _layers(facts).most_common()]
+        rows += [(_layers_of(count), grid) for grid, count in _layers(facts).most_common()]
         rows.append(("format", quantization["format"]))
     else:
         rows.append(("format", f"safetensors, {', '.join(facts.found['dtypes'])}"))
@@ -139,7 +139,7 @@ def _done(facts: Facts) -> str:
         kept = quantize.get("kept") or {}
         if kept:
             reasons = Counter(str(why) for why in kept.values())
-            rows.append(("kept in 16 bits", f"{len(kept)} layers: {_few(reasons)}"))
+            rows.append(("kept in 16 bits", f"{_layers_of(len(kept))}: {_few(reasons)}"))
     notes = [str(note) for run in runs for note in run.get("notes") or ()]
     rows += [("note", note) for note in notes[:_SHOWN]]
     return _table(("what", "how"), rows)
@@ -212,13 +212,13 @@ def _size(facts: Facts) -> str:
     if bits:
         rows.append(("bits per weight", _figure(bits.get("all"))))
         rows.append(("without embeddings", _figure(bits.get("without_embeddings"))))
-    rows.append(("weights in memory", _bytes(found["bytes"]["total"])))
+    rows.append(("weights", _bytes(found["bytes"]["total"])))
     cache = found.get("kv_bytes_per_token")
     if cache and cache.get("fp16"):
         rows.append(("KV cache, fp16", f"{_bytes(1024 * cache['fp16'])} for 1024 tokens"))
     if found.get("context_length"):
         rows.append(("context", f"{found['context_length']:,} tokens"))
-    return _table(("", ""), rows)
+    return _table(("what", "how much"), rows)
 
 
 def _loading(facts: Facts) -> str:
@@ -323,6 +323,10 @@ def _figure(value: Any) -> str:
 
 def _share(value: Any) -> str:
     return f"{100 * value:.1f} %" if isinstance(value, int | float) and not isinstance(value, bool) else "-"
+
+
+def _layers_of(count: int) -> str:
+    return f"{count} layer{'' if count == 1 else 's'}"
 
 
 def _number(value: Any) -> str:

@@ -116,8 +116,9 @@ def push(
     files = _uploads(contents)
     own = _chosen_card(contents.folder, card)
     if own is None and not dry_run:
-        held = read_text(repo_id, origin.CARD_FILE, revision)
-        own = None if held is None or is_ours(held) else held
+        own = read_text(repo_id, origin.CARD_FILE, revision)
+    if own is not None and is_ours(own):  # nobody's words are lost when it is made anew
+        own = None
     facts, notes = _facts(contents, repo_id, revision, license, own, ask=not dry_run)
     text = make_card(facts) if own is None else update_card(own, facts)
     uploads = [*files, *_texts({origin.CARD_FILE: text, **evaluation_files(contents.manifest)})]
@@ -149,12 +150,10 @@ def push(
 def _contents(folder: Path, on_step: Callable[[int, int], None] | None) -> _Contents:
     """Check an artifact against its manifest, and choose what of the folder is published."""
     if not folder.is_dir():
-        what = (
-            "a single file has no manifest to check it against (`hf upload` sends it as it is)"
-            if folder.is_file()
-            else "there is none"
+        single = "a single file has no manifest to check it against (`hf upload` sends it as it is)"
+        raise BitternError(
+            f"{folder}: expected an artifact's folder: {single if folder.is_file() else 'there is none'}"
         )
-        raise BitternError(f"{folder}: expected an artifact's folder: {what}")
     manifest = origin.read_manifest(folder)
     checked = check_files(folder, lambda _, done, total: on_step(done, total) if on_step else None)
     if not checked.passed:
@@ -214,6 +213,9 @@ def _facts(
         notes = [f"the licence is not on record; a push asks the Hub for that of {recorded}"]
     if base_id is None:
         notes.append("which model on the Hub this was made of is not known: base_model in a card's metadata names it")
+    degraded = origin.degraded(contents.manifest, contents.config)
+    if degraded is not None:
+        notes.append(f"this artifact is degraded, as its card says: {degraded}")
     facts = Facts(
         repo_id=repo_id,
         revision=None if revision == "main" or (revision or "").startswith("refs/") else revision,
@@ -224,7 +226,7 @@ def _facts(
         base_revision=base_revision,
         base=known or {},
         licence=licence,
-        degraded=origin.degraded(contents.manifest, contents.config),
+        degraded=degraded,
         gguf=contents.gguf,
     )
     return facts, notes

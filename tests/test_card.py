@@ -142,12 +142,12 @@ def test_the_text_says_what_the_artifact_is(artifact: Path, text_file: Path) -> 
     change(artifact, source={"name": "org/base", "revision": COMMIT})
     text = card_of(artifact)
     for grid, count in found["quantization"]["layers"].items():
-        assert f"| {count} layers | {grid} |" in text
+        assert f"| {count} layers | {grid} |" in text and count > 1
     assert set(found["quantization"]["layers"]) == {"4 bits, group 32, sym", "8 bits, group 32, sym"}
     assert "| method | GPTQ |" in text
     assert f"| calibration | `{text_file.name}`, 128 tokens, windows of 32, seed 7 |" in text
     assert str(text_file.parent) not in text
-    assert "| kept in 16 bits | 1 layers: --skip layers.1.mlp.up_proj |" in text
+    assert "| kept in 16 bits | 1 layer: --skip layers.1.mlp.up_proj |" in text
     assert "[org/base](https://huggingface.co/org/base) (commit `0123456789ab`), quantized to 4 and 8 bits" in text
     assert f"| without embeddings | {found['bits_per_weight']['without_embeddings']:.4g} |" in text
     assert "| context | 64 tokens |" in text
@@ -238,7 +238,9 @@ def test_a_degraded_artifact_says_so_at_the_top(artifact: Path, tmp_path: Path) 
     assert "with its attention heads merged into groups and quantized to" in text
     own = tmp_path / "own.md"
     own.write_text("# Mine\n\nFine words.\n")
-    once = card_of(artifact, card=own)
+    summary = push(artifact, "me/tiny-4bit", dry_run=True, card=own)
+    assert f"this artifact is degraded, as its card says: {reason}" in summary.notes
+    once = summary.card
     assert reason in once.split("# Mine")[0] and once.endswith("# Mine\n\nFine words.\n")
     own.write_text(once)
     assert card_of(artifact, card=own).count(reason) == 1
@@ -274,6 +276,17 @@ def test_a_publisher_s_card_keeps_its_text_to_the_byte(artifact: Path, tmp_path:
     assert data["model-index"][0]["name"] == "tiny-4bit" and len(data["model-index"][0]["results"]) == 4
     own.write_text(card, encoding="utf-8")
     assert card_of(artifact, card=own) == card  # what was completed once is complete
+
+
+def test_a_card_of_ours_is_made_anew_and_an_edited_one_is_kept(artifact: Path, tmp_path: Path) -> None:
+    own = tmp_path / "card.md"
+    own.write_text(card_of(artifact), encoding="utf-8")
+    change(artifact, evaluations=EVALUATIONS)
+    assert "## What it kept\n\n| text" in card_of(artifact, card=own)
+    own.write_text(card_of(artifact).replace("# tiny-4bit\n", "# My tiny model\n"), encoding="utf-8")
+    change(artifact, evaluations=[])
+    kept = card_of(artifact, card=own)
+    assert "# My tiny model\n" in kept and "## What it kept\n\n| text" in kept
 
 
 @pytest.mark.parametrize("words", ["# No metadata", "---\n---\n# Empty", "\ufeff---\nlicense: apache-2.0\n---\n# BOM"])
