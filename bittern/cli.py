@@ -28,12 +28,11 @@ from bittern.options import (
     device_option,
     format_option,
     generation_options,
-    group_size,
     json_option,
-    layer_bits,
     load_options,
     output_options,
-    regex,
+    push_options,
+    quantize_options,
     target_option,
     uptrain_options,
 )
@@ -88,6 +87,7 @@ def _verbosity(context: click.Context, _: click.Parameter, verbose: bool) -> Non
     warnings.simplefilter("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -135,44 +135,7 @@ def convert(source: str, as_json: bool, **options: Any) -> None:
 @_command
 @click.argument("source")
 @output_options
-@click.option("--bits", type=click.Choice([8, 4, 3, 2]), default=4, show_default=True)
-@click.option(
-    "--group-size",
-    type=group_size,
-    metavar="N|-1|auto",
-    default=128,
-    show_default=True,
-    help="Input columns that share a scale; -1: the whole row; auto: the largest of 128, 64, 32 that fits every layer.",
-)
-@click.option(
-    "--sym/--asym", default=True, show_default=True, help="Zero in the middle of the grid, or where it is best."
-)
-@click.option("--method", type=click.Choice(["gptq", "rtn"]), default="gptq", show_default=True)
-@format_option(FORMATS[1:], "gptq, asymmetric gptq_v2")
-@target_option
-@click.option(
-    "--dataset",
-    metavar="D",
-    help="Calibration text: a Hub dataset, a .txt/.jsonl/.parquet/.arrow file, or self.  [default: allenai/c4:en]",
-)
-@click.option("--nsamples", type=click.IntRange(min=1), default=128, show_default=True, help="Calibration windows.")
-@click.option("--seqlen", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens in a window.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option(
-    "--damp-percent", type=float, default=0.01, show_default=True, help="Damping over the mean diagonal of H."
-)
-@click.option(
-    "--layer",
-    "layers",
-    type=layer_bits,
-    metavar="REGEX=bits:N",
-    multiple=True,
-    help="Other bits for layers whose name matches.",
-)
-@click.option("--skip", type=regex, metavar="REGEX", multiple=True, help="Leave layers whose name matches unquantized.")
-@click.option("--dtype", type=DTYPE, help="Dtype of what is not quantized.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Windows at a time.")
-@click.option("--chat-template", is_flag=True, help="Render the dataset's messages with the model's template.")
+@quantize_options
 @device_option
 def quantize(source: str, output: Path, **options: Any) -> None:
     """Quantize SOURCE with GPTQ, or by rounding to nearest."""
@@ -454,6 +417,28 @@ def verify(path: str, as_json: bool, **options: Any) -> int:
 
 _ANSWERS = {True: "ok", False: "FAILED", None: "skipped"}
 _OF_THE_MODEL: dict[str, Any] = {"revision": None, "lm_head_bits": None}  # options of eval that are not the base's
+
+
+@_command
+@click.argument("artifact")
+@click.argument("repo")
+@push_options
+@json_option
+def push(artifact: str, repo: str, as_json: bool, **options: Any) -> None:
+    """Publish ARTIFACT with its model card as REPO (org/name) on the Hub."""
+    from bittern.progress import publication, share_bar
+    from bittern.push import push as run_push
+
+    with share_bar("checking") as advance:
+        summary = run_push(artifact, repo, on_step=advance, **options)
+    for note in [*summary.notes, *(f"{name} is not pushed: no part of the artifact" for name in summary.left_out)]:
+        print(f"note: {note}", file=sys.stderr)
+    if as_json:
+        print(json.dumps(summary.to_dict()))
+        return
+    print(publication(summary), file=sys.stderr if options["dry_run"] else sys.stdout)
+    if options["dry_run"]:
+        print(summary.card, end="")
 
 
 @_command

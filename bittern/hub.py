@@ -1,22 +1,37 @@
-"""The only code that talks to the network: a repository of the Hub into the usual cache.
+"""The only code that talks to the network: a repository of the Hub into the usual cache, an artifact to the Hub.
 
 Tokens, cache, mirror and offline mode come from where huggingface_hub takes them (HF_TOKEN and the
-token that `hf auth login` stores, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE).
+token that `hf auth login` stores, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE). No token leaves this module: neither in
+an error, for servers repeat what they were sent, nor in what huggingface_hub logs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from bittern.errors import BitternError
+from bittern.hub_errors import guarded, one_line, passing, token, told
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+T = TypeVar("T")
 
 _ALWAYS = (
     "*.json",
+    "README.md",
     "*.jinja",
     "*.txt",
     "*.model",
     "*.tiktoken",
+    "tokenizer*",
+    "vocab*",
+    "merges*",
     "*.py",
     "LICEN[CS]E*",
     "NOTICE*",
@@ -34,6 +49,8 @@ _NEVER = (
     "*/*.py",
     "*/*.txt",
 )
+_WAITS = (1.0, 3.0)
+"""Seconds before each further attempt; huggingface_hub tries single requests for longer than that."""
 
 
 def download(repo_id: str, revision: str | None = None) -> tuple[Path, str | None]:
@@ -53,9 +70,10 @@ def download(repo_id: str, revision: str | None = None) -> tuple[Path, str | Non
         BitternError: for a repository that is missing, private or gated, a missing revision, no network
             and no complete copy, a full disk.
     """
-    folder = _snapshot(repo_id, revision, (*_ALWAYS, "*.safetensors"))
-    if not any(folder.glob("*.safetensors")):
-        folder = _snapshot(repo_id, folder.name, (*_ALWAYS, "pytorch_model*.bin"))
+    with guarded():
+        folder = _snapshot(repo_id, revision, (*_ALWAYS, "*.safetensors"))
+        if not any(folder.glob("*.safetensors")):
+            folder = _snapshot(repo_id, folder.name, (*_ALWAYS, "pytorch_model*.bin"))
     return folder, folder.name
 
 
@@ -87,21 +105,268 @@ def _snapshot(repo_id: str, revision: str | None, patterns: Sequence[str]) -> Pa
         reason = f"the Hub cannot be reached ({_cause(error)}) and the cache holds no complete copy{at}"
         raise BitternError(f"{repo_id}: {reason}") from error
     except HFValidationError as error:
-        raise BitternError(f"{repo_id}: no such folder here, and not a Hub id: {_line(error)}") from error
+        raise BitternError(f"{repo_id}: no such folder here, and not a Hub id: {one_line(error)}") from error
     except Exception as error:
         # The HTTP client of huggingface_hub has changed twice; its errors are told by their module.
         if not isinstance(error, (HfHubHTTPError, OSError, ValueError)) and "http" not in type(error).__module__:
             raise
-        raise BitternError(f"{repo_id}: downloading from the Hub failed: {_line(error)}") from error
+        raise BitternError(f"{repo_id}: downloading from the Hub failed: {one_line(error)}") from error
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A file to publish.
+
+    Attributes:
+        name: in the repository.
+        content: where it is, or the bytes themselves.
+        size, sha256: what the Hub must hold in the end.
+    """
+
+    name: str
+    content: Path | bytes
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Published:
+    """What :func:`publish` did.
+
+    Attributes:
+        url: of the commit, or of the pull request.
+        commit: its id.
+        pull_request: whether it waits to be merged.
+        private: of the repository.
+        sent, unchanged, deleted: names of files; unchanged ones were there already.
+    """
+
+    url: str
+    commit: str
+    pull_request: bool
+    private: bool
+    sent: tuple[str, ...]
+    unchanged: tuple[str, ...]
+    deleted: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A file of a repository: of one in LFS the hash of its content, of others git's."""
+
+    size: int
+    sha256: str | None
+    blob: str
+
+
+def publish(
+    repo_id: str,
+    files: Sequence[Upload],
+    stale: Callable[[Collection[str], Path | None], Collection[str]],
+    *,
+    manifest: str,
+    message: str,
+    private: bool = False,
+    create_pr: bool = False,
+    revision: str | None = None,
+) -> Published:
+    """Put files into a model repository in one commit, and read back that the Hub holds them.
+
+    The repository, and the branch, are made where they are missing. A lost connection and a server that fails are
+    tried again a few times; large files that arrived before are not sent twice, in this run or the next.
+
+    Args:
+        repo_id: "org/name".
+        files: everything that belongs to the artifact.
+        stale: told the names in the repository, and a copy of its ``manifest`` (None without one), gives those to
+            delete in the same commit, or raises to refuse.
+        manifest: name of a file that ``stale`` wants to see.
+        message: of the commit.
+        private: nobody else may see the repository; refused when it is public already.
+        create_pr: propose the commit as a pull request.
+        revision: branch; None is the default one.
+
+    Raises:
+        BitternError: no token or one without the right, a name that is taken, a full quota, a repository that
+            changed meanwhile, no connection, or files on the Hub that are not those sent.
+    """
+    with told(repo_id):
+        api = _api()
+        is_private = _again(lambda: _prepare(api, repo_id, private, create_pr, revision))
+        done = _again(lambda: _commit(api, repo_id, files, stale, manifest, message, create_pr, revision))
+        commit, url, sent, deleted = done
+        held = _again(lambda: _listing(api, repo_id, commit))
+    wrong = [file.name for file in files if not _same(file, held.get(file.name))]
+    wrong += [name for name in deleted if name in held]
+    if wrong:
+        raise BitternError(
+            f"{repo_id}: read back from the Hub, {len(wrong)} files are not what was sent ({', '.join(wrong[:3])});"
+            " push again"
+        )
+    unchanged = tuple(file.name for file in files if file.name not in sent)
+    proposed = create_pr and bool(sent or deleted)
+    return Published(url, commit, proposed, is_private, sent, unchanged, deleted)
+
+
+def model_card(repo_id: str, revision: str | None = None) -> dict[str, Any] | None:
+    """The metadata of a model's card as the Hub shows them, with ``gated`` when its owner grants access.
+
+    Returns:
+        None when the Hub does not tell them: no such model, or one that may not be seen.
+
+    Raises:
+        BitternError: when it cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    with told(repo_id):
+        try:
+            info = _again(lambda: HfApi().model_info(repo_id, revision=revision))
+        except (RepositoryNotFoundError, RevisionNotFoundError):
+            return None
+    found: dict[str, Any] = dict(vars(info.card_data)) if info.card_data is not None else {}
+    return {**found, "gated": True} if info.gated else found
+
+
+def read_text(repo_id: str, name: str, revision: str | None = None) -> str | None:
+    """A text file of a repository as it is there now; None when it, its revision or the repository is not there.
+
+    Raises:
+        BitternError: when the Hub cannot be reached or refuses.
+    """
+    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    with told(repo_id):
+        api = _api()
+        try:
+            path = _again(lambda: api.hf_hub_download(repo_id, name, revision=revision))
+        except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+            if passing(error):  # nothing in the cache either, but the Hub was not asked
+                raise
+            return None
+        return Path(path).read_text(encoding="utf-8-sig")
+
+
+def _api() -> HfApi:
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise BitternError("the Hub cannot be reached: HF_HUB_OFFLINE is set")
+    own = token()
+    if own is None:
+        raise BitternError("the Hub wants a token that may write: `hf auth login` stores one, HF_TOKEN gives one")
+    return HfApi(token=own)
+
+
+def _prepare(api: HfApi, repo_id: str, private: bool, create_pr: bool, revision: str | None) -> bool:
+    """Make the repository and its branch where they are missing; whether it is private."""
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        found = api.model_info(repo_id)
+    except RepositoryNotFoundError as error:
+        if create_pr:
+            raise BitternError("no such repository to propose a change to; without --create-pr it is made") from error
+        try:
+            api.create_repo(repo_id, private=private or None, repo_type="model")
+        except HfHubHTTPError as refused:
+            if refused.response.status_code == 409:
+                raise BitternError("the name is taken by a repository that this token may not see") from refused
+            raise
+        found = api.model_info(repo_id)
+    if private and not found.private:
+        raise BitternError("it exists and is public, --private would not hide it: make it private on the Hub first")
+    if revision is not None:
+        try:
+            api.model_info(repo_id, revision=revision)
+        except RevisionNotFoundError as error:
+            if create_pr or revision.startswith("refs/"):
+                raise BitternError(f"the repository has no revision {revision}") from error
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return bool(found.private)
+
+
+def _commit(
+    api: HfApi,
+    repo_id: str,
+    files: Sequence[Upload],
+    stale: Callable[[Collection[str], Path | None], Collection[str]],
+    manifest: str,
+    message: str,
+    create_pr: bool,
+    revision: str | None,
+) -> tuple[str, str, tuple[str, ...], tuple[str, ...]]:
+    """One commit of what differs: its id, its address, the names sent and deleted. Done again, it does nothing."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    head = str(api.model_info(repo_id, revision=revision).sha)
+    held = _listing(api, repo_id, head)
+    known = Path(api.hf_hub_download(repo_id, manifest, revision=head)) if manifest in held else None
+    deleted = tuple(sorted(stale(held.keys(), known)))
+    adds = [CommitOperationAdd(file.name, file.content) for file in files if not _same(file, held.get(file.name))]
+    if not adds and not deleted:
+        return head, f"{api.endpoint}/{repo_id}/tree/{revision or 'main'}", (), ()
+    api.preupload_lfs_files(repo_id, adds, revision=revision, create_pr=create_pr, free_memory=False)
+    try:
+        made = api.create_commit(
+            repo_id,
+            [*(CommitOperationDelete(name, is_folder=False) for name in deleted), *adds],
+            commit_message=message,
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=head,
+        )
+    except Exception as error:
+        if not create_pr or not passing(error):
+            raise
+        # Done again it would find the same branch as before, and propose the same a second time.
+        reason = "the connection was lost while the pull request was made: look at its pull requests, then push again"
+        raise BitternError(reason) from error
+    sent = tuple(add.path_in_repo for add in adds)
+    return made.oid, str(made.pr_url or made.commit_url), sent, deleted
+
+
+def _listing(api: HfApi, repo_id: str, revision: str) -> dict[str, _Stored]:
+    from huggingface_hub.hf_api import RepoFile
+
+    held = {}
+    for file in api.list_repo_tree(repo_id, recursive=True, revision=revision):
+        if isinstance(file, RepoFile):
+            lfs = file.lfs
+            size, sha256 = (file.size, None) if lfs is None else (lfs.size, lfs.sha256)
+            held[file.path] = _Stored(size, sha256, file.blob_id)
+    return held
+
+
+def _same(file: Upload, stored: _Stored | None) -> bool:
+    """Whether the Hub holds this content, by size and hash."""
+    if stored is None or stored.size != file.size:
+        return False
+    if stored.sha256 is not None:
+        return stored.sha256 == file.sha256
+    data = file.content if isinstance(file.content, bytes) else file.content.read_bytes()
+    blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+    return blob == stored.blob
+
+
+def _again(step: Callable[[], T]) -> T:
+    """A step, tried again after a lost connection or a failure of the server."""
+    for wait in _WAITS:
+        try:
+            return step()
+        except BitternError:
+            raise
+        except Exception as error:
+            if not passing(error):
+                raise
+        time.sleep(wait)
+    return step()
 
 
 def _cause(error: BaseException) -> str:
     """Why the network was not used: the innermost reason that says something."""
     cause = error.__cause__
     if cause is None:
-        return _line(error)
-    return "HF_HUB_OFFLINE is set" if type(cause).__name__ == "OfflineModeIsEnabled" else _line(cause)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        return one_line(error)
+    return "HF_HUB_OFFLINE is set" if type(cause).__name__ == "OfflineModeIsEnabled" else one_line(cause)

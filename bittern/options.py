@@ -95,6 +95,82 @@ def output_options(function: Command) -> Command:
     return function
 
 
+def quantize_options(function: Command) -> Command:
+    """How layers are quantized and on what; the values are arguments of bittern.quantize."""
+    for option in (
+        click.option("--chat-template", is_flag=True, help="Render the dataset's messages with the model's template."),
+        click.option(
+            "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Windows at a time."
+        ),
+        click.option("--dtype", type=DTYPE, help="Dtype of what is not quantized."),
+        click.option(
+            "--skip", type=regex, metavar="REGEX", multiple=True, help="Leave layers whose name matches unquantized."
+        ),
+        click.option(
+            "--layer",
+            "layers",
+            type=layer_bits,
+            metavar="REGEX=bits:N",
+            multiple=True,
+            help="Other bits for layers whose name matches.",
+        ),
+        click.option(
+            "--damp-percent", type=float, default=0.01, show_default=True, help="Damping over the mean diagonal of H."
+        ),
+        click.option("--seed", type=int, default=0, show_default=True),
+        click.option(
+            "--seqlen", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens in a window."
+        ),
+        click.option(
+            "--nsamples", type=click.IntRange(min=1), default=128, show_default=True, help="Calibration windows."
+        ),
+        click.option(
+            "--dataset",
+            metavar="D",
+            help="Calibration text: a Hub dataset, a .txt/.jsonl/.parquet/.arrow file, or self.  "
+            "[default: allenai/c4:en]",
+        ),
+        target_option,
+        format_option(FORMATS[1:], "gptq, asymmetric gptq_v2"),
+        click.option("--method", type=click.Choice(["gptq", "rtn"]), default="gptq", show_default=True),
+        click.option(
+            "--sym/--asym", default=True, show_default=True, help="Zero in the middle of the grid, or where it is best."
+        ),
+        click.option(
+            "--group-size",
+            type=group_size,
+            metavar="N|-1|auto",
+            default=128,
+            show_default=True,
+            help="Input columns that share a scale; -1: the whole row; auto: the largest of 128, 64, 32 that fits "
+            "every layer.",
+        ),
+        click.option("--bits", type=click.Choice([8, 4, 3, 2]), default=4, show_default=True),
+    ):
+        function = option(function)
+    return function
+
+
+def push_options(function: Command) -> Command:
+    """The options of push; their values are arguments of bittern.push.push."""
+    for option in (
+        click.option("--dry-run", is_flag=True, help="Print the card and what would be sent; needs no network."),
+        click.option(
+            "--card",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="A model card of your own; its text is kept.",
+        ),
+        click.option("--license", metavar="ID", help="The licence, such as apache-2.0, where the base's is not known."),
+        click.option("--message", help="Of the commit."),
+        click.option("--revision", help="Branch to push to; made when it is missing."),
+        click.option("--create-pr", is_flag=True, help="Propose the change as a pull request."),
+        click.option("--private", is_flag=True, help="Nobody else may see the repository."),
+    ):
+        function = option(function)
+    return function
+
+
 def load_options(function: Command) -> Command:
     """The options of the commands that load a model whole; their values are arguments of bittern.load."""
     for option in (

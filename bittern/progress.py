@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from bittern.convert.cast import ConvertSummary
     from bittern.convert.gguf import GgufSummary
     from bittern.convert.repack import RepackSummary
+    from bittern.push import PushSummary
 
 NAME_WIDTH = 40
 
@@ -183,6 +184,23 @@ def conversion(summary: ConvertSummary | RepackSummary | GgufSummary) -> str:
         lines += [f"clamped {cast.overflowed} values of {cast.name}" for cast in summary.tensors if cast.overflowed]
     elif summary.max_relative_error:
         lines.append(f"largest relative error of a float: {summary.max_relative_error:.2e}")
+    return "\n".join(lines)
+
+
+def publication(summary: PushSummary) -> str:
+    """What a push did, or with --dry-run would do, in a line or a few."""
+    done, total = summary.published, size(sum(summary.files.values()))
+    if done is None:
+        width = max(map(len, summary.files))
+        rows = [f"{name:<{width}}  {size(count):>8}" for name, count in summary.files.items()]
+        return "\n".join([*rows, f"{summary.repo_id}: would hold these {len(rows)} files, {total}; nothing was sent"])
+    what = f"{len(done.sent)} files sent, {len(done.unchanged)} there already, {len(done.deleted)} deleted"
+    where = "proposed to" if done.pull_request else "private" if done.private else "public"
+    lines = [
+        f"{summary.repo_id} ({where}): {what}, {summary.seconds:.1f} s",
+        f"{len(summary.files)} files, {total}: sizes and hashes on the Hub are those of {summary.artifact}",
+        f"{done.url}",
+    ]
     return "\n".join(lines)
 
 

@@ -6,7 +6,8 @@ in every file of the artifact and in all of the manifest but its ``measured`` ob
 ==================  ==================================================================================
 schema_version      2; the first had neither ``kind`` nor ``files``, and came from quantize alone
 kind                "quantize", "convert", "repack" or "uptrain"
-source              name, revision and architecture of what was read
+source              name, revision and architecture of what was read; ``card``, what its model card says of
+                    licence, language and task (see :func:`bittern.origin.stated_card`), null without one
 options             the options that the run was called with
 notes               warnings and fallbacks that a user must know of, one sentence each
 versions            of bittern, torch, transformers and Python
@@ -54,7 +55,7 @@ def base_manifest(
 
     Args:
         kind: "quantize", "convert", "repack" or "uptrain".
-        source: name, revision and architecture of what was read.
+        source: see :func:`bittern.origin.source_record`.
         options: the options that the run was called with.
         notes: warnings and fallbacks that a user must know of.
         seconds: wall time of the run.

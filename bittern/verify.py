@@ -118,7 +118,7 @@ def verify(
         checkpoint = _open(output, checks)
         folder = Path(output) if checkpoint is None else stack.enter_context(checkpoint).path
         with checks.guard("files"):
-            checks.append(_files(folder, step))
+            checks.append(check_files(folder, step))
         view = source = comparison = None
         if checkpoint is not None:
             with checks.guard("tensors"):
@@ -174,8 +174,12 @@ def _open(output: str | os.PathLike[str], checks: _Checks) -> Checkpoint | None:
     return None
 
 
-def _files(folder: Path, step: OnStep) -> Check:
-    """Sizes and hashes against the manifest."""
+def check_files(folder: Path, step: OnStep) -> Check:
+    """Sizes and hashes of an artifact's files against its manifest.
+
+    Raises:
+        BitternError: for a manifest that is broken or names files outside the folder.
+    """
     if not folder.is_dir():
         return Check("files", None, "a GGUF file has no manifest with hashes")
     if not (folder / MANIFEST_FILE).is_file():

@@ -23,6 +23,7 @@ from torch import Tensor
 from bittern.checkpoint import Checkpoint, CheckpointWriter, TensorInfo, open_checkpoint
 from bittern.errors import BitternError
 from bittern.model import Piece, unused_tensors
+from bittern.origin import source_record
 from bittern.report import base_manifest
 from bittern.writer import MAX_SHARD_SIZE, check_output
 
@@ -363,7 +364,7 @@ def _manifest(summary: ConvertSummary, checkpoint: Checkpoint, options: dict[str
     notes = [f"{summary.clamped} values in {len(clamped)} tensors were clamped to what {summary.dtype} holds"]
     return base_manifest(
         "convert",
-        {"name": summary.source, "revision": summary.revision, "model_type": checkpoint.config.get("model_type")},
+        source_record(checkpoint),
         options,
         notes=notes if clamped else [],
         seconds=summary.seconds,

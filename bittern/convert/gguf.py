@@ -30,6 +30,7 @@ from bittern.errors import BitternError
 from bittern.formats.gguf import BLOCK_BYTES, refuse
 from bittern.formats.gguf_file import GRIDS_KEY
 from bittern.formats.packing import check_name
+from bittern.origin import LICENCE_KEYS, checkpoint_card
 from bittern.report import MANIFEST_FILE
 from bittern.shards import write_elements
 from bittern.weight import QuantSpec
@@ -257,7 +258,7 @@ def _write_header(
 
 
 def _write_origin(writer: Any, artifact: Artifact) -> None:
-    """Names: of the model, of what it was made from where that is known, and of who quantized it."""
+    """Names: of the model, of what it was made from where that is known, its licence, and who quantized it."""
     checkpoint = artifact.checkpoint
     path = checkpoint.folder / MANIFEST_FILE
     source = {"name": checkpoint.source, "revision": checkpoint.revision}
@@ -275,6 +276,13 @@ def _write_origin(writer: Any, artifact: Artifact) -> None:
         writer.add_base_model_organization(0, organization)
         writer.add_base_model_version(0, str(revision))
         writer.add_base_model_repo_url(0, f"https://huggingface.co/{name}")
+    card = checkpoint_card(checkpoint) or {}
+    for name in LICENCE_KEYS:
+        if name in card:
+            found = card[name]
+            getattr(writer, f"add_{name}")(found if isinstance(found, str) else ", ".join(found))
+    if "language" in card:
+        writer.add_languages([card["language"]] if isinstance(card["language"], str) else card["language"])
     if artifact.scheme is not None and artifact.scheme.quantizer:
         writer.add_quantized_by(", ".join(artifact.scheme.quantizer))
     writer.add_string("bittern.version", bittern.__version__)

@@ -24,6 +24,7 @@ from bittern.formats import gptq, mlx
 from bittern.formats.packing import Packing
 from bittern.layout import layout_of
 from bittern.model import Matrix, Piece
+from bittern.origin import source_record
 from bittern.report import MANIFEST_FILE, repacked_manifest
 from bittern.weight import QuantSpec
 from bittern.writer import MAX_SHARD_SIZE, check_output
@@ -354,12 +355,7 @@ def _manifest(
     checkpoint = contents.artifact.checkpoint
     path = checkpoint.folder / MANIFEST_FILE
     origin = read_json(path) if checkpoint.gguf is None and path.is_file() else None
-    source = {
-        "name": checkpoint.source,
-        "revision": checkpoint.revision,
-        "model_type": checkpoint.config.get("model_type"),
-        "format": summary.found,
-    }
+    source = source_record(checkpoint, format=summary.found)
     return repacked_manifest(
         origin, source, options, repacked=records, notes=list(summary.notes), seconds=summary.seconds
     )

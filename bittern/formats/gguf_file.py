@@ -52,6 +52,7 @@ class GgufFile:
         path: the file.
         layers: the layers whose blocks are grids of bittern's own, which :meth:`read_packed` reads.
         nbytes: tensor -> the bytes that it takes in the file.
+        card: what its metadata say of licence and language, by the names that a model card has for it.
     """
 
     def __init__(
@@ -62,8 +63,10 @@ class GgufFile:
         processor: Processor,
         infos: Mapping[str, TensorInfo],
         packed: Mapping[str, _Stored],
+        card: Mapping[str, Any],
     ) -> None:
         self.path = path
+        self.card = dict(card)
         self._parts = parts
         self._names = names
         self._processor = processor
@@ -163,7 +166,17 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo], GgufFi
     state = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     infos = {name: TensorInfo(name, torch.float32, state[name]) for name in parts}
     packed = _packed_layers(parts, names, processor, model, _grids(path, reader))
-    return config, infos, GgufFile(path, parts, names, processor, infos, packed)
+    card = {name: found for name, key in _CARD.items() if (found := _field(reader, key)) is not None}
+    return config, infos, GgufFile(path, parts, names, processor, infos, packed, card)
+
+
+_CARD = {
+    "license": "general.license",
+    "license_name": "general.license.name",
+    "license_link": "general.license.link",
+    "language": "general.languages",
+}
+"""Key of a model card -> where GGUF keeps it."""
 
 
 def _field(reader: GGUFReader, key: str) -> Any:

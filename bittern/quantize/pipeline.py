@@ -25,6 +25,7 @@ from bittern.formats.gptq import V1, V2
 from bittern.formats.packing import Packing, check_name, is_gguf
 from bittern.layout import planned_layout
 from bittern.model import Piece
+from bittern.origin import source_record
 from bittern.quantize.calibration import CalibrationTokens, load_tokens
 from bittern.quantize.plan import Plan, make_plan
 from bittern.quantize.solve import Solver
@@ -140,7 +141,7 @@ def quantize(
                 pass
             records = _solve_and_write(solver, batches, writer, packing, on_progress)
             manifest = make_manifest(
-                source={"name": str(source), "revision": checkpoint.revision, "model_type": model.config.model_type},
+                source=source_record(checkpoint),
                 options=options,
                 calibration=_describe_tokens(tokens),
                 layers=records,

@@ -23,6 +23,7 @@ from bittern.convert.cast import DTYPES, cast_tensors, cast_values, copied_tenso
 from bittern.errors import BitternError
 from bittern.evaluate import check_fit, evaluate, text_windows
 from bittern.quantize.pipeline import DEFAULT_DATASET
+from bittern.origin import source_record
 from bittern.report import base_manifest, degraded_note
 from bittern.tokenizer import context_length
 from bittern.uptrain.heads import Counts, attention_prefixes, check_attention, find_attention
@@ -483,12 +484,10 @@ def _manifest(
     counts: Counts,
     kv_heads: int,
     given: dict[str, Any],
-    source: str,
     seconds: float,
 ) -> dict[str, Any]:
     from bittern.inspect import kv_elements
 
-    kind = checkpoint.config.get("model_type")
     curve = story["curve"]
     perplexity = {**story["perplexity"], "trained": curve[-1]["perplexity"] if curve else None}
     reason = degraded(perplexity, given["tokens"])
@@ -498,7 +497,7 @@ def _manifest(
     smaller = elements * kv_heads // counts.key_value
     manifest = base_manifest(
         "uptrain",
-        {"name": source, "revision": checkpoint.revision, "model_type": kind},
+        source_record(checkpoint),
         {**given, "text": None if given["text"] is None else str(given["text"])},
         notes=notes,
         seconds=seconds,
