@@ -28,7 +28,9 @@ from bittern.model import Piece
 from bittern.quantize.calibration import CalibrationTokens, load_tokens
 from bittern.quantize.plan import Plan, make_plan
 from bittern.quantize.solve import Solver
-from bittern.report import make_manifest
+from bittern.report import make_manifest, with_origin
+from bittern.schema import carried
+from bittern.size import planned_size, source_size, unchanged_cache
 from bittern.tokenizer import context_length
 from bittern.weight import QuantSpec
 from bittern.writer import MAX_SHARD_SIZE, CheckpointWriter, check_output
@@ -138,15 +140,19 @@ def quantize(
             for _ in cast_tensors(checkpoint, writer, kept):
                 pass
             records = _solve_and_write(solver, batches, writer, packing, on_progress)
+            origin, left_out = carried(checkpoint)
             manifest = make_manifest(
                 source={"name": str(source), "revision": checkpoint.revision, "model_type": model.config.model_type},
                 options=options,
                 calibration=_describe_tokens(tokens),
                 layers=records,
                 kept=plan.kept,
-                notes=[*(tokens.warnings if tokens else ()), *_notes(records, plan)],
+                notes=[*left_out, *(tokens.warnings if tokens else ()), *_notes(records, plan)],
                 seconds=time.monotonic() - started,
             )
+            output_size = planned_size(planned, [info for info, _ in kept], plan.shapes)
+            manifest["size"] = {"source": source_size(Artifact(checkpoint)), "output": output_size}
+            manifest = with_origin(manifest | unchanged_cache(checkpoint.config), origin)
             quantization = packing.config(QuantSpec(bits, plan.group_size, sym), _all_layers(model, sources, plan))
             _finish(writer, checkpoint, quantization, manifest, kept_dtype)
     if chosen == "gguf":

@@ -1,0 +1,164 @@
+"""What a manifest tells, in words: a sentence for every run, one for what was measured, and what is missing.
+
+All of it is computed from a manifest that keeps to the schema; nothing is looked up elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+
+from bittern.report import runs
+
+_DEGRADED = "degraded"
+
+
+def kind_of(run: Mapping[str, Any]) -> str:
+    """quantize, convert, repack or uptrain; the first schema had no key for it."""
+    return str(run.get("kind", "quantize"))
+
+
+def short_name(name: str) -> str:
+    """A Hub id as it is, of a path its last part."""
+    return name if name.count("/") == 1 and not name.startswith((".", "/", "~")) else PurePath(name).name or name
+
+
+def source_name(manifest: Mapping[str, Any]) -> str:
+    """What the first run of a manifest read, in short."""
+    return short_name(runs(dict(manifest))[0]["source"]["name"])
+
+
+def tell(manifest: Mapping[str, Any]) -> list[str]:
+    """Sentences: one for every run, the first one first, and one for every measurement of the artifact."""
+    told = [tell_run(run) for run in runs(dict(manifest))]
+    return told + [tell_evaluation(found) for found in manifest.get("evaluations", ())]
+
+
+def tell_run(run: Mapping[str, Any]) -> str:
+    """What one run did, in a sentence without its full stop."""
+    name, kind = short_name(run["source"]["name"]), kind_of(run)
+    architecture = run["source"].get("model_type")
+    subject = f"{name} ({architecture})" if architecture else name
+    if kind == "quantize":
+        return f"quantized {subject}: {_quantization(run)}{_seconds(run)}"
+    if kind == "convert":
+        return f"cast {subject} to {run['dtype']}: {_count(len(run['tensors']), 'tensor')}{_seconds(run)}"
+    if kind == "repack":
+        return f"repacked {subject}: {_repacking(run)}{_seconds(run)}"
+    return f"uptrained {subject}: {_uptraining(run)}{_seconds(run)}"
+
+
+def tell_evaluation(found: Mapping[str, Any]) -> str:
+    """What one measurement says, in a few words."""
+    base = "" if not found.get("base") else f" ({short_name(found['base'])}: \0)"  # the figure goes where \0 is
+    if found["what"] == "text":
+        said = [_against("perplexity", found.get("perplexity"), found.get("base_perplexity"), base, "{:.2f}")]
+        if found.get("kl") is not None:
+            said.append(f"KL {found['kl']:.3g}")
+        if found.get("top1_agreement") is not None:
+            said.append(f"top-1 agreement {found['top1_agreement']:.1%}")
+        return f"{found['name']}: {', '.join(said)}, {found['tokens']:,} tokens"
+    figure = "exact_match" if found.get("accuracy") is None else "accuracy"
+    said = [_against(figure.replace("_", " "), found.get(figure), found.get(f"base_{figure}"), base, "{:.1%}")]
+    return f"{found['name']}: {', '.join(said)}, {_count(found['questions'], 'question')}"
+
+
+def grids(layers: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
+    """The grids of layer records in words, and how many layers have each, the commonest first."""
+    found = Counter((layer["bits"], layer["group_size"], layer["sym"]) for layer in layers)
+    return [(_grid(*grid), count) for grid, count in sorted(found.items(), key=lambda item: (-item[1], item[0]))]
+
+
+def bits_in_words(run: Mapping[str, Any]) -> str:
+    """``3 bits``, or ``2 to 8 bits``, of the layers that a run quantized or moved."""
+    bits = sorted({layer["bits"] for layer in run.get("layers") or run.get("repacked") or ()})
+    if not bits:
+        return "no packed layers"
+    return f"{bits[0]} bits" if len(bits) == 1 else f"{bits[0]} to {bits[-1]} bits"
+
+
+def warnings(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(what it is about, sentence) of all that a user must know, of all runs."""
+    found: list[tuple[str, str]] = []
+    for run in runs(dict(manifest)):
+        kind = kind_of(run)
+        if run.get(_DEGRADED):
+            found.append((_DEGRADED, str(run[_DEGRADED])))
+        found += [(kind, note) for note in run["notes"]]
+        found += [
+            (str(layer["layer"]), str(layer["fallback"])) for layer in run.get("layers", ()) if layer.get("fallback")
+        ]
+        found += [(name, f"left as floats: {why}") for name, why in (run.get("kept") or {}).items()]
+        found += [(name, f"{_count(count, 'value')} clamped") for name, count in (run.get("clamped") or {}).items()]
+    return found
+
+
+def _quantization(run: Mapping[str, Any]) -> str:
+    layers = run["layers"]
+    methods = Counter(str(layer["method"]) for layer in layers)
+    names = {"gptq": "GPTQ", "rtn": "round to nearest"}
+    how = " and ".join(names.get(name, name) for name, _ in methods.most_common()) or "nothing quantized"
+    kinds = grids(layers)
+    if len(kinds) == 1:
+        what = f"{_count(len(layers), 'layer')} at {kinds[0][0]}"
+    else:
+        what = "; ".join(f"{_count(count, 'layer')} at {grid}" for grid, count in kinds[:3])
+        what += f" and {len(kinds) - 3} more grids" if len(kinds) > 3 else ""
+    kept = f", {_count(len(run['kept']), 'layer')} left as floats" if run["kept"] else ""
+    return f"{how}, {what}{kept}{_calibration(run)}"
+
+
+def _calibration(run: Mapping[str, Any]) -> str:
+    found = run.get("calibration")
+    if not found or "tokens_found" not in found:
+        return ""
+    return f", calibrated on {_count(found['tokens_found'], 'token')} of {short_name(str(found.get('source', '?')))}"
+
+
+def _repacking(run: Mapping[str, Any]) -> str:
+    moved, options = run["repacked"], run["options"]
+    error = max((layer.get("error") or 0 for layer in moved), default=0)
+    how = f"rounded by up to {error:.2g} steps of the grid" if error else "no code changed"
+    where = {"safetensors": "as floats"}.get(str(options.get("format")), f"in {options.get('format')}")
+    return f"{_count(len(moved), 'packed layer')} {where}, {how}"
+
+
+def _uptraining(run: Mapping[str, Any]) -> str:
+    heads, training = run["heads"], run["training"]
+    kv = f"{heads['source_kv_heads']} key and value heads became {heads['num_key_value_heads']}"
+    trained = "not trained" if not training else f"trained on {_count(training.get('tokens') or 0, 'token')}"
+    return f"{kv}{_calibration(run)}, {trained}"
+
+
+def _against(what: str, value: float | None, base: float | None, words: str, form: str) -> str:
+    if value is None:
+        return f"{what} not finite"
+    return f"{what} {form.format(value)}" + ("" if base is None else words.replace("\0", form.format(base)))
+
+
+def _grid(bits: int, group_size: int, sym: bool) -> str:
+    group = "one group a row" if group_size == -1 else f"groups of {group_size}"
+    return f"{bits} bits, {group}, {'symmetric' if sym else 'asymmetric'}"
+
+
+def _seconds(run: Mapping[str, Any]) -> str:
+    seconds = run["measured"].get("seconds")
+    return "" if seconds is None else f", {duration(seconds)}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 0.4 s, 12 s, 5 min 20 s, 3 h 5 min."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60:,} h {minutes % 60} min"
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
