@@ -406,6 +406,24 @@ def verify(path: str, as_json: bool, **options: Any) -> int:
     return DONE if found.passed else FAILED
 
 
+@_command
+@click.argument("artifact")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), default="report.html", show_default=True, help="File to write."
+)
+@click.option("--beside", metavar="ART", multiple=True, help="Also compare with this artifact. Repeatable.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing file.")
+@json_option
+def report(artifact: str, output: Path, beside: tuple[str, ...], overwrite: bool, as_json: bool) -> None:
+    """Write a page that tells what was done to ARTIFACT and what it kept, from its manifest alone."""
+    from bittern.page.page import write_page
+    from bittern.progress import size
+
+    charts = write_page(artifact, output, beside=beside, overwrite=overwrite)
+    found = {"output": str(output), "bytes": output.stat().st_size, "charts": charts}
+    print(json.dumps(found) if as_json else f"{output}: {len(charts)} charts, {size(output.stat().st_size)}")
+
+
 _ANSWERS = {True: "ok", False: "FAILED", None: "skipped"}
 
 

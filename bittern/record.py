@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from bittern.errors import BitternError
 from bittern.evaluate import EvalResult, check_fit, evaluate, text_windows
 from bittern.report import MANIFEST_FILE, file_record
-from bittern.schema import problem, read_manifest
+from bittern.schema import LARGEST_FLOAT, problem, read_manifest
 from bittern.tasks import TaskResult, evaluate_task
 from bittern.writer import explained, fsync
 
@@ -201,5 +200,5 @@ def _figures(result: TaskResult) -> list[str]:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity: None stands for it."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """JSON has no infinity: None stands for it, and for what a manifest does not take for a number."""
+    return None if isinstance(value, float) and not abs(value) < LARGEST_FLOAT else value

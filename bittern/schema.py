@@ -6,7 +6,6 @@ The schema is ``manifest.schema.json`` in this package, docs/manifest.md is the 
 from __future__ import annotations
 
 import json
-import math
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from bittern.checkpoint import Checkpoint
 
 _LARGEST = 2**63  # of a whole number that is believed
+LARGEST_FLOAT = 1e150  # of any other, so that it can be drawn
 _SHOWN = 80  # characters of a value in a message
 
 
@@ -80,13 +80,13 @@ def carried(checkpoint: Checkpoint) -> tuple[dict[str, Any] | None, list[str]]:
 
 @cache
 def _validator() -> Any:
-    """The schema's validator; a number is a finite one, for JSON as Python reads it also has NaN and Infinity."""
+    """The schema's validator; a number is a believable one, for JSON as Python reads it also has NaN and Infinity."""
     from jsonschema import Draft202012Validator, validators
 
     def is_number(_: Any, value: Any) -> bool:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return False
-        return abs(value) < _LARGEST if isinstance(value, int) else math.isfinite(value)
+        return abs(value) < _LARGEST if isinstance(value, int) else abs(value) < LARGEST_FLOAT
 
     def is_integer(_: Any, value: Any) -> bool:
         return isinstance(value, int) and is_number(_, value)

@@ -162,3 +162,82 @@ def duration(seconds: float) -> str:
 
 def _count(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def headline(manifest: Mapping[str, Any]) -> str:
+    """What became of a model, in a few words: ``stories15m at 3 bits``."""
+    name, kind = source_name(manifest), kind_of(manifest)
+    if kind == "quantize":
+        return f"{name} at {bits_in_words(manifest)}"
+    if kind == "convert":
+        return f"{name} in {manifest['dtype']}"
+    if kind == "uptrain":
+        return f"{name} with {_count(manifest['heads']['num_key_value_heads'], 'key and value head')}"
+    format = manifest["options"].get("format")
+    return f"{name} as floats again" if format == "safetensors" else f"{name} at {bits_in_words(manifest)} in {format}"
+
+
+def summary(manifest: Mapping[str, Any]) -> str:
+    """The whole story in two or three sentences."""
+    last = runs(dict(manifest))[-1]
+    told = tell_run(last)
+    sentences = [f"{told[0].upper()}{told[1:]}."]
+    before, after = sizes(manifest)
+    if before and after:
+        sentences.append(f"{size_in_words(before)} became {size_in_words(after)}, {_times(before, after)}.")
+    sentences += [f"{_quality(found)}." for found in manifest.get("evaluations", ())[:1]]
+    found = manifest.get("perplexity")
+    if found and not manifest.get("evaluations"):
+        now = found.get("converted") if found.get("trained") is None else found["trained"]
+        sentences.append(f"{_went('Perplexity', found.get('text', 'text'), found.get('source'), now, '{:.2f}')}.")
+    return " ".join(sentences)
+
+
+def sizes(manifest: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """Bytes of the tensors before the first run that says so, and after the last one."""
+    known = [run["size"] for run in runs(dict(manifest)) if run.get("size")]
+    if not known or "size" not in manifest:
+        return None, None
+    return known[0]["source"]["bytes"]["total"], known[-1]["output"]["bytes"]["total"]
+
+
+def size_in_words(count: float) -> str:
+    """Bytes in decimal units with three figures: 812 bytes, 21.2 MB, 1.37 GB."""
+    if count < 1000:
+        return f"{count:.0f} bytes"
+    units = ("kB", "MB", "GB", "TB")
+    power = 1
+    while power < len(units) and count / 1000**power >= 999.5:
+        power += 1
+    value = count / 1000**power
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} {units[power - 1]}"
+
+
+def change_in_words(before: float, after: float) -> str:
+    """A relative change: ``+26.3 %``."""
+    return f"{100 * (after / before - 1):+.1f} %" if before else "from nothing"
+
+
+def _times(before: int, after: int) -> str:
+    if not after or not before or before == after:
+        return "no less" if before == after else "nothing to compare"
+    return f"{before / after:.2f} times smaller" if before > after else f"{after / before:.2f} times larger"
+
+
+def _quality(found: Mapping[str, Any]) -> str:
+    if found["what"] == "text":
+        name, value, base, form = "Perplexity", found.get("perplexity"), found.get("base_perplexity"), "{:.2f}"
+    elif found.get("accuracy") is None:
+        name, value, base, form = "Exact match", found.get("exact_match"), found.get("base_exact_match"), "{:.1%}"
+    else:
+        name, value, base, form = "Accuracy", found.get("accuracy"), found.get("base_accuracy"), "{:.1%}"
+    return _went(name, found["name"], base, value, form)
+
+
+def _went(what: str, where: str, base: float | None, value: float | None, form: str) -> str:
+    if value is None:
+        return f"{what} on {where} is not finite"
+    if base is None:
+        return f"{what} on {where} is {form.format(value)}"
+    before, after = form.format(base), form.format(value)
+    return f"{what} on {where} went from {before} to {after} ({change_in_words(base, value)})"

@@ -69,6 +69,7 @@ ALLOWED = {
     "inspect": {"errors", "checkpoint", "artifact", "layout", "consumers", "report", "schema", "size", "story"},
     "compare": {"errors", "weight", "checkpoint", "artifact", "model", "runtime"},
     "verify": {"errors", "weight", "checkpoint", "compare", "model", "report", "runtime", "schema", "tokenizer"},
+    "page": {"errors", "report", "schema", "story", "writer"},
     "record": {"errors", "evaluate", "report", "schema", "tasks", "writer"},
     "options": set[str](),
     "progress": {"report", "convert"},

@@ -83,7 +83,7 @@ def unknown(value: Any, rule: dict[str, Any], where: str) -> Iterator[str]:
                 yield from unknown(item, rule["properties"][key], f"{where}/{key}")
             elif isinstance(rest, dict):
                 yield from unknown(item, rest, f"{where}/{key}")
-            elif "properties" in rule:
+            elif "properties" in rule and rest is not True:
                 yield f"{where}/{key}"
 
 
@@ -99,7 +99,7 @@ def rows(rule: dict[str, Any], prefix: str = "") -> Iterator[str]:
             kind = " or ".join(kinds)
         yield f"| `{name}` | {kind} | {note} |"
         yield from rows(inner, f"{name}.")
-        if "additionalProperties" in inner and "properties" in inner["additionalProperties"]:
+        if isinstance(inner.get("additionalProperties"), dict):
             yield from rows(inner["additionalProperties"], f"{name}.*.")
 
 
