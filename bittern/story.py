@@ -6,13 +6,13 @@ All of it is computed from a manifest that keeps to the schema; nothing is looke
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
 from bittern.report import runs
 
-_DEGRADED = "degraded"
+Words = Callable[[float], str]
 
 
 def kind_of(run: Mapping[str, Any]) -> str:
@@ -54,14 +54,14 @@ def tell_evaluation(found: Mapping[str, Any]) -> str:
     """What one measurement says, in a few words."""
     base = "" if not found.get("base") else f" ({short_name(found['base'])}: \0)"  # the figure goes where \0 is
     if found["what"] == "text":
-        said = [_against("perplexity", found.get("perplexity"), found.get("base_perplexity"), base, "{:.2f}")]
+        said = [_against("perplexity", found.get("perplexity"), found.get("base_perplexity"), base, two_decimals)]
         if found.get("kl") is not None:
             said.append(f"KL {found['kl']:.3g}")
         if found.get("top1_agreement") is not None:
-            said.append(f"top-1 agreement {found['top1_agreement']:.1%}")
+            said.append(f"top-1 agreement {percent(found['top1_agreement'])}")
         return f"{found['name']}: {', '.join(said)}, {found['tokens']:,} tokens"
     figure = "exact_match" if found.get("accuracy") is None else "accuracy"
-    said = [_against(figure.replace("_", " "), found.get(figure), found.get(f"base_{figure}"), base, "{:.1%}")]
+    said = [_against(figure.replace("_", " "), found.get(figure), found.get(f"base_{figure}"), base, percent)]
     return f"{found['name']}: {', '.join(said)}, {_count(found['questions'], 'question')}"
 
 
@@ -84,8 +84,8 @@ def warnings(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     for run in runs(dict(manifest)):
         kind = kind_of(run)
-        if run.get(_DEGRADED):
-            found.append((_DEGRADED, str(run[_DEGRADED])))
+        if run.get("degraded"):
+            found.append(("degraded", str(run["degraded"])))
         found += [(kind, note) for note in run["notes"]]
         found += [
             (str(layer["layer"]), str(layer["fallback"])) for layer in run.get("layers", ()) if layer.get("fallback")
@@ -132,10 +132,10 @@ def _uptraining(run: Mapping[str, Any]) -> str:
     return f"{kv}{_calibration(run)}, {trained}"
 
 
-def _against(what: str, value: float | None, base: float | None, words: str, form: str) -> str:
+def _against(what: str, value: float | None, base: float | None, words: str, form: Words) -> str:
     if value is None:
         return f"{what} not finite"
-    return f"{what} {form.format(value)}" + ("" if base is None else words.replace("\0", form.format(base)))
+    return f"{what} {form(value)}" + ("" if base is None else words.replace("\0", form(base)))
 
 
 def _grid(bits: int, group_size: int, sym: bool) -> str:
@@ -189,7 +189,7 @@ def summary(manifest: Mapping[str, Any]) -> str:
     found = manifest.get("perplexity")
     if found and not manifest.get("evaluations"):
         now = found.get("converted") if found.get("trained") is None else found["trained"]
-        sentences.append(f"{_went('Perplexity', found.get('text', 'text'), found.get('source'), now, '{:.2f}')}.")
+        sentences.append(f"{_went('Perplexity', found.get('text', 'text'), found.get('source'), now, two_decimals)}.")
     return " ".join(sentences)
 
 
@@ -213,6 +213,16 @@ def size_in_words(count: float) -> str:
     return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} {units[power - 1]}"
 
 
+def two_decimals(value: float) -> str:
+    """A perplexity: ``8.07``."""
+    return f"{value:.2f}"
+
+
+def percent(value: float) -> str:
+    """A share: ``75.9 %``."""
+    return f"{100 * value:.1f} %"
+
+
 def change_in_words(before: float, after: float) -> str:
     """A relative change: ``+26.3 %``."""
     return f"{100 * (after / before - 1):+.1f} %" if before else "from nothing"
@@ -226,18 +236,18 @@ def _times(before: int, after: int) -> str:
 
 def _quality(found: Mapping[str, Any]) -> str:
     if found["what"] == "text":
-        name, value, base, form = "Perplexity", found.get("perplexity"), found.get("base_perplexity"), "{:.2f}"
+        name, value, base, form = "Perplexity", found.get("perplexity"), found.get("base_perplexity"), two_decimals
     elif found.get("accuracy") is None:
-        name, value, base, form = "Exact match", found.get("exact_match"), found.get("base_exact_match"), "{:.1%}"
+        name, value, base, form = "Exact match", found.get("exact_match"), found.get("base_exact_match"), percent
     else:
-        name, value, base, form = "Accuracy", found.get("accuracy"), found.get("base_accuracy"), "{:.1%}"
+        name, value, base, form = "Accuracy", found.get("accuracy"), found.get("base_accuracy"), percent
     return _went(name, found["name"], base, value, form)
 
 
-def _went(what: str, where: str, base: float | None, value: float | None, form: str) -> str:
+def _went(what: str, where: str, base: float | None, value: float | None, form: Words) -> str:
     if value is None:
         return f"{what} on {where} is not finite"
     if base is None:
-        return f"{what} on {where} is {form.format(value)}"
-    before, after = form.format(base), form.format(value)
+        return f"{what} on {where} is {form(value)}"
+    before, after = form(base), form(value)
     return f"{what} on {where} went from {before} to {after} ({change_in_words(base, value)})"

@@ -11,19 +11,20 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from bittern.errors import printable
 from bittern.page.svg import COLOURS, STEPS, draw
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH = 360
+WIDTH = 330
 MOST_ROWS, MOST_COLUMNS = 400, 40
 """Of a heat map; what is larger is nothing to look at."""
 
 _SERIES = (("one", (None, None), "o"), ("two", (5, 2), "s"), ("three", (2, 2), "^"), ("four", (6, 2, 1, 2), "D"))
 _BAR = 17  # height of a bar
-_TEXT_WIDTH = 36  # of a cell that holds a number
+_TEXT_WIDTH = 29  # of a cell that holds a number
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def bars(
             axes.barh(heights, [value for value, _ in values], 0.36 if count > 1 else 0.6, color=colour, label=label)
             for height, (value, words) in zip(heights, values, strict=True):
                 axes.text(value + largest * 0.015, height, words, va="center", fontsize=10.5)
-        axes.set_yticks(range(len(labels)), labels)
+        axes.set_yticks(range(len(labels)), [_cut(label) for label in labels])
         axes.set_ylim(len(labels) - 0.5, -0.5)
         axes.set_xlim(0, largest * 1.28)
         axes.set_xticks([])
@@ -100,7 +101,7 @@ def lines(
         axes.locator_params(nbins=5)
         _plain_ticks(axes)
         if all(y >= 0 for each in series for _, y in each.points):
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.08 * max(y for each in series for _, y in each.points) or 1)
         figure.legend(loc="outside upper left", ncols=min(len(series), 2), handlelength=2.4, borderpad=0)
 
     return draw(name, title, summary, (WIDTH, 250 + 16 * ((len(series) + 1) // 2)), paint)
@@ -142,12 +143,13 @@ def against_bits(
                 side = "center" if len(bits) < 2 else "left" if x < middle else "right"
                 shift = {"center": 0, "left": -5, "right": 5}[side]
                 axes.annotate(
-                    said, (x, y), (shift, 9), textcoords="offset points", ha=side, fontsize=10.5, linespacing=1.15
-                )
+                    said, (x, y), (shift, 9), textcoords="offset points", ha=side, fontsize=10.5, linespacing=1.15,
+                    bbox={"facecolor": COLOURS["card"], "edgecolor": "none", "pad": 1},
+                )  # fmt: skip
         if level is not None:
             axes.axhline(level[1], color=COLOURS["muted"], linewidth=1.2, dashes=(2, 2))
             axes.annotate(
-                f"{level[0]}: {words(level[1])}", (0.99, level[1]), (0, 4), xycoords=("axes fraction", "data"),
+                f"{_cut(level[0])}: {words(level[1])}", (0.99, level[1]), (0, 4), xycoords=("axes fraction", "data"),
                 textcoords="offset points", ha="right", fontsize=10.5,
             )  # fmt: skip
         axes.set_xscale("log", base=2)
@@ -190,9 +192,11 @@ def cells(
     """
     if not 0 < len(rows) <= MOST_ROWS or not 0 < len(columns) <= MOST_COLUMNS:
         return None
+    rows, columns = [printable(row) for row in rows], [printable(column) for column in columns]
     height = 22 if len(rows) <= 40 else 12
     with_words = height == 22 and (WIDTH - 60) / len(columns) >= _TEXT_WIDTH
     label_every = 1 if height == 22 else 5
+    abreast = 3 if max((len(words) for _, words in legend), default=0) > 9 else 4
     slanted = max(map(len, columns)) * 6.5 > (WIDTH - 60) / len(columns)
 
     def paint(figure: Figure) -> None:
@@ -224,11 +228,22 @@ def cells(
         if legend:
             shades = [Rectangle((0, 0), 1, 1, facecolor=COLOURS[f"heat-{step}"], label=words) for step, words in legend]
             figure.legend(
-                handles=shades, loc="outside lower left", ncols=4, handlelength=1, columnspacing=1, borderpad=0
+                handles=shades,
+                loc="outside lower left",
+                ncols=abreast,
+                handlelength=1,
+                columnspacing=1,
+                borderpad=0,
             )
 
     top = 26 + (max(map(len, columns)) * 4.4 if slanted else 0)
-    return draw(name, title, summary, (WIDTH, len(rows) * height + top + 10 + 18 * math.ceil(len(legend) / 4)), paint)
+    return draw(
+        name,
+        title,
+        summary,
+        (WIDTH, len(rows) * height + top + 10 + 18 * math.ceil(len(legend) / abreast)),
+        paint,
+    )
 
 
 def steps(values: Sequence[float]) -> list[float]:
@@ -256,6 +271,7 @@ def ranges(bounds: Sequence[float], low: float, high: float, words: Callable[[fl
 
 def _cut(name: str) -> str:
     """A name that fits beside its point."""
+    name = printable(name)
     return name if len(name) <= 22 else f"{name[:21]}…"
 
 

@@ -68,7 +68,7 @@ def _error_chart(records: Sequence[Mapping[str, Any]]) -> Chart | None:
     worst, best = max(known, key=lambda name: known[name]), min(known, key=lambda name: known[name])
     bounds = steps(list(known.values()))
     grid = _grid(known, max)
-    rows, columns = _axes(grid)
+    rows, columns = _axes(grid, [str(record["layer"]) for record in records])
     values = [
         [
             (step_of(grid[row, column], bounds), share(grid[row, column]).removesuffix(" %"))
@@ -113,7 +113,7 @@ def _bits_chart(records: Sequence[Mapping[str, Any]], kept: Mapping[str, str]) -
     """Bits by block and kind of layer."""
     bits: dict[str, int] = {str(record["layer"]): int(record["bits"]) for record in records}
     grid = _grid({**bits, **dict.fromkeys(kept, 0)}, max)
-    rows, columns = _axes(grid)
+    rows, columns = _axes(grid, [*bits, *kept])
     distinct = sorted(set(bits.values()))
     step = {0: 0} | {value: _spread(position, len(distinct)) for position, value in enumerate(distinct)}
     values = [
@@ -186,10 +186,11 @@ def _grid(values: Mapping[str, Any], join: Callable[[Any, Any], Any]) -> dict[Pl
     return found
 
 
-def _axes(grid: Mapping[Place, Any]) -> tuple[list[str], list[str]]:
-    """Blocks by their numbers, kinds of layers in the order in which they come."""
+def _axes(grid: Mapping[Place, Any], names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Blocks by their numbers, kinds of layers in the order in which layers of these names come."""
     rows = sorted({row for row, _ in grid}, key=lambda row: int(row) if row.isdecimal() else 10**9)
-    return rows, list(dict.fromkeys(column for _, column in grid))
+    known = {column for _, column in grid}
+    return rows, [column for column in dict.fromkeys(place(name)[1] for name in names) if column in known]
 
 
 def short_names(names: Sequence[str]) -> list[str]:

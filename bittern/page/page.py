@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -15,7 +16,6 @@ from bittern.page.parts import Section
 from bittern.page.quality import quality_section
 from bittern.page.sections import (
     environment_section,
-    memory_section,
     missing_section,
     prediction_section,
     repeat_section,
@@ -29,6 +29,7 @@ from bittern.story import (
     change_in_words,
     duration,
     headline,
+    percent,
     size_in_words,
     sizes,
     summary,
@@ -37,6 +38,8 @@ from bittern.story import (
     warnings,
 )
 from bittern.writer import explained, fsync
+
+_UNIT = re.compile(r"(\d) (%|s|min|h|bytes|[kMGT]B)(?![\w%])")
 
 
 def write_page(
@@ -101,7 +104,6 @@ def make_sections(manifest: Mapping[str, Any], beside: Sequence[Mapping[str, Any
         quality_section(manifest, beside),
         uptraining_section(manifest),
         *layer_sections(manifest),
-        memory_section(manifest),
         prediction_section(manifest),
         warnings_section(manifest),
         _history(manifest),
@@ -125,6 +127,7 @@ def render(manifest: Mapping[str, Any], sections: Sequence[Section]) -> str:
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, finalize=_visible
     )
     environment.filters["chart"] = markupsafe.Markup
+    environment.filters["exactly"] = lambda text: markupsafe.escape(printable(text, whole=True))
     template = environment.from_string(here.joinpath("page.html.jinja").read_text(encoding="utf-8"))
     return template.render(
         style=markupsafe.Markup(here.joinpath("page.css").read_text(encoding="utf-8")),
@@ -140,8 +143,8 @@ def render(manifest: Mapping[str, Any], sections: Sequence[Section]) -> str:
 
 
 def _visible(value: Any) -> Any:
-    """Text without characters that hide or turn around what stands beside them; markup as it is."""
-    return printable(value, whole=True) if type(value) is str else value
+    """Text without characters that hide or turn around what stands beside them; a number keeps its unit beside it."""
+    return _UNIT.sub("\\1\N{NO-BREAK SPACE}\\2", printable(value, whole=True)) if type(value) is str else value
 
 
 def _facts(manifest: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -180,7 +183,7 @@ def _measured(entry: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     if entry.get(key) is None:
         return []
     base = entry.get(f"base_{key}")
-    return [(what, f"{entry[key]:.1%}", name if base is None else f"{name}, base {base:.1%}")]
+    return [(what, percent(entry[key]), name if base is None else f"{name}, base {percent(base)}")]
 
 
 def _history(manifest: Mapping[str, Any]) -> Section:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 NOTHING = "-"
@@ -67,9 +68,11 @@ class Section:
     commands: tuple[tuple[str, str], ...] = ()
 
 
-def figure(value: float | int | None, form: str = "{:,}") -> str:
+def figure(value: float | int | None, form: str | Callable[[float], str] = "{:,}") -> str:
     """A value in words, or :data:`NOTHING`."""
-    return NOTHING if value is None else form.format(value)
+    if value is None:
+        return NOTHING
+    return form.format(value) if isinstance(form, str) else form(value)
 
 
 def share(value: float | None) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from bittern.page.charts import Series, against_bits
 from bittern.page.parts import NOTHING, Chart, Section, Table, figure
 from bittern.report import runs
-from bittern.story import change_in_words, headline, kind_of, short_name
+from bittern.story import change_in_words, headline, kind_of, percent, short_name
 
 MOST_SERIES = 4
 
@@ -48,7 +48,7 @@ def quality_section(manifest: Mapping[str, Any], beside: Sequence[Mapping[str, A
     charts = [
         _chart(texts, "perplexity", "Perplexity against bits", "perplexity", "{:.2f}".format, _text_table(texts)),
         _chart(texts, "kl", "KL divergence against bits", "KL, nats per token", "{:.3g}".format, _text_table(texts)),
-        _chart(tasks, "accuracy", "Accuracy against bits", "share right", "{:.1%}".format, _task_table(tasks)),
+        _chart(tasks, "accuracy", "Accuracy against bits", "share right", percent, _task_table(tasks)),
     ]
     if not points:
         return None
@@ -160,7 +160,7 @@ def _text_table(points: Sequence[Point]) -> Table:
                 figure(point.bits, "{:.2f}"),
                 figure(point.found.get("perplexity"), "{:.4f}"),
                 NOTHING if point.is_base else figure(point.found.get("kl"), "{:.4f}"),
-                NOTHING if point.is_base else figure(point.found.get("top1_agreement"), "{:.1%}"),
+                NOTHING if point.is_base else figure(point.found.get("top1_agreement"), percent),
                 figure(point.found.get("tokens")),
                 _computed(point),
             )
@@ -171,7 +171,7 @@ def _text_table(points: Sequence[Point]) -> Table:
 
 
 def _task_table(points: Sequence[Point]) -> Table:
-    columns = (("accuracy", "{:.1%}"), ("accuracy_normalized", "{:.1%}"), ("exact_match", "{:.1%}"))
+    columns = ("accuracy", "accuracy_normalized", "exact_match")
     return Table(
         "What was measured on tasks",
         ("Model", "Task", "Bits per weight", "Accuracy", "Per character", "Exact match", "Questions", "Computed with"),
@@ -180,7 +180,7 @@ def _task_table(points: Sequence[Point]) -> Table:
                 point.model,
                 point.label,
                 figure(point.bits, "{:.2f}"),
-                *(figure(point.found.get(key), form) for key, form in columns),
+                *(figure(point.found.get(key), percent) for key in columns),
                 figure(point.found.get("questions")),
                 _computed(point),
             )

@@ -20,7 +20,7 @@ _NAMES = {"mlp": "feed-forward", "embeddings": "embeddings, head"}
 
 
 def size_section(manifest: Mapping[str, Any]) -> Section | None:
-    """Bytes before and after, per kind of layer; None where the last run does not say."""
+    """Bytes before and after, on the disk and in memory; None where the last run does not say."""
     chain = [run for run in runs(dict(manifest)) if run.get("size")]
     if not chain or "size" not in manifest:
         return None
@@ -61,7 +61,9 @@ def size_section(manifest: Mapping[str, Any]) -> Section | None:
             *(_step(tell_run(run), run["size"]["output"]) for run in chain),
         ),
     )
-    return Section("size", "Size", (), (Chart("size", title, summary, svg, table),), (("Every step", steps),))
+    charts = [Chart("size", title, summary, svg, table), _memory_chart(manifest)]
+    drawn = tuple(chart for chart in charts if chart is not None)
+    return Section("size", "Size and memory", (), drawn, (("Size after every run", steps),))
 
 
 def _bits(side: Mapping[str, Any], which: str) -> str:
@@ -73,11 +75,11 @@ def _step(name: str, side: Mapping[str, Any]) -> tuple[str, ...]:
     return name, f"{side['parameters']:,}", total, _bits(side, "all"), _bits(side, "without_embeddings")
 
 
-def memory_section(manifest: Mapping[str, Any]) -> Section | None:
-    """Weights and cache against the length of the context; None where bytes of either are not known."""
+def _memory_chart(manifest: Mapping[str, Any]) -> Chart | None:
+    """Weights and cache against the length of the context; None where bytes of the cache are not known."""
     sized = [run for run in runs(dict(manifest)) if run.get("size")]
     cached = [run for run in runs(dict(manifest)) if run.get("kv_bytes_per_token")]
-    if not sized or not cached or "size" not in manifest:
+    if not cached:
         return None
     weights = sized[0]["size"]["source"]["bytes"]["total"], sized[-1]["size"]["output"]["bytes"]["total"]
     cache = cached[0]["kv_bytes_per_token"]["source"]["fp16"], cached[-1]["kv_bytes_per_token"]["output"]["fp16"]
@@ -116,7 +118,7 @@ def memory_section(manifest: Mapping[str, Any]) -> Section | None:
             for length in lengths
         ),
     )
-    return Section("memory", "Memory", (), (Chart("memory", title, summary, svg, table),))
+    return Chart("memory", title, summary, svg, table)
 
 
 def prediction_section(manifest: Mapping[str, Any]) -> Section | None:
@@ -137,13 +139,13 @@ def prediction_section(manifest: Mapping[str, Any]) -> Section | None:
         f"{names[key][0]}: {names[key][1](predicted[key])} predicted, {names[key][1](measured[key])} measured"
         for key in both
     )
-    values = [(ratio, f"{ratio:.0%}") for ratio in ratios]
+    values = [(ratio, f"{100 * ratio:.0f} %") for ratio in ratios]
     svg = bars("prediction", title, f"{summary}.", labels, [("measured", values)])
     table = Table(
         "Prediction and measurement",
         ("What", "Predicted", "Measured", "Share"),
         tuple(
-            (names[key][0], names[key][1](predicted[key]), names[key][1](measured[key]), f"{ratio:.0%}")
+            (names[key][0], names[key][1](predicted[key]), names[key][1](measured[key]), f"{100 * ratio:.0f} %")
             for key, ratio in zip(both, ratios, strict=True)
         ),
     )

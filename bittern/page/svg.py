@@ -24,7 +24,7 @@ STEPS = 7
 """Steps of the scale of a heat map."""
 
 _NAMES = (
-    *("ink", "muted", "rule", "paper", "one", "two", "three", "four"),
+    *("ink", "muted", "rule", "card", "one", "two", "three", "four"),
     *(f"heat-{step}" for step in range(STEPS)),
     *(f"on-heat-{step}" for step in range(STEPS)),
 )
@@ -70,7 +70,7 @@ def draw(name: str, title: str, summary: str, size: tuple[float, float], paint: 
         name: unique in the page.
         title, summary: what a screen reader says: what is shown, and what it shows.
         size: width and height, in CSS pixels where nothing scales it.
-        paint: puts axes, lines and text into the figure.
+        paint: puts axes, lines and printable text into the figure; XML has no control characters.
 
     Raises:
         BitternError: when matplotlib is not installed.
@@ -127,7 +127,7 @@ def _adopt(root: ET.Element, name: str, title: str, summary: str) -> str:
     }
     for position, (tag, text) in enumerate((("title", title), ("desc", summary))):
         element = ET.Element(tag, {"id": f"{name}-{'title' if tag == 'title' else 'summary'}"})
-        element.text = text
+        element.text = printable(text, whole=True)
         root.insert(position, element)
     return ET.tostring(root, encoding="unicode")
 
