@@ -102,9 +102,9 @@ def lines(
         _plain_ticks(axes)
         if all(y >= 0 for each in series for _, y in each.points):
             axes.set_ylim(0, 1.08 * max(y for each in series for _, y in each.points) or 1)
-        figure.legend(loc="outside upper left", ncols=min(len(series), 2), handlelength=2.4, borderpad=0)
+        figure.legend(loc="outside upper left", ncols=_abreast(series), handlelength=2.4, borderpad=0)
 
-    return draw(name, title, summary, (WIDTH, 250 + 16 * ((len(series) + 1) // 2)), paint)
+    return draw(name, title, summary, (WIDTH, 250 + 16 * math.ceil(len(series) / _abreast(series))), paint)
 
 
 def against_bits(
@@ -164,9 +164,10 @@ def against_bits(
         axes.grid(axis="y")
         axes.set_axisbelow(True)
         if len(series) > 1:
-            figure.legend(loc="outside upper left", ncols=2, handlelength=2.4, borderpad=0)
+            figure.legend(loc="outside upper left", ncols=_abreast(series), handlelength=2.4, borderpad=0)
 
-    return draw(name, title, summary, (WIDTH, 250 + (16 * ((len(series) + 1) // 2) if len(series) > 1 else 0)), paint)
+    legend = 16 * math.ceil(len(series) / _abreast(series)) if len(series) > 1 else 0
+    return draw(name, title, summary, (WIDTH, 250 + legend), paint)
 
 
 def cells(
@@ -267,6 +268,11 @@ def ranges(bounds: Sequence[float], low: float, high: float, words: Callable[[fl
     """The steps with their ranges in words, for a legend."""
     edges = [low, *bounds, high]
     return [(step, f"{words(first)} to {words(last)}") for step, (first, last) in enumerate(pairwise(edges))]
+
+
+def _abreast(series: Sequence[Series]) -> int:
+    """Columns of a legend that holds these."""
+    return 2 if max(len(each.label) for each in series) <= 13 else 1
 
 
 def _cut(name: str) -> str:

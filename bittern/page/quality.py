@@ -47,7 +47,7 @@ def quality_section(manifest: Mapping[str, Any], beside: Sequence[Mapping[str, A
     tasks = [point for point in points if point.found["what"] == "task"]
     charts = [
         _chart(texts, "perplexity", "Perplexity against bits", "perplexity", "{:.2f}".format, _text_table(texts)),
-        _chart(texts, "kl", "KL divergence against bits", "KL, nats per token", "{:.3g}".format, _text_table(texts)),
+        _chart(texts, "kl", "KL divergence against bits", "KL, nats per token", "{:.3g}".format, _kl_table(texts)),
         _chart(tasks, "accuracy", "Accuracy against bits", "share right", percent, _task_table(tasks)),
     ]
     if not points:
@@ -167,6 +167,25 @@ def _text_table(points: Sequence[Point]) -> Table:
             for point in points
         ),
         (0, 1, 7),
+    )
+
+
+def _kl_table(points: Sequence[Point]) -> Table:
+    return Table(
+        "How far from the base, on texts",
+        ("Model", "Text", "Bits per weight", "KL", "Top-1 agreement"),
+        tuple(
+            (
+                point.model,
+                point.label,
+                figure(point.bits, "{:.2f}"),
+                figure(point.found.get("kl"), "{:.4f}"),
+                figure(point.found.get("top1_agreement"), percent),
+            )
+            for point in points
+            if not point.is_base
+        ),
+        (0, 1),
     )
 
 

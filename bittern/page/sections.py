@@ -142,7 +142,7 @@ def prediction_section(manifest: Mapping[str, Any]) -> Section | None:
     values = [(ratio, f"{100 * ratio:.0f} %") for ratio in ratios]
     svg = bars("prediction", title, f"{summary}.", labels, [("measured", values)])
     table = Table(
-        "Prediction and measurement",
+        "What was predicted, and what came of it",
         ("What", "Predicted", "Measured", "Share"),
         tuple(
             (names[key][0], names[key][1](predicted[key]), names[key][1](measured[key]), f"{100 * ratio:.0f} %")

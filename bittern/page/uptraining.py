@@ -13,6 +13,7 @@ from bittern.report import runs
 from bittern.story import change_in_words
 
 STAGES = {"error_mean": "mean", "error_aligned": "aligned", "error_solved": "solved", "error_distilled": "distilled"}
+_HEADS = {"kl": "KL", "nll": "NLL", "lr": "Learning rate"}
 MOST_POINTS = 2000
 """Of a curve that is drawn; of a longer one every n-th point is."""
 
@@ -126,12 +127,6 @@ def _curves(curve: Sequence[Mapping[str, Any]]) -> list[Chart]:
     """Losses, and perplexity where it was measured on the way."""
     every = max(1, -(-len(curve) // MOST_POINTS))
     x = "tokens" if all(point.get("tokens") is not None for point in curve) else "step"
-    columns = (*("step", "tokens", "loss", "kl", "nll", "lr", "perplexity"),)
-    table = Table(
-        "Training, point by point",
-        ("Step", "Tokens", "Loss", "KL", "NLL", "Learning rate", "Perplexity"),
-        tuple(tuple(figure(point.get(key), "{:,.6g}") for key in columns) for point in curve[::every]),
-    )
     charts = []
     for name, title, keys in (
         ("loss", "Loss during training", ("loss", "kl", "nll")),
@@ -146,6 +141,13 @@ def _curves(curve: Sequence[Mapping[str, Any]]) -> list[Chart]:
             continue
         said = [f"{each.label} from {each.points[0][1]:.3g} to {each.points[-1][1]:.3g}" for each in series]
         summary = f"{title}, over {figure(curve[-1].get(x))} {x if x == 'tokens' else 'steps'}: {', '.join(said)}."
+        columns = ("step", "tokens", *keys, "lr")
+        rows = [point for point in curve if any(point.get(key) is not None for key in keys)]
+        table = Table(
+            f"{title}, point by point",
+            tuple(_HEADS.get(key, key.capitalize()) for key in columns),
+            tuple(tuple(figure(point.get(key), "{:,.6g}") for key in columns) for point in rows[::every]),
+        )
         markers = max(len(each.points) for each in series) <= 30
         label = "tokens seen" if x == "tokens" else "steps"
         svg = lines(name, title, summary, series, label, "perplexity" if name != "loss" else "nats per token", markers)

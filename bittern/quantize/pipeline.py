@@ -130,6 +130,10 @@ def quantize(
         batches = [] if tokens is None else list(torch.split(tokens.ids, batch_size))
         solver = Solver(model, checkpoint, sources, plan, damp_percent, place)
         planned = [info for info, _ in kept] + plan.packed_tensors(packing)
+        origin, left_out = carried(checkpoint)
+        output_size = planned_size(planned, [info for info, _ in kept], plan.shapes)
+        about = {"size": {"source": source_size(Artifact(checkpoint)), "output": output_size}}
+        about |= unchanged_cache(checkpoint.config)
         with CheckpointWriter(
             folder,
             planned,
@@ -140,7 +144,6 @@ def quantize(
             for _ in cast_tensors(checkpoint, writer, kept):
                 pass
             records = _solve_and_write(solver, batches, writer, packing, on_progress)
-            origin, left_out = carried(checkpoint)
             manifest = make_manifest(
                 source={"name": str(source), "revision": checkpoint.revision, "model_type": model.config.model_type},
                 options=options,
@@ -150,9 +153,7 @@ def quantize(
                 notes=[*left_out, *(tokens.warnings if tokens else ()), *_notes(records, plan)],
                 seconds=time.monotonic() - started,
             )
-            output_size = planned_size(planned, [info for info, _ in kept], plan.shapes)
-            manifest["size"] = {"source": source_size(Artifact(checkpoint)), "output": output_size}
-            manifest = with_origin(manifest | unchanged_cache(checkpoint.config), origin)
+            manifest = with_origin(manifest | about, origin)
             quantization = packing.config(QuantSpec(bits, plan.group_size, sym), _all_layers(model, sources, plan))
             _finish(writer, checkpoint, quantization, manifest, kept_dtype)
     if chosen == "gguf":
