@@ -347,17 +347,16 @@ def eval_(model: str, record: bool, as_json: bool, **options: Any) -> None:
     if record:
         check_recordable(model)
     found = measure(_load, share_bar, model, **options)
-    if record:
-        put(model, found.entries)
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)
     print(f"kernels: {found.kernels}", file=sys.stderr)
     text = {} if found.text is None else asdict(found.text)
     if as_json:
         print(json.dumps({"model": model, **text, "tasks": found.tasks}))
-        return
-    for each in ([text] if text else []) + found.tasks:
+    for each in ([text] if text else []) + found.tasks if not as_json else []:
         print(figures(each))
+    if record:  # last: what was measured is shown whatever becomes of the file
+        put(model, found.entries)
 
 
 @_command
