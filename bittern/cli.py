@@ -352,9 +352,10 @@ def eval_(model: str, record: bool, as_json: bool, **options: Any) -> None:
     print(f"kernels: {found.kernels}", file=sys.stderr)
     text = {} if found.text is None else asdict(found.text)
     if as_json:
-        print(json.dumps({"model": model, **text, "tasks": found.tasks}))
-    for each in ([text] if text else []) + found.tasks if not as_json else []:
-        print(figures(each))
+        shown = [json.dumps({"model": model, **text, "tasks": found.tasks})]
+    else:
+        shown = [figures(each) for each in ([text] if text else []) + found.tasks]
+    print("\n".join(shown))
     if record:  # last: what was measured is shown whatever becomes of the file
         put(model, found.entries)
 

@@ -230,8 +230,8 @@ def test_several_artifacts_make_a_curve() -> None:
     assert [row[:4] for row in chart.table.rows] == [
         ("this artifact", "held-out.txt", "6.00", "8.0700"),
         ("models/source", "held-out.txt", "32.00", "6.3900"),
-        ("models/source at 2 to 8 bits (beside, 1)", "held-out.txt", "4.00", "19.9600"),
-        ("models/source at 4 to 8 bits (beside, 2)", "held-out.txt", "8.00", "6.7300"),
+        ("2 to 8 bits", "held-out.txt", "4.00", "19.9600"),
+        ("4 to 8 bits", "held-out.txt", "8.00", "6.7300"),
     ]
 
 

@@ -24,6 +24,7 @@ MOST_ROWS, MOST_COLUMNS = 400, 40
 
 _SERIES = (("one", (None, None), "o"), ("two", (5, 2), "s"), ("three", (2, 2), "^"), ("four", (6, 2, 1, 2), "D"))
 _BAR = 17  # height of a bar
+_PLOT = (268, 190)  # of points against bits, about
 _TEXT_WIDTH = 29  # of a cell that holds a number
 
 
@@ -128,7 +129,6 @@ def against_bits(
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
-        middle = math.sqrt(min(bits) * max(bits))
         for each, (colour, dashes, marker) in zip(series, _SERIES, strict=False):
             (line,) = axes.plot(
                 *zip(*each.points, strict=True), color=COLOURS[colour], linewidth=1.5, label=_cut(each.label)
@@ -138,14 +138,6 @@ def against_bits(
                 line.set_linestyle("none")
             elif dashes[0] is not None:
                 line.set_dashes([float(length or 0) for length in dashes])
-            for (x, y), model in zip(each.points, each.names or [""] * len(each.points), strict=True):
-                said = f"{_cut(model)}\n{words(y)}" if model else words(y)
-                side = "center" if len(bits) < 2 else "left" if x < middle else "right"
-                shift = {"center": 0, "left": -5, "right": 5}[side]
-                axes.annotate(
-                    said, (x, y), (shift, 9), textcoords="offset points", ha=side, fontsize=10.5, linespacing=1.15,
-                    bbox={"facecolor": COLOURS["card"], "edgecolor": "none", "pad": 1},
-                )  # fmt: skip
         if level is not None:
             axes.axhline(level[1], color=COLOURS["muted"], linewidth=1.2, dashes=(2, 2))
             axes.annotate(
@@ -158,6 +150,7 @@ def against_bits(
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.minorticks_off()
         axes.margins(y=0.3)
+        _name_points(axes, series, words)
         axes.set_xlabel("bits per weight, without embeddings")
         axes.set_ylabel(y_label)
         axes.locator_params(axis="y", nbins=5)
@@ -268,6 +261,37 @@ def ranges(bounds: Sequence[float], low: float, high: float, words: Callable[[fl
     """The steps with their ranges in words, for a legend."""
     edges = [low, *bounds, high]
     return [(step, f"{words(first)} to {words(last)}") for step, (first, last) in enumerate(pairwise(edges))]
+
+
+def _name_points(axes: Axes, series: Sequence[Series], words: Callable[[float], str]) -> None:
+    """Put name and value above every point, each higher until it covers no other.
+
+    Where a label comes to lie is estimated, for the layout is not settled before all of them are there.
+    """
+    low, high = axes.get_xlim()
+    bottom, top = axes.get_ylim()
+    boxes: list[tuple[float, float, float]] = []  # left, right, bottom
+    points = [
+        (x, y, f"{_cut(name)}\n{words(y)}" if name else words(y))
+        for each in series
+        for (x, y), name in zip(each.points, each.names or [""] * len(each.points), strict=True)
+    ]
+    for x, y, said in sorted(points, key=lambda point: -point[0]):
+        at = math.log(x / low) / math.log(high / low)
+        width, height = 6.2 * max(map(len, said.split("\n"))), 13 * (1 + said.count("\n"))
+        left = at * _PLOT[0] - width / 2
+        left = min(max(left, 0), _PLOT[0] - width)  # stays in the picture
+        base = _PLOT[1] * (y - bottom) / (top - bottom)
+        lift = 8.0
+        while any(left < end and start < left + width and abs(base + lift - foot) < height for start, end, foot in boxes):
+            lift += 7
+        boxes.append((left, left + width, base + lift))
+        axes.annotate(
+            said, (x, y), (left + width / 2 - at * _PLOT[0], lift), textcoords="offset points", ha="center",
+            va="bottom", fontsize=10.5, linespacing=1.15, annotation_clip=False,
+            bbox={"facecolor": COLOURS["card"], "edgecolor": "none", "pad": 1},
+            arrowprops={"arrowstyle": "-", "color": COLOURS["muted"], "linewidth": 0.8} if lift > 8 else None,
+        )  # fmt: skip
 
 
 def _abreast(series: Sequence[Series]) -> int:

@@ -9,9 +9,11 @@ from typing import Any
 from bittern.page.charts import Series, against_bits
 from bittern.page.parts import NOTHING, Chart, Section, Table, figure
 from bittern.report import runs
-from bittern.story import change_in_words, headline, kind_of, percent, short_name
+from bittern.story import bits_in_words, change_in_words, headline, kind_of, percent, short_name, source_name
 
 MOST_SERIES = 4
+SUBJECT = "this artifact"
+_SUBJECT_OF_MANY = "this"  # where there is little room beside a point
 
 _MADE = {"quantize": "quantized", "convert": "cast", "repack": "repacked", "uptrain": "uptrained"}
 
@@ -39,9 +41,9 @@ class Point:
 
 def quality_section(manifest: Mapping[str, Any], beside: Sequence[Mapping[str, Any]] = ()) -> Section | None:
     """What was measured of the artifact, of what it was made of, and of the artifacts beside it; None without any."""
-    points = _points(manifest, "this artifact")
-    for number, other in enumerate(beside, 1):
-        points += _points(other, f"{headline(other)} (beside, {number})")
+    points = _points(manifest, SUBJECT)
+    for other, name in zip(beside, _names(manifest, beside), strict=True):
+        points += _points(other, name)
     points = _without_doubles(points)
     texts = [point for point in points if point.found["what"] == "text"]
     tasks = [point for point in points if point.found["what"] == "task"]
@@ -61,6 +63,16 @@ def quality_section(manifest: Mapping[str, Any], beside: Sequence[Mapping[str, A
     tables += [("Tasks", _task_table(tasks))] if tasks and charts[2] is None else []
     drawn = tuple(each for each in charts if each is not None)
     return Section("quality", "Quality", tuple(text), drawn, tuple(tables))
+
+
+def _names(manifest: Mapping[str, Any], beside: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Short names of artifacts that are no two the same: of one source, by their bits alone."""
+    source, names = source_name(manifest), list[str]()
+    for other in beside:
+        same = kind_of(other) == "quantize" and source_name(other) == source
+        name = bits_in_words(other) if same else headline(other)
+        names.append(name if name not in names else f"{name} ({len(names) + 1})")
+    return names
 
 
 def value_of(point: Point, what: str) -> float | None:
@@ -122,7 +134,7 @@ def _chart(
         )
         placed = [each for each in placed if each[0] > 0]
         if placed:
-            names = tuple(model for _, _, model in placed)
+            names = tuple(_SUBJECT_OF_MANY if model == SUBJECT and len(placed) > 2 else model for _, _, model in placed)
             series.append(Series(label, tuple((bits, value) for bits, value, _ in placed), names))
         floating = [point for point in members if point.bits is None and value_of(point, what) is not None]
         if floating and level is None and what != "kl":
