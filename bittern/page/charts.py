@@ -283,7 +283,8 @@ def _name_points(axes: Axes, series: Sequence[Series], words: Callable[[float], 
         left = min(max(left, 0), _PLOT[0] - width)  # stays in the picture
         base = _PLOT[1] * (y - bottom) / (top - bottom)
         lift = 8.0
-        while any(left < end and start < left + width and abs(base + lift - foot) < height for start, end, foot in boxes):
+        across = [foot for start, end, foot in boxes if left < end and start < left + width]
+        while any(abs(base + lift - foot) < height for foot in across):
             lift += 7
         boxes.append((left, left + width, base + lift))
         axes.annotate(
