@@ -316,59 +316,37 @@ def _chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: G
 @click.option("--text", type=click.Path(path_type=Path), help="Text to predict.")
 @click.option("--seqlen", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens in a window.")
 @click.option("--windows", type=click.IntRange(min=1), default=64, show_default=True, help="Windows, from the start.")
-@click.option("--against", metavar="BASE", help="Also KL divergence to this model, and top-1 agreement with it.")
+@click.option("--against", metavar="BASE", help="Also what this model is worth, and how far from it MODEL is.")
 @click.option("--tasks", type=click.Path(path_type=Path), multiple=True, help="File of requests. Repeatable.")
 @click.option("--limit", type=click.IntRange(min=1), help="Questions of a task, from the first.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Windows at a time.")
+@click.option("--record", is_flag=True, help="Also put the figures into the artifact's manifest, for its report.")
 @load_options
 @json_option
-def eval_(
-    model: str,
-    text: Path | None,
-    seqlen: int,
-    windows: int,
-    against: str | None,
-    tasks: tuple[Path, ...],
-    limit: int | None,
-    batch_size: int,
-    as_json: bool,
-    **place: Any,
-) -> None:
-    """Perplexity of MODEL on a text, its distance to a base, and multiple-choice tasks."""
+def eval_(model: str, record: bool, as_json: bool, **options: Any) -> None:
+    """Perplexity of MODEL on a text, multiple-choice tasks, and how far both are from a base."""
     from dataclasses import asdict
 
-    from bittern.evaluate import check_fit, evaluate, text_windows
-    from bittern.progress import share_bar
-    from bittern.tasks import evaluate_task
+    from bittern.progress import figures, share_bar
+    from bittern.record import check_recordable, measure
+    from bittern.record import record as put
 
-    if text is None and not tasks:
+    if options["text"] is None and not options["tasks"]:
         raise click.UsageError("expected --text, --tasks or both")
-    if against is not None and text is None:
-        raise click.UsageError("--against compares on a text: expected --text")
-    live, tokenizer = _load(model, decoder=False, **place)
-    found: dict[str, Any] = {}
-    if text is not None:
-        ids = text_windows(text, tokenizer, seqlen=seqlen, windows=windows)
-        check_fit(live, tokenizer, ids)
-        if len(ids) < windows:
-            print(f"note: {text}: {windows} windows asked for, {len(ids)} found", file=sys.stderr)
-        base = None if against is None else _load(against, decoder=False, **{**place, **_OF_THE_MODEL})[0]
-        with share_bar("windows") as on_progress:
-            found = asdict(evaluate(live, ids, against=base, batch_size=batch_size, on_progress=on_progress))
-    answers = []
-    for file in tasks:
-        with share_bar(file.name) as on_progress:
-            answers.append(asdict(evaluate_task(live, tokenizer, file, limit=limit, on_progress=on_progress)))
-    _say_kernels(live)
+    if record:
+        check_recordable(model)
+    found = measure(_load, share_bar, model, **options)
+    for note in found.notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(f"kernels: {found.kernels}", file=sys.stderr)
+    text = {} if found.text is None else asdict(found.text)
     if as_json:
-        print(json.dumps({"model": model, **found, "tasks": answers}))
-        return
-    for figures in ([found] if found else []) + answers:
-        print(
-            "\n".join(
-                f"{name.replace('_', ' '):<20} {_figure(value)}" for name, value in figures.items() if value is not None
-            )
-        )
+        shown = [json.dumps({"model": model, **text, "tasks": found.tasks})]
+    else:
+        shown = [figures(each) for each in ([text] if text else []) + found.tasks]
+    print("\n".join(shown))
+    if record:  # last: what was measured is shown whatever becomes of the file
+        put(model, found.entries)
 
 
 @_command
@@ -378,15 +356,17 @@ def eval_(
 def inspect(path: str, revision: str | None, as_json: bool) -> None:
     """What is in a checkpoint, from its headers alone."""
     from bittern.inspect import inspect as look
-    from bittern.progress import line
+    from bittern.progress import line, story_lines
 
     found = look(path, revision)
     if as_json:
         print(json.dumps(found))
         return
     for name, value in found.items():
-        if name != "loads":
+        if name not in ("loads", "manifest"):
             print(printable(f"{name.replace('_', ' '):<20} {line(value)}"))
+    for told in story_lines(found["manifest"]):
+        print(printable(told))
     for verdict in found["loads"]:
         answer = "loads it" if verdict["loads"] else "does not load it"
         print(printable(f"{verdict['consumer']:<20} {answer}: {verdict['reason']}"))
@@ -415,8 +395,25 @@ def verify(path: str, as_json: bool, **options: Any) -> int:
     return DONE if found.passed else FAILED
 
 
+@_command
+@click.argument("artifact")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), default="report.html", show_default=True, help="File to write."
+)
+@click.option("--beside", metavar="ART", multiple=True, help="Also compare with this artifact. Repeatable.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing file.")
+@json_option
+def report(artifact: str, output: Path, beside: tuple[str, ...], overwrite: bool, as_json: bool) -> None:
+    """Write a page that tells what was done to ARTIFACT and what it kept, from its manifest alone."""
+    from bittern.page.page import write_page
+    from bittern.progress import size
+
+    charts = write_page(artifact, output, beside=beside, overwrite=overwrite)
+    found = {"output": str(output), "bytes": output.stat().st_size, "charts": charts}
+    print(json.dumps(found) if as_json else f"{output}: {len(charts)} charts, {size(output.stat().st_size)}")
+
+
 _ANSWERS = {True: "ok", False: "FAILED", None: "skipped"}
-_OF_THE_MODEL: dict[str, Any] = {"revision": None, "lm_head_bits": None}  # options of eval that are not the base's
 
 
 @_command
@@ -453,7 +450,3 @@ def demo(output: Path | None) -> None:
     Console().print(demo_table(result))
     print(f'\nThe 4-bit artifact goes on from "{result.prompt}":\n{result.prompt}{result.written}')
     print(f"\n{result.seconds:.0f} s")
-
-
-def _figure(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)

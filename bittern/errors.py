@@ -19,9 +19,9 @@ class BitternError(Exception):
         super().__init__(printable(message))
 
 
-def printable(text: str) -> str:
-    """A text that a terminal shows as one line and that cannot command the terminal."""
-    if len(text) > _MAX_CHARACTERS:
+def printable(text: str, whole: bool = False) -> str:
+    """A text that a terminal shows as one line and that cannot command the terminal; cut short unless ``whole``."""
+    if len(text) > _MAX_CHARACTERS and not whole:
         text = f"{text[: _MAX_CHARACTERS // 2]} ... {text[-_MAX_CHARACTERS // 2 :]}"
     text = _BREAKS.sub(" ", text)
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -35,6 +35,7 @@ class EvalResult:
         tokens: scored tokens: all but the first of each window.
         kl: mean KL(base || model) in nats per scored token; None without a base.
         top1_agreement: share of scored tokens whose most likely token is the base's; None without a base.
+        base_perplexity: the base's own perplexity; None without a base.
     """
 
     perplexity: float
@@ -43,6 +44,7 @@ class EvalResult:
     tokens: int
     kl: float | None = None
     top1_agreement: float | None = None
+    base_perplexity: float | None = None
 
 
 def text_windows(
@@ -117,7 +119,7 @@ def evaluate(
     Raises:
         BitternError: logits that are not numbers (naming the window), or two different vocabularies.
     """
-    total = torch.zeros(3, dtype=torch.float64)  # nll, kl, agreements
+    total = torch.zeros(4, dtype=torch.float64)  # nll, kl, agreements, nll of the base
     for start in range(0, len(windows), batch_size):
         ids = windows[start : start + batch_size]
         logits = _logits(model, ids)
@@ -127,19 +129,23 @@ def evaluate(
                 f"--against: expected a vocabulary of {logits.shape[-1]} tokens as in the model, found {base.shape[-1]}"
             )
         sums = _window_sums(logits, base, ids)
-        if not bool(torch.isfinite(sums).all()):
-            window = start + int((~torch.isfinite(sums)).any(dim=1).nonzero()[0])
+        finite = torch.isfinite(sums[:, :3])  # a base that masks a token of the text with -inf is only infinitely bad
+        if not bool(finite.all()):
+            window = start + int((~finite).any(dim=1).nonzero()[0])
             what = "KL to the base" if bool(torch.isfinite(sums[window - start, 0])) else "likelihood"
             raise BitternError(f"window {window}: no finite {what}: the logits hold NaN or Inf")
         total += sums.sum(dim=0)
         if on_progress is not None:
             on_progress(start + len(ids), len(windows))
     tokens = windows.shape[0] * (windows.shape[1] - 1)
-    nll, kl, agreement = (total / tokens).tolist()
-    perplexity = math.exp(nll) if nll < 700 else math.inf
+    nll, kl, agreement, base_nll = (total / tokens).tolist()
     if against is None:
-        return EvalResult(perplexity, nll, len(windows), tokens)
-    return EvalResult(perplexity, nll, len(windows), tokens, kl, agreement)
+        return EvalResult(_exp(nll), nll, len(windows), tokens)
+    return EvalResult(_exp(nll), nll, len(windows), tokens, kl, agreement, _exp(base_nll))
+
+
+def _exp(nll: float) -> float:
+    return math.exp(nll) if nll < 700 else math.inf
 
 
 def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -149,8 +155,8 @@ def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 def _window_sums(logits: Tensor, base: Tensor | None, ids: Tensor) -> Tensor:
-    """Sums over the scored tokens of each window: nll, KL(base || model), agreements; fp64 (windows, 3)."""
-    sums = torch.zeros(len(ids), 3, dtype=torch.float64)
+    """Sums over the scored tokens of each window: nll, KL(base || model), agreements, nll of the base; fp64."""
+    sums = torch.zeros(len(ids), 4, dtype=torch.float64)  # (windows, 4)
     targets = ids[:, 1:].to(logits.device)
     for start in range(0, logits.shape[1], CHUNK):
         piece = slice(start, start + CHUNK)
@@ -158,6 +164,7 @@ def _window_sums(logits: Tensor, base: Tensor | None, ids: Tensor) -> Tensor:
         sums[:, 0] -= logp.gather(2, targets[:, piece, None]).double().sum(dim=(1, 2)).cpu()
         if base is not None:
             base_logp = base[:, piece].to(logp.device).float().log_softmax(dim=-1)
+            sums[:, 3] -= base_logp.gather(2, targets[:, piece, None]).double().sum(dim=(1, 2)).cpu()
             sums[:, 2] += (logp.argmax(-1) == base_logp.argmax(-1)).sum(dim=1).cpu()
             p = base_logp.exp()
             # tokens that the base masks with -inf count nothing; 0 * inf would be NaN

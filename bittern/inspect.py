@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bittern.artifact import FORMATS, Artifact, quantization_config
-from bittern.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from bittern.checkpoint import Checkpoint, open_checkpoint
 from bittern.consumers import Verdict, verdicts
 from bittern.errors import BitternError
-from bittern.layout import EXPERTS, Layout, layout_of
-from bittern.tokenizer import context_length
+from bittern.layout import Layout, layout_of
+from bittern.report import MANIFEST_FILE
+from bittern.schema import read_manifest
+from bittern.size import KINDS, artifact_parameters, bits_per_weight, cache_size, kind, kv_elements, stored_bytes
+from bittern.story import kind_of, tell
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
-KINDS = ("attention", "mlp", "experts", "embeddings", "norms", "other")
-_PATTERNS = {  # of a module path, in this order: the last three would match parts of a norm's or an expert's path
-    "norms": r"norm[^.]*$|(^|[._])ln[_\d]*\w*$",
-    "embeddings": r"embed|lm_head|(^|\.)(wte|wpe|embd|output)$",
-    "experts": EXPERTS.pattern,
-    "attention": r"attn|attention",
-    "mlp": r"mlp|moe|feed_forward|ffn|fc[12]|fc_(in|out)$|shared_expert|w[123]$",
-}
-# A layer's own arithmetic that old checkpoints store: no parameters
-_BUFFER = re.compile(r"(masked_bias|inv_freq|rope\.freqs)$|\.attn\.bias$")
-_SUFFIX = re.compile(
-    r"\.(weight|bias|qweight|qzeros|scales|g_idx|biases|weight_(packed|scale|zero_point|shape|g_idx))$"
-)
+__all__ = ["KINDS", "inspect", "kind", "kv_elements"]
 
 
 def inspect(source: str | os.PathLike[str], revision: str | None = None) -> dict[str, Any]:
@@ -51,6 +38,9 @@ def inspect(source: str | os.PathLike[str], revision: str | None = None) -> dict
           how many) and ``exceptions`` (layer -> grid, None for one left as floats); one that bittern does not
           read is there in its own words
         - ``files``: name -> bytes
+        - ``manifest``: what bittern's manifest tells: ``schema_version``, ``kind``, ``story`` (a sentence per run and
+          per measurement), ``notes`` and ``command``; ``problem`` alone where it does not keep to the schema; None
+          without one
         - ``loads``: per consumer ``consumer``, ``loads``, ``reason``; of a quantization that bittern does not
           read, its own reason alone
 
@@ -58,13 +48,13 @@ def inspect(source: str | os.PathLike[str], revision: str | None = None) -> dict
         BitternError: not a checkpoint, or packed tensors that contradict its config.
     """
     with open_checkpoint(source, revision) as checkpoint:
-        length, cache = _of_config(checkpoint.config)
+        length, cache = cache_size(checkpoint.config)
         method, found = quantization_config(checkpoint)
         unread = _why_unread(method, found)
         artifact = Artifact(checkpoint) if unread is None else None
         layout = None if artifact is None else layout_of(artifact)
-        parameters = None if artifact is None else _parameters(artifact)
-        sizes = _sizes(checkpoint)
+        parameters = None if artifact is None else artifact_parameters(artifact)
+        sizes = stored_bytes(checkpoint)
         judged = [Verdict("bittern", False, str(unread))] if layout is None else verdicts(layout)
         return {
             "source": checkpoint.source,
@@ -73,54 +63,15 @@ def inspect(source: str | os.PathLike[str], revision: str | None = None) -> dict
             "architectures": checkpoint.config.get("architectures") or [],
             "context_length": length,
             "parameters": None if parameters is None else sum(parameters.values()),
-            "bits_per_weight": None if parameters is None else _bits_per_weight(parameters, sizes),
+            "bits_per_weight": None if parameters is None else bits_per_weight(parameters, sizes),
             "bytes": {**sizes, "total": sum(sizes.values())},
             "kv_bytes_per_token": cache,
             "dtypes": _dtypes(checkpoint),
             "quantization": _summary(artifact, layout) if artifact and layout else found,
             "files": _files(checkpoint),
+            "manifest": _manifest(checkpoint),
             "loads": [asdict(verdict) for verdict in judged],
         }
-
-
-def kind(tensor: str) -> str:
-    """The kind of layer, one of ``KINDS``, that a tensor of this name belongs to."""
-    module = _SUFFIX.sub("", tensor)
-    return next((name for name, pattern in _PATTERNS.items() if re.search(pattern, module)), "other")
-
-
-def kv_elements(config: PretrainedConfig) -> int:
-    """Keys and values that one token adds to the cache of transformers' model, over all layers."""
-    text: Any = config.get_text_config(decoder=True)
-    heads = getattr(text, "num_attention_heads", None)
-    if not heads:
-        return 0
-    types = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
-    layers = sum("attention" in name and "linear" not in name for name in types)
-    if getattr(text, "kv_lora_rank", None):  # DeepSeek: keys and values share one low-rank state
-        return int(layers * (text.kv_lora_rank + text.qk_rope_head_dim))
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    if text.model_type == "falcon":  # its newer form repeats grouped heads before it caches them
-        kv_heads = 1 if text.multi_query and not text.new_decoder_architecture else heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return int(layers * 2 * kv_heads * head_dim)
-
-
-def _of_config(config: dict[str, Any]) -> tuple[int | None, dict[str, int] | None]:
-    """Context length and bytes of cache per token, by transformers' view, under which all architectures share names."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    model_type = str(config.get("model_type"))
-    if model_type not in CONFIG_MAPPING:
-        return None, None
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    try:
-        parsed: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(plain)
-        elements = kv_elements(parsed)
-        return context_length(parsed), {"fp16": 2 * elements, "fp32": 4 * elements}
-    except Exception as error:  # of a config that lies, transformers raises whatever comes
-        reason = f"{type(error).__name__}: {error}"
-        raise BitternError(f"config.json: transformers does not understand this {model_type}: {reason}") from error
 
 
 def _why_unread(method: str | None, found: Mapping[str, Any]) -> str | None:
@@ -134,37 +85,6 @@ def _why_unread(method: str | None, found: Mapping[str, Any]) -> str | None:
     except BitternError as error:
         return str(error)
     return None
-
-
-def _parameters(artifact: Artifact) -> Counter[str]:
-    """Parameters of the dequantized model, per kind of layer."""
-    count: Counter[str] = Counter()
-    for name, layer in artifact.layers.items():
-        count[kind(name)] += layer.out_features * layer.in_features
-    for name, info in artifact.plain.items():
-        count[kind(name)] += 0 if _is_buffer(info) else info.numel
-    return count
-
-
-def _is_buffer(info: TensorInfo) -> bool:
-    return bool(_BUFFER.search(info.name)) and (len(info.shape) != 1 or not info.name.endswith(".attn.bias"))
-
-
-def _sizes(checkpoint: Checkpoint) -> dict[str, int]:
-    """Bytes per kind, as stored: a GGUF file's tensors show dequantized."""
-    sizes = dict.fromkeys(KINDS, 0)
-    for name, info in checkpoint.tensors.items():
-        sizes[kind(name)] += info.nbytes if checkpoint.gguf is None else checkpoint.gguf.nbytes[name]
-    return sizes
-
-
-def _bits_per_weight(parameters: Counter[str], sizes: dict[str, int]) -> dict[str, float | None]:
-    count, total = sum(parameters.values()), sum(sizes.values())
-    inner = count - parameters["embeddings"]
-    return {
-        "all": 8 * total / count if count else None,
-        "without_embeddings": 8 * (total - sizes["embeddings"]) / inner if inner else None,
-    }
 
 
 def _dtypes(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
@@ -196,6 +116,22 @@ def _summary(artifact: Artifact, layout: Layout) -> dict[str, Any] | None:
             **{name: asdict(spec) for name, spec in layout.packed.items() if spec != default},
             **dict.fromkeys(layout.plain),
         },
+    }
+
+
+def _manifest(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    if checkpoint.gguf is not None or not (checkpoint.folder / MANIFEST_FILE).is_file():
+        return None
+    try:
+        manifest = read_manifest(checkpoint.folder)
+    except BitternError as error:
+        return {"problem": str(error)}
+    return {
+        "schema_version": manifest["schema_version"],
+        "kind": kind_of(manifest),
+        "story": tell(manifest),
+        "notes": manifest["notes"],
+        "command": manifest.get("command"),
     }
 
 

@@ -217,18 +217,17 @@ def uptrain_options(function: Command) -> Command:
         click.option(
             "--kl-weight",
             type=click.FloatRange(0, 1),
-            default=0.9,
+            default=0.3,
             show_default=True,
             help="Share of the KL to the source in the loss; the rest is next-token loss.",
         ),
         click.option(
             "--micro-batch", type=click.IntRange(min=1), default=4, show_default=True, help="Windows at once."
         ),
-        click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Windows a step."),
-        click.option("--lr", type=click.FloatRange(min=0, min_open=True), default=6e-4, show_default=True),
+        click.option("--batch-size", type=click.IntRange(min=1), default=4, show_default=True, help="Windows a step."),
+        click.option("--lr", type=click.FloatRange(min=0, min_open=True), default=5e-5, show_default=True),
         click.option(
             "--train",
-            "train_what",
             type=click.Choice(["blocks", "all", "attention"]),
             default="blocks",
             show_default=True,

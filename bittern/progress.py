@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -164,6 +165,25 @@ def line(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "-"}[value]
     return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def figures(found: Mapping[str, Any]) -> str:
+    """Measured figures, one a line; those that were not measured are left out."""
+    known = {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in found.items()}
+    return "\n".join(f"{name.replace('_', ' '):<20} {value}" for name, value in known.items() if value is not None)
+
+
+def story_lines(manifest: Mapping[str, Any] | None) -> list[str]:
+    """What inspect found in a manifest, a line for every sentence."""
+    if manifest is None:
+        return []
+    if "problem" in manifest:
+        return [f"{'manifest':<20} {manifest['problem']}"]
+    told = [("manifest", f"schema {manifest['schema_version']}"), *(("story", each) for each in manifest["story"])]
+    told += [("note", note) for note in manifest["notes"]]
+    if manifest["command"] is not None:
+        told.append(("command", shlex.join(manifest["command"])))
+    return [f"{name:<20} {text}" for name, text in told]
 
 
 def conversion(summary: ConvertSummary | RepackSummary | GgufSummary) -> str:

@@ -1,9 +1,9 @@
 """The manifest: what a run did, to what, with which versions, and the hashes of what it wrote.
 
-``bittern_manifest.json`` lies in the artifact. Two runs with the same seed on the same machine agree
-in every file of the artifact and in all of the manifest but its ``measured`` object.
+``bittern_manifest.json`` lies in the artifact. docs/manifest.md documents every key, ``manifest.schema.json``
+is the schema that :mod:`bittern.schema` holds a manifest to. Two runs with the same seed on the same machine
+agree in every file of the artifact and in all of the manifest but its ``measured`` object.
 
-==================  ==================================================================================
 schema_version      2; the first had neither ``kind`` nor ``files``, and came from quantize alone
 kind                "quantize", "convert", "repack" or "uptrain"
 source              name, revision and architecture of what was read; ``card``, what its model card says of
@@ -26,6 +26,10 @@ files               file -> its bytes and sha256, of every file of the artifact 
   and ``degraded`` (why the result must not be taken for a good one, or null).
 
 :func:`layer_records` finds the records of the run that chose the codes, in a manifest of any kind.
+=======
+A run that reads what bittern has made keeps that one's manifest under ``origin``; what its run measured is
+under ``measured``, ``origin``. So a manifest is a chain of runs: :func:`runs` walks it, and
+:func:`layer_records` finds the records of the run that chose the codes.
 """
 
 from __future__ import annotations
@@ -43,9 +47,11 @@ from typing import Any
 import bittern
 
 MANIFEST_FILE = "bittern_manifest.json"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _BUFFER_BYTES = 4 * 2**20
+_VERBS = {"quantize": "quantize", "convert": "convert", "repack": "convert", "uptrain": "uptrain"}  # kind -> command
+_NOT_REPEATED = ("overwrite", "revision", "layers", "sym")  # options that the command has in another form, or not
 
 
 def base_manifest(
@@ -56,7 +62,7 @@ def base_manifest(
     Args:
         kind: "quantize", "convert", "repack" or "uptrain".
         source: see :func:`bittern.origin.source_record`.
-        options: the options that the run was called with.
+        options: the options that the run was called with, named as those of the command are.
         notes: warnings and fallbacks that a user must know of.
         seconds: wall time of the run.
     """
@@ -67,6 +73,7 @@ def base_manifest(
         "kind": kind,
         "source": source,
         "options": options,
+        "command": repeat_command(kind, source, options),
         "notes": notes,
         "versions": {
             "bittern": bittern.__version__,
@@ -78,8 +85,33 @@ def base_manifest(
             "seconds": round(seconds, 3),
             "peak_memory_bytes": peak_memory(),
             "threads": torch.get_num_threads(),
+            "machine": {"system": platform.system(), "processor": platform.machine(), "cpus": os.cpu_count()},
         },
     }
+
+
+def repeat_command(kind: str, source: dict[str, Any], options: dict[str, Any]) -> list[str]:
+    """The command that does the same again, as arguments; ``OUT`` stands for the output.
+
+    A Hub id comes with the commit that was read, whatever branch was asked for.
+    """
+    command = ["bittern", _VERBS.get(kind, kind), str(source.get("name", "SRC")), "-o", "OUT"]
+    if source.get("revision"):
+        command += ["--revision", str(source["revision"])]
+    if "sym" in options:
+        command.append("--sym" if options["sym"] else "--asym")
+    for regex, bits in options.get("layers") or ():
+        command += ["--layer", f"{regex}=bits:{bits}"]
+    for name, value in options.items():
+        flag = "--" + name.replace("_", "-")
+        if name in _NOT_REPEATED or value is None or value is False:
+            continue
+        if value is True:
+            command.append(flag)
+        else:
+            for each in value if isinstance(value, (list, tuple)) else (value,):
+                command += [flag, str(each)]
+    return command
 
 
 def make_manifest(
@@ -126,11 +158,35 @@ def repacked_manifest(
     """
     manifest = base_manifest("repack", source, options, notes=notes, seconds=seconds)
     manifest["repacked"] = repacked
-    manifest["origin"] = None
-    if origin is not None:
-        manifest["origin"] = {key: value for key, value in origin.items() if key != "measured"}
-        manifest["measured"]["origin"] = origin.get("measured")
-    return manifest
+    return with_origin(manifest, origin)
+
+
+def with_origin(manifest: dict[str, Any], origin: dict[str, Any] | None) -> dict[str, Any]:
+    """A manifest that keeps the story of the runs before it.
+
+    Args:
+        manifest: of the run that has just ended.
+        origin: the manifest of what it read, None where that had none.
+    """
+    if origin is None:
+        return {**manifest, "origin": None}
+    before = {key: value for key, value in origin.items() if key != "measured"}
+    return {**manifest, "origin": before, "measured": {**manifest["measured"], "origin": origin.get("measured")}}
+
+
+def runs(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every run of a manifest that keeps to the schema, the first one first, each with its own ``measured``.
+
+    ``origin`` is left out of them; ``measured`` is empty where it is not known.
+    """
+    found: list[dict[str, Any]] = []
+    run: dict[str, Any] | None = manifest
+    measured: dict[str, Any] | None = manifest.get("measured")
+    while run is not None:
+        own = {key: value for key, value in (measured or {}).items() if key != "origin"}
+        found.append({**{key: value for key, value in run.items() if key != "origin"}, "measured": own})
+        run, measured = run.get("origin"), (measured or {}).get("origin")
+    return found[::-1]
 
 
 def degraded_note(config: Mapping[str, Any]) -> list[str]:

@@ -21,8 +21,9 @@ from torch import Tensor
 from bittern.checkpoint import Checkpoint, contained, open_checkpoint, read_json
 from bittern.compare import Comparison, View
 from bittern.errors import BitternError, first_line
-from bittern.report import MANIFEST_FILE, file_record
+from bittern.report import MANIFEST_FILE, file_record, runs
 from bittern.runtime.load import load
+from bittern.schema import problem
 from bittern.tokenizer import check_vocabulary, context_length
 from bittern.weight import is_finite
 
@@ -50,7 +51,7 @@ class Check:
     """One question and its answer.
 
     Attributes:
-        name: "files", "tensors", "values", "source config", "source tensors", "source values", "tokenizer"
+        name: "manifest", "files", "tensors", "values", "source config", "source tensors", "source values", "tokenizer"
             or "logits".
         passed: None when it was not asked; ``detail`` says why.
         detail: one line: what was counted and measured, or what is wrong.
@@ -117,6 +118,8 @@ def verify(
         base = None if against is None else stack.enter_context(open_checkpoint(against, revision))
         checkpoint = _open(output, checks)
         folder = Path(output) if checkpoint is None else stack.enter_context(checkpoint).path
+        with checks.guard("manifest"):
+            checks.append(_manifest(folder))
         with checks.guard("files"):
             checks.append(check_files(folder, step))
         view = source = comparison = None
@@ -172,6 +175,19 @@ def _open(output: str | os.PathLike[str], checks: _Checks) -> Checkpoint | None:
     with checks.guard("tensors"):
         return open_checkpoint(output)
     return None
+
+
+def _manifest(folder: Path) -> Check:
+    """The manifest against its schema."""
+    if not (folder / MANIFEST_FILE).is_file():
+        return Check("manifest", None, f"no {MANIFEST_FILE}: not written by bittern, or as a GGUF file")
+    manifest = read_json(contained(folder, MANIFEST_FILE))
+    wrong = problem(manifest)
+    if wrong is not None:
+        return Check("manifest", False, f"{MANIFEST_FILE}: {wrong}")
+    count = len(runs(manifest))
+    told = f"a chain of {count} runs, the last" if count > 1 else "a run"
+    return Check("manifest", True, f"schema {manifest['schema_version']}: {told} of {manifest.get('kind', 'quantize')}")
 
 
 def check_files(folder: Path, step: OnStep) -> Check:

@@ -159,7 +159,7 @@ def fails(outcome: Outcome, code: int, *parts: str) -> None:
         (["run", "m", "--threads", "0"], ["--threads"]),
         (["eval", "m", "--kernels", "fast"], ["--kernels", "auto", "native", "torch"]),
         (["eval", "m"], ["--text", "--tasks"]),
-        (["eval", "m", "--tasks", "t", "--against", "b"], ["--against", "--text"]),
+        (["eval", "m", "--against", "b"], ["--text", "--tasks"]),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(run: Bittern, arguments: list[str], parts: list[str]) -> None:

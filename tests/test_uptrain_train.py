@@ -173,7 +173,7 @@ def test_other_options_are_not_gone_on_with(source: Path, text: Path, tmp_path: 
 
 def test_a_run_that_diverges_ends_in_one_line_and_writes_nothing(source: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(BitternError, match=r"diverged before step .*smaller --lr"):
-        run(source, tmp_path / "out", text, tokens=64 * 40, lr=100.0, eval_every=4)
+        run(source, tmp_path / "out", text, tokens=64 * 40, lr=100.0, eval_every=4, train="all")
     assert not (tmp_path / "out").exists()
 
 
@@ -199,7 +199,7 @@ def test_a_share_of_the_positions_trains_too(source: Path, text: Path, tmp_path:
 
 @pytest.mark.parametrize("trained", ["attention", "all"])
 def test_what_is_not_trained_keeps_its_bytes(source: Path, text: Path, tmp_path: Path, trained: str) -> None:
-    run(source, tmp_path / "out", text, tokens=640, train_what=trained)
+    run(source, tmp_path / "out", text, tokens=640, train=trained)
     before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     inside = {name for name in before if "self_attn" in name}

@@ -24,7 +24,9 @@ from bittern.checkpoint import Checkpoint, CheckpointWriter, TensorInfo, open_ch
 from bittern.errors import BitternError
 from bittern.model import Piece, unused_tensors
 from bittern.origin import source_record
-from bittern.report import base_manifest
+from bittern.report import base_manifest, with_origin
+from bittern.schema import carried
+from bittern.size import count_parameters, planned_size, size_record, stored_bytes
 from bittern.writer import MAX_SHARD_SIZE, check_output
 
 if TYPE_CHECKING:
@@ -179,9 +181,8 @@ def convert(
                 output_bytes=sum(info.nbytes for info in plan),
                 seconds=time.monotonic() - started,
             )
-            manifest = _manifest(
-                summary, checkpoint, {"dtype": dtype, "clamp": clamp, "max_shard_size": max_shard_size}
-            )
+            options = {"dtype": dtype, "clamp": clamp, "max_shard_size": max_shard_size}
+            manifest = _manifest(summary, checkpoint, options, planned_size(plan, plan))
             writer.commit(with_dtype(checkpoint.config, DTYPES[dtype]), manifest)
     return summary
 
@@ -358,17 +359,27 @@ def _equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
     )
 
 
-def _manifest(summary: ConvertSummary, checkpoint: Checkpoint, options: dict[str, Any]) -> dict[str, Any]:
-    """What the output says of its making; see :mod:`bittern.report`."""
+def _manifest(
+    summary: ConvertSummary, checkpoint: Checkpoint, options: dict[str, Any], size: dict[str, Any]
+) -> dict[str, Any]:
+    """What the output says of its making; see :mod:`bittern.report`.
+
+    Context and cache are left out: they are not changed, and to know them takes transformers, which is large.
+    """
+    origin, notes = carried(checkpoint)
     clamped = {cast.name: cast.overflowed for cast in summary.tensors if cast.overflowed}
-    notes = [f"{summary.clamped} values in {len(clamped)} tensors were clamped to what {summary.dtype} holds"]
-    return base_manifest(
+    if clamped:
+        notes.append(f"{summary.clamped} values in {len(clamped)} tensors were clamped to what {summary.dtype} holds")
+    made = base_manifest(
         "convert",
         source_record(checkpoint),
         options,
-        notes=notes if clamped else [],
+        notes=notes,
         seconds=summary.seconds,
-    ) | {
+    )
+    source = size_record(count_parameters(checkpoint.tensors.values()), stored_bytes(checkpoint))
+    made |= {
+        "size": {"source": source, "output": size},
         "dtype": summary.dtype,
         "tensors": {
             cast.name: {
@@ -381,6 +392,7 @@ def _manifest(summary: ConvertSummary, checkpoint: Checkpoint, options: dict[str
         "clamped": clamped,
         "tied": list(summary.tied),
     }
+    return with_origin(made, origin)
 
 
 def with_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

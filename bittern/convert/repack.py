@@ -16,7 +16,7 @@ import torch
 
 from bittern import model as live
 from bittern.artifact import Artifact
-from bittern.checkpoint import Checkpoint, CheckpointWriter, TensorInfo, open_checkpoint, read_json
+from bittern.checkpoint import Checkpoint, CheckpointWriter, TensorInfo, open_checkpoint
 from bittern.consumers import asks_dequantize
 from bittern.convert.cast import DTYPES, cast_tensors, cast_values, target_dtype, with_dtype
 from bittern.errors import BitternError
@@ -25,7 +25,9 @@ from bittern.formats.packing import Packing
 from bittern.layout import layout_of
 from bittern.model import Matrix, Piece
 from bittern.origin import source_record
-from bittern.report import MANIFEST_FILE, repacked_manifest
+from bittern.report import repacked_manifest
+from bittern.schema import carried
+from bittern.size import planned_size, source_size, unchanged_cache
 from bittern.weight import QuantSpec
 from bittern.writer import MAX_SHARD_SIZE, check_output
 
@@ -139,7 +141,9 @@ def repack(
             if format in (gptq.V1, gptq.V2):  # where GPTQModel and older readers look first
                 writer.write_file("quantize_config.json", json.dumps(config["quantization_config"], indent=2) + "\n")
             summary = contents.summary(output, format, max(each["error"] for each in records), worst, plan, started)
-            manifest = _manifest(contents, options, records, summary)
+            shapes = {name: (layer.out_features, layer.in_features) for name, layer in artifact.layers.items()}
+            size = planned_size(plan, [info for info, _ in kept], shapes)
+            manifest = _manifest(contents, options, records, summary, size)
             writer.commit({**_plain_config(checkpoint, floats), **config}, manifest)
     return summary
 
@@ -194,7 +198,8 @@ def dequantize(
                 if on_layer is not None:
                     on_layer(name, number, len(places))
             summary = contents.summary(output, "safetensors", 0.0, worst, plan, started)
-            writer.commit(_plain_config(checkpoint, floats), _manifest(contents, options, records, summary))
+            manifest = _manifest(contents, options, records, summary, planned_size(plan, plan))
+            writer.commit(_plain_config(checkpoint, floats), manifest)
     return summary
 
 
@@ -350,12 +355,18 @@ def _plain_config(checkpoint: Checkpoint, dtype: torch.dtype | None) -> dict[str
 
 
 def _manifest(
-    contents: _Contents, options: dict[str, Any], records: list[dict[str, Any]], summary: RepackSummary
+    contents: _Contents,
+    options: dict[str, Any],
+    records: list[dict[str, Any]],
+    summary: RepackSummary,
+    size: dict[str, Any],
 ) -> dict[str, Any]:
     checkpoint = contents.artifact.checkpoint
-    path = checkpoint.folder / MANIFEST_FILE
-    origin = read_json(path) if checkpoint.gguf is None and path.is_file() else None
+    origin, notes = carried(checkpoint)
     source = source_record(checkpoint, format=summary.found)
-    return repacked_manifest(
-        origin, source, options, repacked=records, notes=list(summary.notes), seconds=summary.seconds
+    made = repacked_manifest(
+        origin, source, options, repacked=records, notes=[*summary.notes, *notes], seconds=summary.seconds
+    )
+    return (
+        made | {"size": {"source": source_size(contents.artifact), "output": size}} | unchanged_cache(checkpoint.config)
     )

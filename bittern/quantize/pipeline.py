@@ -29,7 +29,9 @@ from bittern.origin import source_record
 from bittern.quantize.calibration import CalibrationTokens, load_tokens
 from bittern.quantize.plan import Plan, make_plan
 from bittern.quantize.solve import Solver
-from bittern.report import degraded_note, make_manifest
+from bittern.report import degraded_note, make_manifest, with_origin
+from bittern.schema import carried
+from bittern.size import planned_size, source_size, unchanged_cache
 from bittern.tokenizer import context_length
 from bittern.weight import QuantSpec
 from bittern.writer import MAX_SHARD_SIZE, CheckpointWriter, check_output
@@ -130,6 +132,10 @@ def quantize(
         batches = [] if tokens is None else list(torch.split(tokens.ids, batch_size))
         solver = Solver(model, checkpoint, sources, plan, damp_percent, place)
         planned = [info for info, _ in kept] + plan.packed_tensors(packing)
+        origin, left_out = carried(checkpoint)
+        output_size = planned_size(planned, [info for info, _ in kept], plan.shapes)
+        about = {"size": {"source": source_size(Artifact(checkpoint)), "output": output_size}}
+        about |= unchanged_cache(checkpoint.config)
         with CheckpointWriter(
             folder,
             planned,
@@ -146,9 +152,15 @@ def quantize(
                 calibration=_describe_tokens(tokens),
                 layers=records,
                 kept=plan.kept,
-                notes=[*(tokens.warnings if tokens else ()), *_notes(records, plan), *degraded_note(checkpoint.config)],
+                notes=[
+                    *left_out,
+                    *(tokens.warnings if tokens else ()),
+                    *_notes(records, plan),
+                    *degraded_note(checkpoint.config),
+                ],
                 seconds=time.monotonic() - started,
             )
+            manifest = with_origin(manifest | about, origin)
             quantization = packing.config(QuantSpec(bits, plan.group_size, sym), _all_layers(model, sources, plan))
             _finish(writer, checkpoint, quantization, manifest, kept_dtype)
     if chosen == "gguf":

@@ -18,19 +18,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bittern import model as live
+from bittern.artifact import Artifact
 from bittern.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from bittern.convert.cast import DTYPES, cast_tensors, cast_values, copied_tensors, refuse_quantized, target_dtype
 from bittern.errors import BitternError
 from bittern.evaluate import check_fit, evaluate, text_windows
-from bittern.quantize.pipeline import DEFAULT_DATASET
 from bittern.origin import source_record
-from bittern.report import base_manifest, degraded_note
+from bittern.quantize.pipeline import DEFAULT_DATASET
+from bittern.report import base_manifest, degraded_note, with_origin
+from bittern.schema import carried
+from bittern.size import cache_size, planned_size, source_size
 from bittern.tokenizer import context_length
 from bittern.uptrain.heads import Counts, attention_prefixes, check_attention, find_attention
 from bittern.uptrain.regroup import Recipe, regroup
 from bittern.uptrain.state import load_state, read_story, read_tensor, save_state
 from bittern.uptrain.text import HELD_OUT, Windows, read_windows, write_windows
-from bittern.uptrain.train import Run, Training, shard, train, trained_parameters, world
+from bittern.uptrain.train import Run, Training, shard, trained_parameters, world
+from bittern.uptrain.train import train as run_training
 from bittern.writer import MAX_SHARD_SIZE, CheckpointWriter, check_output
 
 if TYPE_CHECKING:
@@ -60,11 +64,11 @@ def uptrain(
     tokens: int = 0,
     sampled: int = 0,
     text: str | os.PathLike[str] | None = None,
-    train_what: str = "blocks",
-    lr: float = 6e-4,
-    batch_size: int = 16,
+    train: str = "blocks",
+    lr: float = 5e-5,
+    batch_size: int = 4,
     micro_batch: int = 4,
-    kl_weight: float = 0.9,
+    kl_weight: float = 0.3,
     weight_decay: float = 0.0,
     logits: float = 1.0,
     eval_every: int | None = None,
@@ -96,7 +100,7 @@ def uptrain(
         tokens: to train on, end to end; 0 only converts. Text that is shorter is shown again, in another order.
         sampled: of these, tokens of text that the source writes.
         text: a file to measure perplexity on; without it, windows of the dataset that are not trained on.
-        train_what: ``blocks``, ``all`` or ``attention``: the parameters to train.
+        train: ``blocks``, ``all`` or ``attention``: the parameters to train.
         lr, batch_size, micro_batch, kl_weight, weight_decay, logits, eval_every, recompute: see
             :class:`bittern.uptrain.train.Training`.
         dtype: ``bf16``, ``fp16`` or ``fp32`` of the result; by default each tensor keeps its own.
@@ -136,9 +140,7 @@ def uptrain(
                 _train(run, options, on_progress if rank == 0 else None)
             if rank:
                 return None
-            manifest = _manifest(
-                run.story, checkpoint, counts, kv_heads, given, str(source), time.monotonic() - started
-            )
+            manifest = _manifest(run.story, checkpoint, counts, kv_heads, given, time.monotonic() - started)
             _write(folder, checkpoint, run, Path(output), manifest, dtype, max_shard_size, overwrite)
             shutil.rmtree(folder)
     return manifest
@@ -236,8 +238,8 @@ def _training(given: dict[str, Any]) -> Training:
     ):
         if given[name] < least:
             raise BitternError(f"{name}: expected at least {least}, found {given[name]}")
-    if given["train_what"] not in ("blocks", "all", "attention"):
-        raise BitternError(f"train_what: expected blocks, all or attention, found {given['train_what']!r}")
+    if given["train"] not in ("blocks", "all", "attention"):
+        raise BitternError(f"train: expected blocks, all or attention, found {given['train']!r}")
     if not 0 <= given["kl_weight"] <= 1 or not given["lr"] > 0:
         raise BitternError(
             f"kl_weight, lr: expected a share and more than 0, found {given['kl_weight']}, {given['lr']}"
@@ -261,7 +263,7 @@ def _training(given: dict[str, Any]) -> Training:
         given["batch_size"],
         given["micro_batch"],
         given["kl_weight"],
-        given["train_what"],
+        given["train"],
         every,
         weight_decay=given["weight_decay"],
         logits=given["logits"],
@@ -461,7 +463,7 @@ def _train(run: Run, options: Training, on_progress: Report | None) -> None:
         shard(run.teacher)
         shard(run.student)
         run.parameters = trained_parameters(run.student, options.trained)
-    train(run, options, on_progress)
+    run_training(run, options, on_progress)
 
 
 def degraded(perplexity: dict[str, Any], tokens: int) -> str | None:
@@ -486,15 +488,13 @@ def _manifest(
     given: dict[str, Any],
     seconds: float,
 ) -> dict[str, Any]:
-    from bittern.inspect import kv_elements
-
     curve = story["curve"]
     perplexity = {**story["perplexity"], "trained": curve[-1]["perplexity"] if curve else None}
     reason = degraded(perplexity, given["tokens"])
     mark = {"bittern": {"degraded": reason}} if reason else {}
-    notes = [*story["notes"], *degraded_note(mark)]
-    elements = kv_elements(live.build(checkpoint.config).config)
-    smaller = elements * kv_heads // counts.key_value
+    origin, left_out = carried(checkpoint)
+    length, cache = cache_size(checkpoint.config)
+    notes = [*left_out, *story["notes"], *degraded_note(mark)]
     manifest = base_manifest(
         "uptrain",
         source_record(checkpoint),
@@ -503,16 +503,17 @@ def _manifest(
         seconds=seconds,
     )
     manifest["measured"]["conversion_seconds"] = round(story["conversion_seconds"], 3)
-    return manifest | {
+    manifest |= {
         "heads": {
             "num_attention_heads": counts.query,
             "source_kv_heads": counts.key_value,
             "num_key_value_heads": kv_heads,
             "head_dim": counts.dim,
         },
+        "context_length": length,
         "kv_bytes_per_token": {
-            "source": {"fp16": 2 * elements, "fp32": 4 * elements},
-            "output": {"fp16": 2 * smaller, "fp32": 4 * smaller},
+            "source": cache,
+            "output": cache_size(grouped_config(checkpoint.config, kv_heads))[1],
         },
         "calibration": story["calibration"],
         "blocks": story["blocks"],
@@ -520,6 +521,7 @@ def _manifest(
         "training": {"tokens": curve[-1]["tokens"], "steps": curve[-1]["step"], "curve": curve} if curve else None,
         "degraded": reason,
     }
+    return with_origin(manifest, origin)
 
 
 def _write(
@@ -554,6 +556,7 @@ def _write(
     if manifest["degraded"]:
         config["bittern"] = {"degraded": manifest["degraded"]}
     plan = [info for info, _ in kept] + planned
+    manifest["size"] = {"source": source_size(Artifact(checkpoint)), "output": planned_size(plan, plan)}
     with CheckpointWriter(output, plan, max_shard_size=max_shard_size, overwrite=overwrite) as writer:
         for _ in cast_tensors(checkpoint, writer, kept):
             pass

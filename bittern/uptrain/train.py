@@ -63,9 +63,9 @@ class Training:
 
     steps: int
     lr: float
-    batch_size: int = 16
+    batch_size: int = 4
     micro_batch: int = 4
-    kl_weight: float = 0.9
+    kl_weight: float = 0.3
     trained: str = "blocks"
     eval_every: int = 50
     clip: float = 1.0

@@ -1,0 +1,1 @@
+"""The page that ``bittern report`` writes: what a manifest tells, as one self-contained HTML file."""

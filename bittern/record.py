@@ -1,0 +1,204 @@
+"""What ``bittern eval`` does, and how what it measured gets into the artifact's manifest."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bittern.errors import BitternError
+from bittern.evaluate import EvalResult, check_fit, evaluate, text_windows
+from bittern.report import MANIFEST_FILE, file_record
+from bittern.schema import LARGEST_FLOAT, problem, read_manifest
+from bittern.tasks import TaskResult, evaluate_task
+from bittern.writer import explained, fsync
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Load = Callable[..., "tuple[PreTrainedModel, PreTrainedTokenizerBase]"]
+Bar = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
+
+_OF_THE_MODEL: dict[str, Any] = {"revision": None, "lm_head_bits": None}  # options that are not the base's
+_SETTINGS = ("dtype", "device", "activations", "lm_head_bits")
+_SAME = ("what", "sha256", "seqlen", "windows", "questions")  # with the settings: the same measurement
+
+
+@dataclass
+class Measurement:
+    """What one call of ``bittern eval`` found.
+
+    Attributes:
+        text: figures on the text; None without one.
+        tasks: figures of each task; with a base, the base's own under ``base_`` too.
+        entries: the same as ``evaluations`` of a manifest has them.
+        notes: what a user must be told.
+        kernels: what computed, in words.
+    """
+
+    text: EvalResult | None = None
+    tasks: list[dict[str, Any]] = field(default_factory=list)
+    entries: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    kernels: str = ""
+
+
+def measure(
+    load: Load,
+    bar: Bar,
+    model: str,
+    *,
+    text: Path | None,
+    seqlen: int,
+    windows: int,
+    against: str | None,
+    tasks: Sequence[Path],
+    limit: int | None,
+    batch_size: int,
+    **place: Any,
+) -> Measurement:
+    """Measure a model on a text and tasks, and a base beside it.
+
+    Args:
+        load: makes a model and its tokenizer of a source and ``place``.
+        bar: makes a progress bar of a title.
+        model: an artifact, or any checkpoint.
+        text, seqlen, windows: the text to predict, and how it is cut; see :func:`bittern.evaluate.text_windows`.
+        against: the base: KL divergence and agreement on the text, and its own figures on everything.
+        tasks, limit: files of requests, and how many questions of each.
+        batch_size: windows at a time.
+        place: how models are loaded; a revision and a packed head are the model's alone.
+
+    Raises:
+        BitternError: for files, models and lengths that do not fit; see what this calls.
+    """
+    found = Measurement()
+    live, tokenizer = load(model, decoder=False, **place)
+    ids = None
+    if text is not None:
+        ids = text_windows(text, tokenizer, seqlen=seqlen, windows=windows)
+        check_fit(live, tokenizer, ids)
+        if len(ids) < windows:
+            found.notes.append(f"{text}: {windows} windows asked for, {len(ids)} found")
+    base, base_tokenizer = (None, None) if against is None else load(against, decoder=False, **place | _OF_THE_MODEL)
+    kernels = str(vars(live)["kernels"])
+    about = {"settings": {**{name: place.get(name) for name in _SETTINGS}, "kernels": kernels}, "base": against}
+    if text is not None and ids is not None:
+        with bar("windows") as on_progress:
+            found.text = evaluate(live, ids, against=base, batch_size=batch_size, on_progress=on_progress)
+        found.entries.append(_text_entry(text, seqlen, found.text) | about)
+    for file in tasks:
+        with bar(file.name) as on_progress:
+            result = evaluate_task(live, tokenizer, file, limit=limit, on_progress=on_progress)
+        answer = asdict(result)
+        if base is not None and base_tokenizer is not None:
+            with bar(f"{file.name}, base") as on_progress:
+                base_result = evaluate_task(base, base_tokenizer, file, limit=limit, on_progress=on_progress)
+            answer |= {f"base_{name}": getattr(base_result, name) for name in _figures(base_result)}
+        found.tasks.append(answer)
+        found.entries.append(_task_entry(file, answer) | about)
+    found.kernels = kernels
+    return found
+
+
+def check_recordable(model: str) -> None:
+    """Refuse what has no manifest that can be written, before anything is measured.
+
+    Raises:
+        BitternError: for anything but a folder with a manifest of its own that keeps to the schema.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        raise BitternError(f"{model}: --record writes into an artifact's folder, and this is none")
+    if not (folder / MANIFEST_FILE).is_file():
+        raise BitternError(f"{model}: --record writes into {MANIFEST_FILE}, which only what bittern made has")
+    if (folder / MANIFEST_FILE).is_symlink():
+        raise BitternError(f"{model}: --record changes no file elsewhere, and {MANIFEST_FILE} is a link; copy it first")
+    read_manifest(folder)
+
+
+def record(model: str, entries: Sequence[dict[str, Any]]) -> None:
+    """Put measurements into an artifact's manifest, which is replaced as a whole.
+
+    One of the same text or task with the same settings replaces the older one, unless that was held against
+    another base.
+
+    Raises:
+        BitternError: see :func:`check_recordable`; and when the disk refuses.
+    """
+    folder = Path(model)
+    check_recordable(model)
+    with explained(folder), _alone(folder):
+        manifest = read_manifest(folder)
+        kept = [old for old in manifest.get("evaluations", ()) if not any(_replaces(new, old) for new in entries)]
+        manifest["evaluations"] = [*kept, *entries]
+        wrong = problem(manifest)
+        if wrong is not None:
+            raise BitternError(f"{folder / MANIFEST_FILE}: not written: {wrong}")
+        _replace(folder / MANIFEST_FILE, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+
+
+def _replaces(new: dict[str, Any], old: dict[str, Any]) -> bool:
+    """Whether a measurement makes an older one useless."""
+    settings = all(new["settings"].get(name) == (old.get("settings") or {}).get(name) for name in _SETTINGS)
+    same = settings and all(new.get(name) == old.get(name) for name in _SAME)
+    return same and old.get("base") in (None, new["base"])
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """No other bittern reads and replaces this manifest meanwhile."""
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(place)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Replace a file by a whole one: hidden, durable, then renamed."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        fsync(partial)
+        partial.rename(path)
+        fsync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _text_entry(text: Path, seqlen: int, result: EvalResult) -> dict[str, Any]:
+    return {
+        "what": "text",
+        "name": text.name,
+        "sha256": file_record(text)["sha256"],
+        "seqlen": seqlen,
+        "windows": result.windows,
+        "tokens": result.tokens,
+        "perplexity": _finite(result.perplexity),
+        "kl": _finite(result.kl),
+        "top1_agreement": result.top1_agreement,
+        "base_perplexity": _finite(result.base_perplexity),
+    }
+
+
+def _task_entry(file: Path, answer: dict[str, Any]) -> dict[str, Any]:
+    figures = {name: _finite(value) for name, value in answer.items() if name != "task"}
+    base = {"base_accuracy": None}  # a key that every task has
+    return {"what": "task", "name": answer["task"], "sha256": file_record(file)["sha256"], **base, **figures}
+
+
+def _figures(result: TaskResult) -> list[str]:
+    """The fields of a result that say how good a model is."""
+    return [name for name in asdict(result) if name not in ("task", "questions", "truncated")]
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: None stands for it, and for what a manifest does not take for a number."""
+    return None if isinstance(value, float) and not abs(value) < LARGEST_FLOAT else value

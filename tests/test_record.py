@@ -1,0 +1,248 @@
+"""What ``bittern eval --record`` puts into a manifest: the figures that it prints, whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+import bittern
+from bittern import cli
+from bittern.errors import BitternError
+from bittern.evaluate import evaluate, text_windows
+from bittern.record import check_recordable, record
+from bittern.report import MANIFEST_FILE
+from bittern.schema import read_manifest
+from bittern.tasks import evaluate_task
+from bittern.verify import verify
+from tests import manifests, tiny
+
+
+@pytest.fixture(scope="module")
+def source(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save(tiny.random_model(), tmp_path_factory.mktemp("source") / "model", tokenizer)
+
+
+@pytest.fixture(scope="module")
+def made(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact without measurements."""
+    out = tmp_path_factory.mktemp("made") / "artifact"
+    bittern.quantize(source, out, bits=2, group_size=32, method="rtn")
+    return out
+
+
+@pytest.fixture
+def artifact(made: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(made, tmp_path / "artifact")
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A multiple-choice file and a last-word file."""
+    folder = tmp_path_factory.mktemp("tasks")
+    choice, last = folder / "choice.jsonl", folder / "last.jsonl"
+    words = tiny.WORDS
+    rows: list[dict[str, Any]] = [
+        {
+            "request": {"context": f"{words[doc]} {words[doc - 3]}", "continuation": f" {words[(doc + at) % 10]}"},
+            "doc_id": doc,
+            "idx": at,
+            "label": doc % 3,
+            "task_name": "choice",
+        }
+        for doc in range(8)
+        for at in range(3)
+    ]
+    choice.write_text("\n".join(json.dumps(row) for row in rows))
+    ends = [{**row, "label": ["x"], "task_name": "last"} for row in rows if row["idx"] == 0]
+    last.write_text("\n".join(json.dumps(row) for row in ends))
+    return [choice, last]
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["eval", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return int(exit_.value.code or 0), captured.out, captured.err
+
+
+def options(text: Path) -> list[object]:
+    return ["--text", text, "--seqlen", 32, "--windows", 4, "--device", "cpu", "--kernels", "torch"]
+
+
+def test_the_figures_are_recorded_with_the_base_s_own(
+    source: Path, artifact: Path, text: Path, tasks: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [*options(text), "--dtype", "fp32", "--against", source, "--tasks", tasks[0], "--tasks", tasks[1]]
+    code, out, _ = run(capsys, artifact, *asked, "--record", "--json")
+    shown = json.loads(out)
+    assert code == 0
+    first, choice, last = read_manifest(artifact)["evaluations"]
+    sha256 = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in (text, *tasks)}
+    assert (first["what"], first["name"], first["sha256"]) == ("text", text.name, sha256[text])
+    assert (first["seqlen"], first["windows"], first["tokens"], first["base"]) == (32, 4, 4 * 31, str(source))
+    for key in ("perplexity", "kl", "top1_agreement", "base_perplexity"):
+        assert first[key] == shown[key]
+    # The base by itself, by the same functions: what was recorded of it is its own.
+    base = bittern.load(source, device="cpu", dtype=torch.float32, kernels="torch", decoder=False)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    windows = text_windows(text, tokenizer, seqlen=32, windows=4)
+    assert first["base_perplexity"] == pytest.approx(evaluate(base, windows).perplexity, rel=1e-6)
+    assert first["base_perplexity"] != pytest.approx(first["perplexity"], rel=1e-3)
+    for entry, file in zip((choice, last), tasks, strict=True):
+        alone = evaluate_task(base, tokenizer, file)
+        assert (entry["what"], entry["name"], entry["sha256"]) == ("task", alone.task, sha256[file])
+        for key in ("accuracy", "accuracy_normalized", "exact_match"):
+            assert entry[f"base_{key}"] == getattr(alone, key)
+        assert entry["questions"] == 8
+    assert choice["accuracy"] is not None and last["accuracy"] is None and last["exact_match"] is not None
+    assert shown["tasks"][0]["base_accuracy"] == choice["base_accuracy"]
+    assert first["settings"] | {"kernels": ""} == {
+        "dtype": "fp32", "device": "cpu", "activations": "a16", "lm_head_bits": None, "kernels": ""
+    }  # fmt: skip
+
+
+def test_a_base_is_measured_on_tasks_alone_too(
+    source: Path, artifact: Path, tasks: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run(capsys, artifact, "--tasks", tasks[0], "--against", source, "--device", "cpu")
+    assert code == 0 and "base accuracy " in out
+    code, out, _ = run(capsys, artifact, "--tasks", tasks[0], "--device", "cpu")
+    assert code == 0 and "base" not in out
+
+
+def test_the_same_again_replaces_and_another_is_added(
+    source: Path, artifact: Path, text: Path, tasks: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def found() -> list[tuple[Any, ...]]:
+        entries = read_manifest(artifact)["evaluations"]
+        return [(e["name"], e.get("seqlen", e.get("questions")), bool(e["base"])) for e in entries]
+
+    run(capsys, artifact, *options(text), "--record")
+    assert found() == [(text.name, 32, False)]
+    run(capsys, artifact, *options(text), "--record", "--against", source)
+    assert found() == [(text.name, 32, True)]  # it says all that the older one said
+    run(capsys, artifact, *options(text), "--record", "--against", source)
+    assert found() == [(text.name, 32, True)]
+    run(capsys, artifact, *options(text), "--record")
+    assert found() == [(text.name, 32, True), (text.name, 32, False)]  # nothing that was known is lost
+    run(capsys, artifact, *options(text)[:2], "--seqlen", 16, "--windows", 4, "--record")
+    run(capsys, artifact, "--tasks", tasks[0], "--record")
+    run(capsys, artifact, "--tasks", tasks[0], "--limit", 4, "--record")
+    assert found()[2:] == [(text.name, 16, False), ("choice", 8, False), ("choice", 4, False)]
+    run(capsys, artifact, *options(text), "--record", "--dtype", "fp32")
+    assert len(found()) == 6
+
+
+def test_the_rest_of_the_artifact_stays_as_it_is(
+    made: Path, artifact: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(capsys, artifact, *options(text), "--record")[0] == 0
+    before, after = read_manifest(made), read_manifest(artifact)
+    assert {key: value for key, value in after.items() if key != "evaluations"} == before
+    assert {path.name for path in artifact.iterdir()} == {path.name for path in made.iterdir()}
+    assert verify(artifact, logits=False).passed
+
+
+def test_without_record_nothing_is_written(artifact: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (artifact / MANIFEST_FILE).read_bytes()
+    assert run(capsys, artifact, *options(text))[0] == 0
+    assert (artifact / MANIFEST_FILE).read_bytes() == before
+
+
+def test_what_cannot_be_recorded_is_refused_before_it_is_measured(
+    source: Path, artifact: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    link = tmp_path / "link"
+    shutil.copytree(artifact, link)
+    (link / MANIFEST_FILE).unlink()
+    (link / MANIFEST_FILE).symlink_to(artifact / MANIFEST_FILE)
+    broken = Path(shutil.copytree(artifact, tmp_path / "broken"))
+    (broken / MANIFEST_FILE).write_text('{"schema_version": 2}')
+    for model, words in (
+        (source, "which only what bittern made has"),
+        ("org/model", "this is none"),
+        (link, "is a link; copy it first"),
+        (broken, "expected the key"),
+    ):
+        code, out, err = run(capsys, model, "--text", tmp_path / "no.txt", "--record")
+        assert code == 1 and out == "" and err.count("\n") == 1 and words in err, err
+    assert run(capsys, source, *options(text))[0] == 0  # which is no reason not to measure
+
+
+def entry(name: str) -> dict[str, Any]:
+    return {**manifests.evaluations()[0], "sha256": hashlib.sha256(name.encode()).hexdigest(), "name": name}
+
+
+def test_nothing_is_lost_when_several_record_at_once(artifact: Path) -> None:
+    threads = [threading.Thread(target=record, args=(str(artifact), [entry(f"{n}.txt")])) for n in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    names = {each["name"] for each in read_manifest(artifact)["evaluations"]}
+    assert names == {f"{n}.txt" for n in range(16)}
+
+
+def test_a_failure_leaves_the_manifest_as_it_was(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (artifact / MANIFEST_FILE).read_bytes()
+    with pytest.raises(BitternError, match="not written: evaluations/0/perplexity"):
+        record(str(artifact), [{**entry("a.txt"), "perplexity": "high"}])
+
+    def full(path: Path, *_: Any, **__: Any) -> int:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(BitternError, match="the disk is full"):
+        record(str(artifact), [entry("a.txt")])
+    monkeypatch.undo()
+    assert (artifact / MANIFEST_FILE).read_bytes() == before
+    assert not [name for name in os.listdir(artifact) if name.endswith(".partial")]  # noqa: PTH208
+    check_recordable(str(artifact))
+
+
+def test_no_token_gets_into_manifest_or_report(
+    source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    token = "hf_" + "Secret" * 6
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.setenv(name, token)
+    out, page = tmp_path / "out", tmp_path / "report.html"
+    commands: list[list[object]] = [
+        [
+            "quantize",
+            source,
+            "-o",
+            out,
+            "--bits",
+            4,
+            "--group-size",
+            32,
+            "--dataset",
+            text,
+            "--seqlen",
+            32,
+            "--verbose",
+        ],
+        ["eval", out, "--text", text, "--seqlen", 32, "--windows", 2, "--against", source, "--record", "--verbose"],
+        ["inspect", out, "--verbose"],
+        ["report", out, "-o", page, "--verbose"],
+    ]
+    for command in commands:
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([str(each) for each in command])
+        assert not exit_.value.code, command
+    said = capfd.readouterr()
+    everything = [said.out, said.err, page.read_text(), *(p.read_text("latin-1") for p in out.iterdir())]
+    assert len(everything) > 6 and "hf_Secret" not in "".join(everything)
