@@ -397,9 +397,7 @@ def verify(path: str, as_json: bool, **options: Any) -> int:
 
 @_command
 @click.argument("artifact")
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), default="report.html", show_default=True, help="File to write."
-)
+@click.option("-o", "--output", type=click.Path(path_type=Path), default="report.html", help="[default: report.html]")
 @click.option("--beside", metavar="ART", multiple=True, help="Also compare with this artifact. Repeatable.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing file.")
 @json_option

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from bittern.checkpoint import contained, read_json
 from bittern.errors import BitternError, first_line
-from bittern.report import MANIFEST_FILE
+from bittern.report import MANIFEST_FILE, degraded_reason
 
 if TYPE_CHECKING:
     from bittern.checkpoint import Checkpoint
@@ -63,8 +63,10 @@ def stated_card(folder: Path) -> dict[str, Any] | None:
         own = {"unreadable": str(error)}
     if own is not None and "license" in own:
         return own
-    path = folder / MANIFEST_FILE
-    inherited = base_card(read_json(path)) if path.is_file() else None
+    try:
+        inherited = base_card(read_json(folder / MANIFEST_FILE)) if (folder / MANIFEST_FILE).is_file() else None
+    except BitternError:  # whoever carries the manifest on says that it is broken
+        inherited = None
     if own is None:
         return inherited
     return {**(inherited or {}), **own}
@@ -152,8 +154,7 @@ def base_card(manifest: dict[str, Any]) -> dict[str, Any] | None:
 
 def degraded(manifest: dict[str, Any], config: dict[str, Any]) -> str | None:
     """Why an artifact is known to be worse than it should be, None when nothing says so."""
-    stated = config.get("bittern")
-    reasons = [stated.get("degraded") if isinstance(stated, dict) else None]
+    reasons = [degraded_reason(config)]
     reasons += [each.get("degraded") for each in lineage(manifest)]
     return next((str(reason) for reason in reasons if reason), None)
 

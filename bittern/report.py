@@ -189,15 +189,20 @@ def runs(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     return found[::-1]
 
 
-def degraded_note(config: Mapping[str, Any]) -> list[str]:
-    """A sentence for whoever uses a checkpoint that lost quality when its heads were merged; none for others.
+def degraded_reason(config: Mapping[str, Any]) -> str | None:
+    """Why a checkpoint is known to be worse than it should be: uptraining leaves it, what is made of that inherits it.
 
     Args:
-        config: its config.json, where uptraining left the reason and what is made of it inherits it.
+        config: its config.json.
     """
     own = config.get("bittern")
     reason = own.get("degraded") if isinstance(own, dict) else None
-    return [f"this checkpoint is degraded: {reason}"] if isinstance(reason, str) else []
+    return reason if isinstance(reason, str) else None
+
+
+def degraded_notes(reason: str | None) -> list[str]:
+    """The note of a manifest about that; none without a reason."""
+    return [f"this checkpoint is degraded: {reason}"] if reason else []
 
 
 def layer_records(manifest: dict[str, Any]) -> list[dict[str, Any]]:

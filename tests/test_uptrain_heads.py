@@ -15,7 +15,7 @@ from bittern import model as live
 from bittern.errors import BitternError
 from bittern.uptrain import heads as part
 from bittern.uptrain.heads import Counts, Heads
-from bittern.uptrain.pipeline import head_counts
+from bittern.uptrain.student import head_counts
 from tests import tiny
 
 FAMILIES: dict[str, dict[str, Any]] = {

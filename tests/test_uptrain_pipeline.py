@@ -18,8 +18,10 @@ from bittern import model as live
 from bittern.cli import main
 from bittern.errors import BitternError
 from bittern.uptrain.heads import Counts
-from bittern.uptrain.pipeline import degraded, make_student, uptrain
+from bittern.uptrain.output import degraded
+from bittern.uptrain.pipeline import uptrain
 from bittern.uptrain.regroup import Recipe, regroup
+from bittern.uptrain.student import make_student
 from tests import tiny
 
 SHARED = Path(os.environ.get("BITTERN_SHARED", Path(__file__).resolve().parents[2] / "shared"))

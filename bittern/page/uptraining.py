@@ -80,8 +80,9 @@ def _stages(blocks: Sequence[Mapping[str, Any]]) -> Chart | None:
         for key in keys
         if (known := [float(block[key]) for block in blocks if block.get(key) is not None])
     }
-    summary = "Relative error of each block's attention output after each stage, in percent; on average " + ", ".join(
-        f"{STAGES[key]} {share(mean)}" for key, mean in means.items()
+    summary = (
+        "Error of each block's output after each stage, in percent of what the block adds; on average "
+        + ", ".join(f"{STAGES[key]} {share(mean)}" for key, mean in means.items())
     )
     title = "Error of each block and stage, in percent"
     legend = ranges(bounds, min(values), max(values), lambda value: share(value).removesuffix(" %")) if bounds else []

@@ -29,7 +29,7 @@ from bittern.origin import source_record
 from bittern.quantize.calibration import CalibrationTokens, load_tokens
 from bittern.quantize.plan import Plan, make_plan
 from bittern.quantize.solve import Solver
-from bittern.report import degraded_note, make_manifest, with_origin
+from bittern.report import degraded_notes, degraded_reason, make_manifest, with_origin
 from bittern.schema import carried
 from bittern.size import planned_size, source_size, unchanged_cache
 from bittern.tokenizer import context_length
@@ -156,7 +156,7 @@ def quantize(
                     *left_out,
                     *(tokens.warnings if tokens else ()),
                     *_notes(records, plan),
-                    *degraded_note(checkpoint.config),
+                    *degraded_notes(degraded_reason(checkpoint.config)),
                 ],
                 seconds=time.monotonic() - started,
             )

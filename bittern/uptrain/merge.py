@@ -184,7 +184,7 @@ def _per_group(values: Tensor, heads: Heads) -> Tensor:
 
 def _grouped(rows: Tensor, size: int) -> Tensor:
     """(heads, ...) as (groups, size, ...)."""
-    return rows.reshape(-1, size, *rows.shape[1:])
+    return rows.reshape(len(rows) // size, size, *rows.shape[1:])
 
 
 def _root(squares: Tensor) -> Tensor:

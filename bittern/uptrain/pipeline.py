@@ -18,35 +18,29 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bittern import model as live
-from bittern.artifact import Artifact
-from bittern.checkpoint import Checkpoint, TensorInfo, open_checkpoint
-from bittern.convert.cast import DTYPES, cast_tensors, cast_values, copied_tensors, refuse_quantized, target_dtype
+from bittern.checkpoint import Checkpoint, open_checkpoint
+from bittern.convert.cast import DTYPES, refuse_quantized
 from bittern.errors import BitternError
 from bittern.evaluate import check_fit, evaluate, text_windows
-from bittern.origin import source_record
 from bittern.quantize.pipeline import DEFAULT_DATASET
-from bittern.report import base_manifest, degraded_note, with_origin
-from bittern.schema import carried
-from bittern.size import cache_size, planned_size, source_size
 from bittern.tokenizer import context_length
-from bittern.uptrain.heads import Counts, attention_prefixes, check_attention, find_attention
+from bittern.uptrain.heads import Counts, attention_prefixes
+from bittern.uptrain.output import make_manifest, write_output
 from bittern.uptrain.regroup import Recipe, regroup
-from bittern.uptrain.state import load_state, read_story, read_tensor, save_state
+from bittern.uptrain.state import load_state, read_story, save_state
+from bittern.uptrain.student import head_counts, make_student
 from bittern.uptrain.text import HELD_OUT, Windows, read_windows, write_windows
 from bittern.uptrain.train import Run, Training, shard, trained_parameters, world
 from bittern.uptrain.train import train as run_training
-from bittern.writer import MAX_SHARD_SIZE, CheckpointWriter, check_output
+from bittern.writer import MAX_SHARD_SIZE, check_output
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Report = Callable[[dict[str, Any]], None]
 
-DEGRADED = 1.10
-"""A result whose perplexity is more than this times the source's is labelled degraded."""
 
 _STATE, _WINDOWS, _LOCK = "state.safetensors", "windows.npy", ".lock"
-_WORKS = "Llama, Mistral, Qwen2, Qwen3, Gemma, Phi and their like do"
 _WAIT = timedelta(days=2)  # for the process that converts
 
 
@@ -131,80 +125,20 @@ def uptrain(
         model = live.build(checkpoint.config)
         counts = head_counts(model, kv_heads)
         _check_length(model, seqlen)
+        held_out = _held_out(text, checkpoint, model, seqlen)
         with _training_folder(Path(output), rank) as folder:
             settings = _settings(given, checkpoint)
             run = _prepare(
-                folder, checkpoint, counts, kv_heads, recipe, options, given, settings, place, rank, on_block
+                folder, checkpoint, counts, kv_heads, recipe, options, given, settings, held_out, place, rank, on_block
             )
             if options.steps > run.story["step"]:
                 _train(run, options, on_progress if rank == 0 else None)
             if rank:
                 return None
-            manifest = _manifest(run.story, checkpoint, counts, kv_heads, given, time.monotonic() - started)
-            _write(folder, checkpoint, run, Path(output), manifest, dtype, max_shard_size, overwrite)
+            manifest = make_manifest(run.story, checkpoint, counts, kv_heads, given, time.monotonic() - started)
+            write_output(folder / _STATE, checkpoint, run, Path(output), manifest, dtype, max_shard_size, overwrite)
             shutil.rmtree(folder)
     return manifest
-
-
-def head_counts(model: PreTrainedModel, kv_heads: int) -> Counts:
-    """How the source divides its attention, after checking that it can have ``kv_heads`` key-value heads.
-
-    Args:
-        model: of :func:`bittern.model.build`; its parameters may be on meta.
-        kv_heads: wanted.
-
-    Raises:
-        BitternError: an architecture that cannot hold groups, or a number that does not divide the source's.
-    """
-    config = model.config.get_text_config(decoder=True)
-    kind = config.model_type
-    names = [find_attention(block) for block in live.blocks(model)[1]]
-    heads = getattr(config, "num_key_value_heads", None)
-    if not isinstance(heads, int) or not any(names):
-        why = "its attention has no separate queries, keys and values of num_key_value_heads heads"
-        if heads is None:
-            why = "its configuration has no num_key_value_heads, so no loader could read the result"
-        raise BitternError(
-            f"{kind}: cannot hold grouped heads: {why} ({_WORKS}); to save memory, quantize it, or run it with"
-            " --kv-cache int8"
-        )
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    counts = Counts(config.num_attention_heads, heads, dim)
-    fitting = [number for number in range(1, heads) if heads % number == 0]
-    if kv_heads not in fitting:
-        allowed = ", ".join(map(str, fitting)) or "none, for it has multi-query attention already"
-        raise BitternError(f"--kv-heads {kv_heads}: {kind} with {heads} key-value heads can have {allowed}")
-    prefix, blocks = live.blocks(model)
-    for index, (block, name) in enumerate(zip(blocks, names, strict=True)):
-        if name is not None:
-            check_attention(block.get_submodule(name), counts, f"{prefix}.{index}.{name}")
-    return counts
-
-
-def make_student(teacher: PreTrainedModel, config: dict[str, Any], kv_heads: int) -> PreTrainedModel:
-    """A model with fewer key-value heads that has the teacher's parameters, the same tensors, outside of attention."""
-    student = live.build(grouped_config(config, kv_heads))
-    own = teacher.state_dict()
-    tied = live.tied_names(student)
-    inside = tuple(attention_prefixes(student))
-    for name, tensor in student.state_dict().items():
-        if name in tied:
-            continue
-        old = own[name]
-        if old.shape != tensor.shape:
-            old = torch.zeros(tensor.shape, dtype=old.dtype, device=old.device)
-        live.set_tensor(student, name, old.clone() if name.startswith(inside) else old)
-    student.tie_weights()
-    live.move_buffers(student, teacher.device)
-    return student
-
-
-def grouped_config(config: dict[str, Any], kv_heads: int) -> dict[str, Any]:
-    """A configuration with another number of key-value heads, wherever it states the heads."""
-    text = config.get("text_config")
-    if isinstance(text, dict) and "num_attention_heads" in text:
-        return {**config, "text_config": {**text, "num_key_value_heads": kv_heads}}
-    return {**config, "num_key_value_heads": kv_heads}
 
 
 def _recipe(init: str, group: str | None, passes: int | None, seed: int) -> Recipe:
@@ -332,6 +266,7 @@ def _prepare(
     options: Training,
     given: dict[str, Any],
     settings: dict[str, Any],
+    text: Tensor | None,
     place: torch.device,
     rank: int,
     on_block: Report | None,
@@ -344,12 +279,12 @@ def _prepare(
     student = make_student(teacher, checkpoint.config, kv_heads)
     parameters = trained_parameters(student, options.trained if options.steps else "attention")
     if rank == 0 and not state.exists():
-        story = _convert(folder, checkpoint, teacher, student, counts, recipe, given, on_block)
+        story = _convert(folder, checkpoint, teacher, student, counts, recipe, given, text, on_block)
         # Frozen parameters are the teacher's own tensors; what is trained gets memory of its own.
         save_state(state, parameters, None, {**story, "settings": settings, "step": 0, "curve": []})
     if world()[1] > 1:
         dist.barrier()
-    windows, held_out = _split(read_windows(folder / _WINDOWS, given["seed"]), given, checkpoint, student)
+    windows, held_out = _split(read_windows(folder / _WINDOWS, given["seed"]), text, given)
     for name, parameter in parameters.items():
         live.set_tensor(student, name, parameter.detach().clone())
     student.tie_weights()
@@ -381,11 +316,12 @@ def _convert(
     counts: Counts,
     recipe: Recipe,
     given: dict[str, Any],
+    text: Tensor | None,
     on_block: Report | None,
 ) -> dict[str, Any]:
     """Read the text, regroup the student's heads; what is to be known of both."""
     seqlen, wanted = given["seqlen"], given["nsamples"] + -(-given["tokens"] // given["seqlen"])
-    held = 0 if given["text"] is not None else HELD_OUT
+    held = 0 if text is not None else HELD_OUT
     vocabulary = teacher.config.get_text_config(decoder=True).vocab_size
     found = write_windows(
         folder / _WINDOWS,
@@ -398,7 +334,7 @@ def _convert(
         model=teacher,
         seed=given["seed"],
     )
-    windows, held_out = _split(read_windows(folder / _WINDOWS, given["seed"]), given, checkpoint, teacher)
+    windows, held_out = _split(read_windows(folder / _WINDOWS, given["seed"]), text, given)
     calibration = windows.take(0, min(given["nsamples"], len(windows.ids)))
     notes = []
     if len(windows.ids) < wanted:
@@ -438,23 +374,30 @@ def _convert(
 _BATCH = 8  # calibration windows at a time
 
 
-def _split(
-    windows: Windows, given: dict[str, Any], checkpoint: Checkpoint, model: PreTrainedModel
-) -> tuple[Windows, Tensor]:
+def _held_out(
+    text: str | os.PathLike[str] | None, checkpoint: Checkpoint, model: PreTrainedModel, seqlen: int
+) -> Tensor | None:
+    """Windows of the text that a user names to measure on, int64 (windows, seqlen)."""
+    if text is None:
+        return None
+    tokenizer = checkpoint.tokenizer()
+    windows = text_windows(text, tokenizer, seqlen=seqlen, windows=2 * HELD_OUT)
+    check_fit(model, tokenizer, windows)
+    return windows
+
+
+def _split(windows: Windows, text: Tensor | None, given: dict[str, Any]) -> tuple[Windows, Tensor]:
     """The windows to train on, and those to measure on: of another text, or spread evenly over the dataset's."""
-    if given["text"] is not None:
-        tokenizer = checkpoint.tokenizer()
-        held_out = text_windows(given["text"], tokenizer, seqlen=given["seqlen"], windows=2 * HELD_OUT)
-        check_fit(model, tokenizer, held_out)
-        return windows, held_out
-    count = len(windows.ids)
+    if text is not None:
+        return windows, text
+    count = len(windows.ids) - given["sampled"] // given["seqlen"]  # what the source writes comes last
     if count < 2:
         raise BitternError(
             f"{given['dataset']}: expected two windows of {given['seqlen']} tokens at least, found {count}"
         )
     spread = max(10, count // HELD_OUT)
     held = list(range(spread // 2, count, spread)) or [count - 1]
-    others = sorted(set(range(count)) - set(held))
+    others = sorted(set(range(len(windows.ids))) - set(held))
     return Windows(windows.ids[others], windows.seed), torch.from_numpy(windows.ids[held]).long()
 
 
@@ -464,111 +407,3 @@ def _train(run: Run, options: Training, on_progress: Report | None) -> None:
         shard(run.student)
         run.parameters = trained_parameters(run.student, options.trained)
     run_training(run, options, on_progress)
-
-
-def degraded(perplexity: dict[str, Any], tokens: int) -> str | None:
-    """Why a result must be labelled so, in a sentence; None when it need not.
-
-    Args:
-        perplexity: ``source``, ``converted`` and ``trained`` (None without training).
-        tokens: that it was trained on.
-    """
-    final = perplexity["trained"] if tokens else perplexity["converted"]
-    above = final / perplexity["source"] - 1
-    beyond = f"perplexity is {above:.0%} above the source's" if above > DEGRADED - 1 else ""
-    untrained = "" if tokens else "not trained after its key-value heads were merged"
-    return "; ".join(filter(None, (untrained, beyond))) or None
-
-
-def _manifest(
-    story: dict[str, Any],
-    checkpoint: Checkpoint,
-    counts: Counts,
-    kv_heads: int,
-    given: dict[str, Any],
-    seconds: float,
-) -> dict[str, Any]:
-    curve = story["curve"]
-    perplexity = {**story["perplexity"], "trained": curve[-1]["perplexity"] if curve else None}
-    reason = degraded(perplexity, given["tokens"])
-    mark = {"bittern": {"degraded": reason}} if reason else {}
-    origin, left_out = carried(checkpoint)
-    length, cache = cache_size(checkpoint.config)
-    notes = [*left_out, *story["notes"], *degraded_note(mark)]
-    manifest = base_manifest(
-        "uptrain",
-        source_record(checkpoint),
-        {**given, "text": None if given["text"] is None else str(given["text"])},
-        notes=notes,
-        seconds=seconds,
-    )
-    manifest["measured"]["conversion_seconds"] = round(story["conversion_seconds"], 3)
-    manifest |= {
-        "heads": {
-            "num_attention_heads": counts.query,
-            "source_kv_heads": counts.key_value,
-            "num_key_value_heads": kv_heads,
-            "head_dim": counts.dim,
-        },
-        "context_length": length,
-        "kv_bytes_per_token": {
-            "source": cache,
-            "output": cache_size(grouped_config(checkpoint.config, kv_heads))[1],
-        },
-        "calibration": story["calibration"],
-        "blocks": story["blocks"],
-        "perplexity": perplexity,
-        "training": {"tokens": curve[-1]["tokens"], "steps": curve[-1]["step"], "curve": curve} if curve else None,
-        "degraded": reason,
-    }
-    return with_origin(manifest, origin)
-
-
-def _write(
-    folder: Path,
-    checkpoint: Checkpoint,
-    run: Run,
-    output: Path,
-    manifest: dict[str, Any],
-    dtype: str | None,
-    max_shard_size: int,
-    overwrite: bool,
-) -> None:
-    """The output: what was trained from the state, everything else from the source."""
-    sources = live.weight_map(run.teacher, checkpoint.tensors)
-    kept = copied_tensors(run.teacher, checkpoint, sources, set(run.parameters), DTYPES[dtype] if dtype else None)
-    shapes = {name: tuple(parameter.shape) for name, parameter in run.parameters.items()}
-    planned: list[TensorInfo] = []
-    moves: list[tuple[str, int, int, TensorInfo]] = []
-    for name in run.parameters:
-        pieces = sources[name]
-        for piece in pieces:
-            stored = checkpoint.tensors[piece.source].dtype
-            shape = shapes[name] if len(pieces) == 1 else (piece.stop - piece.start, *shapes[name][-1:])
-            info = TensorInfo(piece.name, target_dtype(stored, DTYPES[dtype] if dtype else stored), shape)
-            planned.append(info)
-            moves.append((name, piece.start, piece.stop, info))
-    config = grouped_config(checkpoint.config, manifest["heads"]["num_key_value_heads"])
-    if dtype is not None:
-        config = {key: value for key, value in config.items() if key != "torch_dtype"} | {
-            "dtype": str(DTYPES[dtype]).removeprefix("torch.")
-        }
-    if manifest["degraded"]:
-        config["bittern"] = {"degraded": manifest["degraded"]}
-    plan = [info for info, _ in kept] + planned
-    manifest["size"] = {"source": source_size(Artifact(checkpoint)), "output": planned_size(plan, plan)}
-    with CheckpointWriter(output, plan, max_shard_size=max_shard_size, overwrite=overwrite) as writer:
-        for _ in cast_tensors(checkpoint, writer, kept):
-            pass
-        for name, start, stop, info in moves:
-            tensor = read_tensor(folder / _STATE, name)
-            if tuple(tensor.shape) != info.shape:
-                tensor = tensor.flatten(0, -2)[start:stop]
-            values, cast = cast_values(tensor.flatten(), info.dtype, info.name)
-            if cast.overflowed or cast.not_finite:
-                raise BitternError(
-                    f"{info.name}: its largest magnitude {cast.max_magnitude:g} does not fit {cast.dtype}"
-                )
-            writer.write(info.name, values.view(info.shape))
-        checkpoint.copy_side_files(writer.folder)
-        writer.commit(config, manifest)
