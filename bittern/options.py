@@ -217,7 +217,7 @@ def uptrain_options(function: Command) -> Command:
         click.option(
             "--kl-weight",
             type=click.FloatRange(0, 1),
-            default=0.3,
+            default=0.9,
             show_default=True,
             help="Share of the KL to the source in the loss; the rest is next-token loss.",
         ),
@@ -225,7 +225,7 @@ def uptrain_options(function: Command) -> Command:
             "--micro-batch", type=click.IntRange(min=1), default=4, show_default=True, help="Windows at once."
         ),
         click.option("--batch-size", type=click.IntRange(min=1), default=4, show_default=True, help="Windows a step."),
-        click.option("--lr", type=click.FloatRange(min=0, min_open=True), default=5e-5, show_default=True),
+        click.option("--lr", type=click.FloatRange(min=0, min_open=True), default=3e-5, show_default=True),
         click.option(
             "--train",
             type=click.Choice(["blocks", "all", "attention"]),

@@ -17,6 +17,9 @@ import bittern
 from bittern import model as live
 from bittern.cli import main
 from bittern.errors import BitternError
+from bittern.page.page import write_page
+from bittern.report import runs
+from bittern.schema import read_manifest
 from bittern.uptrain.heads import Counts
 from bittern.uptrain.output import degraded
 from bittern.uptrain.pipeline import uptrain
@@ -132,6 +135,30 @@ def test_the_cache_shrinks_by_exactly_the_ratio_and_quantizing_goes_on_from_ther
     ids = torch.arange(16)[None]
     keys = model(input_ids=ids, use_cache=True).past_key_values.layers[0].keys
     assert keys.shape == (1, 1, 16, 16)
+
+
+def test_manifest_page_and_card_tell_the_story(
+    tmp_path: Path, text: Path, tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make(tmp_path / "source", tokenizer)
+    run(source, tmp_path / "out", text, passes=1, tokens=256)
+    bittern.quantize(tmp_path / "out", tmp_path / "packed", method="rtn", group_size=32)
+    for folder, checks in (("out", ["--against", str(tmp_path / "out")]), ("packed", [])):
+        manifest = read_manifest(tmp_path / folder)  # held to the schema
+        assert [found["kind"] for found in runs(manifest)] == ["uptrain", "quantize"][: 1 if folder == "out" else 2]
+        with pytest.raises(SystemExit) as ended:
+            main(["verify", str(tmp_path / folder), *checks])
+        assert ended.value.code == 0, capsys.readouterr().out
+        write_page(tmp_path / folder, tmp_path / f"{folder}.html")
+        page = (tmp_path / f"{folder}.html").read_text(encoding="utf-8")
+        assert ">Uptraining<" in page and "model.layers.1" in page
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["push", str(tmp_path / "packed"), "me/tiny", "--dry-run", "--license", "mit"])
+    card = capsys.readouterr().out
+    assert "| key and value heads | 4 merged into 2 |" in card
+    command = manifest["origin"]["command"]
+    assert command[:2] == ["bittern", "uptrain"] and command[command.index("--kv-heads") + 1] == "2"
 
 
 def test_the_paper_s_conversions_are_what_they_say(

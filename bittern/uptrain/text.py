@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 HELD_OUT = 32
 """Windows kept for evaluation when no other text is given, and a tenth of all at most."""
 
-_SPARE = 2  # times the bytes that the tokens should take: not all text is as short as that
+_SPARE = 1.25  # times the bytes that the tokens should take: some text takes more
+_TOGETHER = 16  # windows of a large text file that are read from one place: stories and arguments go on across windows
 
 
 @dataclass(frozen=True)
@@ -102,10 +103,11 @@ def _windows(
     """Windows text by text, as arrays of int32: a Python list of ids takes eight times as much."""
     bos = leading_bos(tokenizer)
     width = seqlen if bos is None else seqlen - 1
-    budget = _SPARE * BYTES_PER_TOKEN * count * seqlen
+    budget = round(_SPARE * BYTES_PER_TOKEN * count * seqlen)
     rest: list[int] = []
     found = 0
-    for text in read_texts(dataset, budget=budget, pieces=max(1, count), tokenizer=None, text_column=None):
+    pieces = max(1, count // _TOGETHER)
+    for text in read_texts(dataset, budget=budget, pieces=pieces, tokenizer=None, text_column=None):
         rest += encode(tokenizer, text)
         whole = min(len(rest) // width, count - found)
         if whole:

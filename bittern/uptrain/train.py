@@ -65,7 +65,7 @@ class Training:
     lr: float
     batch_size: int = 4
     micro_batch: int = 4
-    kl_weight: float = 0.3
+    kl_weight: float = 0.9
     trained: str = "blocks"
     eval_every: int = 50
     clip: float = 1.0
