@@ -87,6 +87,24 @@ def test_windows_of_a_short_text_are_its_tokens(tmp_path: Path, tokenizer: PreTr
     assert read_windows(tmp_path / "w.npy", 0).ids.tolist() == np.reshape(ids[: 8 * whole], (whole, 8)).tolist()
 
 
+def test_a_part_of_the_windows_is_what_the_source_writes(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    text, path, model = (
+        tiny.write_text(tmp_path / "short.txt", words=60),
+        tmp_path / "w.npy",
+        tiny.random_model("llama"),
+    )
+
+    def windows(count: int, sampled: int) -> np.ndarray[Any, Any]:
+        options: dict[str, Any] = {"seqlen": 8, "vocab_size": 256, "sampled": sampled, "model": model}
+        write_windows(path, str(text), tokenizer, count=count, **options)
+        return read_windows(path, 0).ids
+
+    plain = windows(1000, 0)  # all that there is
+    mixed = windows(1000, 2)
+    assert len(mixed) == len(plain) + 2 and (mixed[:-2] == plain).all()
+    assert (mixed[-2:, 0] == tokenizer.bos_token_id).all()  # sampled from BOS
+
+
 def test_the_learning_rate_warms_up_and_falls() -> None:
     options = Training(steps=100, lr=1.0)
     rates = [learning_rate(step, options) for step in range(100)]

@@ -241,7 +241,11 @@ def _training_folder(output: Path, rank: int) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BitternError(f"output {output}: another bittern is training this") from None
-        yield folder
+        try:
+            yield folder
+        finally:
+            if not (folder / _STATE).exists():  # nothing to go on from
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _settings(given: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def write_windows(
         drawn = load_tokens("self", tokenizer, nsamples=missing, seqlen=seqlen, seed=seed, model=model)
         written.append(drawn.ids.numpy().astype(np.int32))
     ids = np.concatenate(written)
-    check_vocabulary(torch.from_numpy(ids[:, :]), tokenizer, vocab_size)
+    check_vocabulary(torch.from_numpy(ids), tokenizer, vocab_size)
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
         np.save(file, ids, allow_pickle=False)
