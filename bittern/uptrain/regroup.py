@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 RIDGE = 1e-4
 """Of the least squares for the output projection, as a share of the mean diagonal."""
 
+UNSEEN = 1e-6
+"""Energy, as a share of the mean, of directions that calibration text never takes: heads keep what they can there."""
+
 _JUDGED = 4  # batches on which errors are measured
 _WARMUP = 10  # steps
 
@@ -149,7 +152,7 @@ class Observed:
     """What :func:`observe` saw of an attention.
 
     Attributes:
-        moment: fp64 (in_features + 1, in_features + 1), mean of (x, 1) (x, 1)' over its inputs.
+        moment: fp64 (in_features + 1, in_features + 1), mean of (x, 1) (x, 1)' over its inputs, damped.
         hidden: its input of the first batch.
         kwargs: what else it was called with then.
         outputs: its outputs, per batch.
@@ -199,7 +202,9 @@ def observe(block: nn.Module, attention: str | None, stream: Stream, name: str) 
             handle.remove()
     if sums is None or first is None:
         return None
-    return Observed(sums.mean().double(), *first, outputs)
+    moment = sums.mean().double()
+    moment.diagonal().add_(UNSEEN * moment.diagonal().mean())
+    return Observed(moment, *first, outputs)
 
 
 def _regroup_block(
