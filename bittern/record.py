@@ -16,7 +16,7 @@ from bittern.evaluate import EvalResult, check_fit, evaluate, text_windows
 from bittern.report import MANIFEST_FILE, file_record
 from bittern.schema import LARGEST_FLOAT, problem, read_manifest
 from bittern.tasks import TaskResult, evaluate_task
-from bittern.writer import explained, fsync
+from bittern.writer import explained, replace_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -140,7 +140,7 @@ def record(model: str, entries: Sequence[dict[str, Any]]) -> None:
         wrong = problem(manifest)
         if wrong is not None:
             raise BitternError(f"{folder / MANIFEST_FILE}: not written: {wrong}")
-        _replace(folder / MANIFEST_FILE, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+        replace_file(folder / MANIFEST_FILE, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
 
 def _replaces(new: dict[str, Any], old: dict[str, Any]) -> bool:
@@ -159,18 +159,6 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(place)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Replace a file by a whole one: hidden, durable, then renamed."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        fsync(partial)
-        partial.rename(path)
-        fsync(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _text_entry(text: Path, seqlen: int, result: EvalResult) -> dict[str, Any]:

@@ -323,6 +323,18 @@ def _json(value: dict[str, Any]) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
+def replace_file(path: Path, text: str) -> None:
+    """Replace a file by a whole one: hidden, durable, then renamed."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        fsync(partial)
+        partial.rename(path)
+        fsync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def fsync(path: Path) -> None:
     """Make a file, or the names in a folder, durable."""
     file = os.open(path, os.O_RDONLY)

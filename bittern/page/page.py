@@ -37,7 +37,7 @@ from bittern.story import (
     tell_run,
     warnings,
 )
-from bittern.writer import explained, fsync
+from bittern.writer import explained, replace_file
 
 _UNIT = re.compile(r"(\d) (%|s|min|h|bytes|[kMGT]B)(?![\w%])")
 
@@ -72,15 +72,8 @@ def write_page(
     manifest = _read(artifact)
     sections = make_sections(manifest, [_read(other) for other in beside])
     page = render(manifest, sections)
-    partial = out.with_name(f".{out.name}.partial")
     with explained(out):
-        try:
-            partial.write_text(page, encoding="utf-8")
-            fsync(partial)
-            partial.rename(out)
-            fsync(out.parent)
-        finally:
-            partial.unlink(missing_ok=True)
+        replace_file(out, page)
     return [chart.name for section in sections for chart in section.charts if chart.svg is not None]
 
 
