@@ -27,6 +27,7 @@ from bittern.layout import planned_layout
 from bittern.model import Piece
 from bittern.origin import source_record
 from bittern.quantize.calibration import CalibrationTokens, load_tokens
+from bittern.quantize.effort import pick_effort
 from bittern.quantize.plan import Plan, make_plan
 from bittern.quantize.solve import Solver
 from bittern.report import degraded_notes, degraded_reason, make_manifest, with_origin
@@ -51,6 +52,7 @@ def quantize(
     group_size: int | str = 128,
     sym: bool = True,
     method: str = "gptq",
+    effort: str = "fast",
     format: str | None = None,
     target: str | None = None,
     dataset: str = DEFAULT_DATASET,
@@ -130,7 +132,7 @@ def quantize(
         if method == "gptq":
             tokens = _calibration(checkpoint, model, dataset, nsamples, seqlen, seed, chat_template)
         batches = [] if tokens is None else list(torch.split(tokens.ids, batch_size))
-        solver = Solver(model, checkpoint, sources, plan, damp_percent, place)
+        solver = Solver(model, checkpoint, sources, plan, damp_percent, place, pick_effort(effort))
         planned = [info for info, _ in kept] + plan.packed_tensors(packing)
         origin, left_out = carried(checkpoint)
         output_size = planned_size(planned, [info for info, _ in kept], plan.shapes)

@@ -21,11 +21,15 @@ from bittern import model as live
 from bittern.checkpoint import Checkpoint
 from bittern.errors import BitternError
 from bittern.model import Matrix, Piece
+from bittern.quantize.drift import Drift
+from bittern.quantize.effort import Effort
 from bittern.quantize.gptq import factorize, gptq
-from bittern.quantize.hessian import Inputs, collect
+from bittern.quantize.grid import search_grid
+from bittern.quantize.hessian import Accumulator, Inputs, collect
 from bittern.quantize.plan import Plan
+from bittern.quantize.stages import Stage, Walks, exact_stages
 from bittern.replay import BlockCall, capture, share_equal
-from bittern.weight import QuantSpec, QuantWeight, round_to_nearest
+from bittern.weight import QuantSpec, QuantWeight, min_max_grid, round_to_nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,6 +51,7 @@ class Solver:
         plan: what to quantize.
         damp_percent: see :func:`bittern.quantize.gptq.factorize`.
         device: where to compute.
+        effort: the stages.
     """
 
     model: PreTrainedModel
@@ -55,6 +60,7 @@ class Solver:
     plan: Plan
     damp_percent: float
     device: torch.device
+    effort: Effort
 
     def solve(self, batches: list[Tensor]) -> Iterator[Layer]:
         """Quantize every planned matrix.
@@ -67,6 +73,7 @@ class Solver:
         """
         prefix, blocks = live.blocks(self.model)
         hidden, calls = self._capture(prefix, blocks, batches) if batches else ([], [])
+        exact = [state.clone() for state in hidden[: self.effort.exact_batches(len(hidden))]]
         for position, block in enumerate(blocks):
             name = f"{prefix}.{position}"
             inside = [tensor for tensor in self.sources if tensor.startswith(f"{name}.")]
@@ -76,10 +83,13 @@ class Solver:
                 yield from self._to_nearest(entries)
             else:
                 block_calls = [batch_calls[position] for batch_calls in calls]
-                for inputs in collect(self.model, block, list(entries), hidden, block_calls):
-                    yield from self._solve_together(inputs, entries)
-                if position + 1 < len(blocks):
-                    _advance(block, name, hidden, block_calls)
+                stages = exact_stages(self.model, block, list(entries), exact, block_calls[: len(exact)])
+                if stages is None:
+                    exact.clear()  # from here on it would not be this batch's
+                    yield from self._solve_twice(block, entries, hidden, block_calls, position + 1 < len(blocks))
+                else:
+                    yield from self._solve_staged(block, entries, stages, hidden, block_calls)
+                _check_finite(name, hidden)
             live.drop_tensors(self.model, inside)
             _trim_heap()
 
@@ -105,6 +115,40 @@ class Solver:
         live.drop_tensors(self.model, outside)
         return hidden, calls
 
+    def _solve_staged(
+        self,
+        block: nn.Module,
+        entries: dict[Matrix, QuantSpec],
+        stages: list[Stage],
+        hidden: list[Tensor],
+        calls: list[BlockCall],
+    ) -> Iterator[Layer]:
+        """Solve a block in one pass, each matrix for what the quantized ones before it in the block give it."""
+        with Walks(self.model, block, stages, hidden, calls) as walks:
+            for stage in stages:
+                moments = Accumulator(stage.matrices[0].in_features, self.device)
+                drift = Drift(stage.exact)
+                for x in walks.inputs(stage):
+                    moments.add(x)
+                    drift.add(x)
+                stage.exact.clear()
+                yield from self._solve_together(Inputs(stage.matrices, moments.mean(), moments.tokens), entries, drift)
+            walks.finish()
+
+    def _solve_twice(
+        self,
+        block: nn.Module,
+        entries: dict[Matrix, QuantSpec],
+        hidden: list[Tensor],
+        calls: list[BlockCall],
+        go_on: bool,
+    ) -> Iterator[Layer]:
+        """Solve a block in two passes: one for the inputs of its matrices, one, quantized, for its outputs."""
+        for inputs in collect(self.model, block, list(entries), hidden, calls):
+            yield from self._solve_together(inputs, entries)
+        if go_on:
+            _advance(block, hidden, calls)
+
     def _to_nearest(self, entries: dict[Matrix, QuantSpec]) -> Iterator[Layer]:
         outcome = {"method": "rtn", "damp": None, "tokens": 0, "fallback": None}
         for matrix, spec in entries.items():
@@ -113,11 +157,13 @@ class Solver:
                 matrix, round_to_nearest(live.get_weight(self.model, matrix), spec), None, outcome, began
             )
 
-    def _solve_together(self, inputs: Inputs, specs: dict[Matrix, QuantSpec]) -> Iterator[Layer]:
+    def _solve_together(
+        self, inputs: Inputs, specs: dict[Matrix, QuantSpec], drift: Drift | None = None
+    ) -> Iterator[Layer]:
         """Solve the matrices that share an input, and put the results into the block."""
         began = time.monotonic()
         unseen = inputs.tokens == 0 and inputs.prior == 0
-        factor = None if unseen else factorize(inputs.hessian, self.damp_percent)
+        factor = None if unseen else factorize(inputs.hessian, self.damp_percent, self.effort.act_order)
         outcome = {"method": "gptq", "damp": self.damp_percent, "tokens": inputs.tokens, "fallback": _fallback(inputs)}
         if factor is None:
             outcome |= {"method": "rtn", "damp": None, "fallback": NO_TOKENS}
@@ -126,15 +172,19 @@ class Solver:
         for spec in dict.fromkeys(specs[matrix] for matrix in inputs.matrices):
             members = [matrix for matrix in inputs.matrices if specs[matrix] == spec]
             stacked = torch.cat([live.get_weight(self.model, matrix) for matrix in members])
-            solution = None if factor is None else gptq(stacked, factor, spec)
-            weight = round_to_nearest(stacked, spec) if solution is None else solution.weight
+            if factor is None:
+                weight, losses = round_to_nearest(stacked, spec), None
+            else:
+                search = search_grid(stacked, spec, factor.diagonal) if self.effort.search else min_max_grid(stacked, spec)
+                target = stacked if drift is None else drift.corrected(stacked, factor, [m.out_features for m in members])
+                solution = gptq(target, factor, spec, search)
+                weight, losses = solution.weight, torch.stack((solution.loss, solution.norm))
             start = 0
             for matrix in members:
                 rows = slice(start, start + matrix.out_features)
                 start = rows.stop
                 live.get_weight(self.model, matrix).copy_(_rows(weight, rows).dequantize())
-                loss = None if solution is None else torch.stack((solution.loss[rows], solution.norm[rows]))
-                yield from _layers(matrix, _rows(weight, rows), loss, outcome, began)
+                yield from _layers(matrix, _rows(weight, rows), None if losses is None else losses[:, rows], outcome, began)
                 began = time.monotonic()
 
 
@@ -145,17 +195,21 @@ def _trim_heap() -> None:
         trim(0)
 
 
-def _advance(block: nn.Module, name: str, hidden: list[Tensor], calls: list[BlockCall]) -> None:
+def _advance(block: nn.Module, hidden: list[Tensor], calls: list[BlockCall]) -> None:
     """Replace the hidden states by the block's outputs."""
     with torch.no_grad():
-        first = 0
         for state, call in zip(hidden, calls, strict=True):
             # In place: new tensors in the place of old ones would leave holes all over the heap.
             state.copy_(call.run(block, state))
-            if not bool(torch.isfinite(state).all()):
-                bad = int((~torch.isfinite(state.flatten(1)).all(1)).nonzero()[0])
-                raise BitternError(f"{name}: NaN or infinite output for calibration sample {first + bad}")
-            first += state.shape[0]
+
+
+def _check_finite(name: str, hidden: list[Tensor]) -> None:
+    first = 0
+    for state in hidden:
+        if not bool(torch.isfinite(state).all()):
+            bad = int((~torch.isfinite(state.flatten(1)).all(1)).nonzero()[0])
+            raise BitternError(f"{name}: NaN or infinite output for calibration sample {first + bad}")
+        first += state.shape[0]
 
 
 def _fallback(inputs: Inputs) -> str | None:

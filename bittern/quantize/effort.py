@@ -1,0 +1,45 @@
+"""How hard to try: each effort is a short list of stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bittern.errors import BitternError
+
+
+@dataclass(frozen=True)
+class Effort:
+    """The stages of quantizing.
+
+    Attributes:
+        search: grids are searched; else they cover the whole range of their group.
+        act_order: columns are solved by falling activity (inside the solver alone).
+        exact_share: of the calibration batches, also walked through the unquantized blocks. Where it is not 0, blocks are solved stage by stage, and against
+            what the full-precision model computes.
+    """
+
+    search: bool = True
+    act_order: bool = True
+    exact_share: float = 0.0
+
+    def exact_batches(self, batches: int) -> int:
+        """How many of the calibration batches are walked through the unquantized blocks."""
+        return min(batches, -int(-self.exact_share * batches // 1))
+
+
+EFFORTS = {
+    "plain": Effort(search=False, act_order=False),
+    "fast": Effort(exact_share=0.25),
+    "best": Effort(exact_share=0.25),
+}
+
+
+def pick_effort(name: str) -> Effort:
+    """The effort of a name.
+
+    Raises:
+        BitternError: for another name.
+    """
+    if name not in EFFORTS:
+        raise BitternError(f"effort: expected one of {', '.join(EFFORTS)}, found {name!r}")
+    return EFFORTS[name]

@@ -1,0 +1,157 @@
+"""Walk all calibration batches through a block together, with a stop before every input that is solved.
+
+Each batch stops where the block is about to multiply a new input; when all have stopped there, the
+matrices that read it are solved and replaced, and the batches go on through the quantized ones. So one
+pass over the block gives every matrix the inputs that it will really get, and the block's outputs too.
+What a batch needs to go on is kept meanwhile: roughly four hidden states and one MLP activation a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import Tensor, nn
+
+from bittern.errors import BitternError
+from bittern.model import Matrix
+from bittern.replay import BlockCall
+
+
+@dataclass
+class Stage:
+    """Matrices that read one tensor.
+
+    Attributes:
+        matrices: the readers, in the order in which the block calls them.
+        exact: their input in full precision, one tensor (batch, positions, in_features) per batch that was
+            walked through the unquantized block.
+    """
+
+    matrices: list[Matrix]
+    exact: list[Tensor] = field(default_factory=list)
+
+
+def exact_stages(
+    model: nn.Module,
+    block: nn.Module,
+    matrices: Sequence[Matrix],
+    hidden: Sequence[Tensor],
+    calls: Sequence[BlockCall],
+) -> list[Stage] | None:
+    """Run the unquantized block and see who reads what.
+
+    Args:
+        model: the model that the matrices' names start from.
+        block: the block, in memory.
+        matrices: those to solve.
+        hidden: per batch, fp32 (batch, positions, hidden_size), in full precision; replaced by the block's outputs.
+        calls: per batch, how to call the block.
+
+    Returns:
+        The stages in the order in which the block comes to them; None where it cannot be walked in stages: experts,
+        a matrix that is called more than once or by no batch, batches that come by different ways.
+    """
+    if any(matrix.expert is not None for matrix in matrices):
+        return None
+    stages: list[Stage] = []
+    for number, (state, call) in enumerate(zip(hidden, calls, strict=True)):
+        seen: list[tuple[Tensor, list[Matrix]]] = []
+
+        def note(matrix: Matrix, x: Tensor, seen: list[tuple[Tensor, list[Matrix]]] = seen) -> None:
+            if seen and seen[-1][0] is x:
+                seen[-1][1].append(matrix)
+            else:
+                seen.append((x, [matrix]))
+
+        with _before(model, matrices, note), torch.no_grad():
+            state.copy_(call.run(block, state))
+        if number == 0:
+            stages = [Stage(readers) for _, readers in seen]
+        if [stage.matrices for stage in stages] != [readers for _, readers in seen]:
+            return None
+        for stage, (x, _) in zip(stages, seen, strict=True):
+            stage.exact.append(x.detach())
+    called = [matrix for stage in stages for matrix in stage.matrices]
+    return stages if sorted(m.label for m in called) == sorted(m.label for m in matrices) else None
+
+
+class Walks:
+    """All batches on their way through one block; a context manager that gives up those that have not arrived.
+
+    Args:
+        model: the model that the matrices' names start from.
+        block: the block, in memory; its matrices are replaced between the stages.
+        stages: of :func:`exact_stages`.
+        hidden: per batch, fp32 (batch, positions, hidden_size).
+        calls: per batch, how to call the block.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        block: nn.Module,
+        stages: Sequence[Stage],
+        hidden: Sequence[Tensor],
+        calls: Sequence[BlockCall],
+    ) -> None:
+        self._hidden = hidden
+        self._leaders = {stage.matrices[0] for stage in stages}
+        self._hooks = _before(model, sorted(self._leaders, key=lambda m: m.label), self._stop)
+        self._walks = [
+            greenlet(lambda state=state, call=call: call.run(block, state))
+            for state, call in zip(hidden, calls, strict=True)
+        ]
+
+    def __enter__(self) -> Walks:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
+        for walk in self._walks:
+            walk.throw()  # ends those that have not arrived
+
+    def inputs(self, stage: Stage) -> Iterator[Tensor]:
+        """Walk each batch up to a stage: its input there, (batch, positions, in_features).
+
+        Stages are to be asked for in their order. A batch's next step begins when its next stage is asked for.
+
+        Raises:
+            BitternError: for a batch that comes by another way.
+        """
+        for walk in self._walks:
+            with torch.no_grad():
+                arrived = walk.switch()
+            if walk.dead or arrived[0] != stage.matrices[0]:
+                raise BitternError(f"{stage.matrices[0].label}: a calibration batch goes through its block without it")
+            yield arrived[1]
+
+    def finish(self) -> None:
+        """Walk each batch to the end of the block, and put the outputs in the place of the hidden states."""
+        for state, walk in zip(self._hidden, self._walks, strict=True):
+            with torch.no_grad():
+                # In place: new tensors in the place of old ones would leave holes all over the heap.
+                state.copy_(walk.switch())
+
+    def _stop(self, matrix: Matrix, x: Tensor) -> None:
+        getcurrent().parent.switch((matrix, x))
+
+
+@contextmanager
+def _before(model: nn.Module, matrices: Sequence[Matrix], call: Any) -> Iterator[None]:
+    """Call ``call(matrix, x)`` before a matrix is multiplied with x."""
+
+    def hook(matrix: Matrix) -> Any:
+        return lambda _, args: call(matrix, args[0])
+
+    handles = [model.get_submodule(m.module).register_forward_pre_hook(hook(m)) for m in matrices]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
