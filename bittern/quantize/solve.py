@@ -2,7 +2,8 @@
 
 Each block is run twice over the calibration tokens: once to gather the inputs of its matrices, once,
 quantized, for the inputs of the next block. So every block is calibrated on what the quantized
-blocks before it really give it.
+blocks before it really give it. What is solved goes into a work folder; blocks that are there already are
+put in the place of the originals and only run, once, so that what comes after them is what it would have been.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ from bittern.weight import QuantSpec, QuantWeight, round_to_nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from bittern.quantize.resume import WorkFolder
 
 Layer = tuple[dict[str, Any], QuantWeight]
 """The manifest's record of a packed layer, and its weight."""
@@ -56,32 +59,56 @@ class Solver:
     damp_percent: float
     device: torch.device
 
-    def solve(self, batches: list[Tensor]) -> Iterator[Layer]:
-        """Quantize every planned matrix.
+    def solve(self, batches: list[Tensor], work: WorkFolder) -> Iterator[dict[str, Any]]:
+        """Quantize every planned matrix that the work folder lacks, and keep each block there when it is done.
 
         Args:
             batches: calibration ids, int64 (samples, positions) each; none at all means rounding to nearest.
+            work: open.
 
         Yields:
-            Every layer that the artifact will hold, block by block.
+            The record of every layer that was solved, block by block.
         """
         prefix, blocks = live.blocks(self.model)
+        missing = [position for position in range(len(blocks)) if position not in work.finished]
+        if not missing:
+            return
         hidden, calls = self._capture(prefix, blocks, batches) if batches else ([], [])
-        for position, block in enumerate(blocks):
-            name = f"{prefix}.{position}"
+        for position in range(missing[-1] + 1) if batches else missing:
+            name, block = f"{prefix}.{position}", blocks[position]
             inside = [tensor for tensor in self.sources if tensor.startswith(f"{name}.")]
             live.load_tensors(self.model, self.checkpoint, self.sources, inside, device=self.device)
-            entries = dict(self.plan.blocks[position])
-            if not batches:
-                yield from self._to_nearest(entries)
+            block_calls = [batch_calls[position] for batch_calls in calls]
+            if position in work.finished:
+                self._restore(position, work.load(position))
             else:
-                block_calls = [batch_calls[position] for batch_calls in calls]
-                for inputs in collect(self.model, block, list(entries), hidden, block_calls):
-                    yield from self._solve_together(inputs, entries)
-                if position + 1 < len(blocks):
-                    _advance(block, name, hidden, block_calls)
+                solved = []
+                for record, weight in self._solve_block(position, block, hidden, block_calls):
+                    solved.append((record, weight))
+                    yield record
+                work.save(position, solved)
+            if position < missing[-1]:
+                _advance(block, name, hidden, block_calls)
             live.drop_tensors(self.model, inside)
             _trim_heap()
+
+    def _solve_block(
+        self, position: int, block: nn.Module, hidden: list[Tensor], calls: list[BlockCall]
+    ) -> Iterator[Layer]:
+        entries = dict(self.plan.blocks[position])
+        if not calls:
+            yield from self._to_nearest(entries)
+            return
+        for inputs in collect(self.model, block, list(entries), hidden, calls):
+            yield from self._solve_together(inputs, entries)
+
+    def _restore(self, position: int, layers: Sequence[Layer]) -> None:
+        """Put what was solved by an earlier process into the block, as :meth:`_solve_together` does."""
+        weights = {record["layer"]: weight for record, weight in layers}
+        for matrix, _ in self.plan.blocks[position]:
+            target = live.get_weight(self.model, matrix)
+            for name, start, stop in matrix.parts:
+                target[start:stop].copy_(weights[name].dequantize())
 
     def _capture(
         self, prefix: str, blocks: nn.ModuleList, batches: list[Tensor]
