@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bittern import __version__
-from bittern.errors import BitternError, printable
+from bittern.errors import BitternError, describe, notes_of, printable
 from bittern.options import (
     DTYPE,
     FORMATS,
@@ -54,29 +54,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "bittern"
         code = _fail(f"{error.format_message()} ('{command} --help' shows the usage)", USAGE)
-    except click.Abort:
-        code = _fail("interrupted", INTERRUPTED)
+    except click.Abort as error:
+        code = _fail("; ".join(["interrupted", *notes_of(error.__cause__)]), INTERRUPTED)
     except Exception as error:
         if state["verbose"]:
             traceback.print_exc()
-        code = _fail(_describe(error), FAILED)
+        code = _fail(describe(error), FAILED)
     sys.exit(code or DONE)
 
 
 def _fail(message: str, code: int) -> int:
     print("error: " + printable(" ".join(message.split())), file=sys.stderr)
     return code
-
-
-def _describe(error: Exception) -> str:
-    """One line for any exception."""
-    if isinstance(error, BitternError):
-        return str(error)
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return f"out of memory: {error}"
-    return f"{type(error).__name__}: {error} (unexpected; --verbose shows where)"
 
 
 def _verbosity(context: click.Context, _: click.Parameter, verbose: bool) -> None:
@@ -145,7 +134,8 @@ def quantize(source: str, output: Path, **options: Any) -> None:
     # What was not given is left to the function, the one place that knows its defaults.
     chosen = {name: value for name, value in options.items() if value is not None}
     with layer_rows() as on_progress:
-        manifest = run_pipeline(source, output, on_progress=on_progress, **chosen)
+        chosen |= {"on_progress": on_progress, "on_note": lambda note: _say(f"note: {note}")}
+        manifest = run_pipeline(source, output, **chosen)
     for note in manifest["notes"]:
         print(f"note: {note}", file=sys.stderr)
     measured = manifest["measured"]

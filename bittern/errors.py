@@ -31,3 +31,21 @@ def first_line(error: BaseException) -> str:
     """The first line of a foreign exception's message, for an error that must fit on one line."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def describe(error: BaseException) -> str:
+    """Any exception in one line, with the notes that it was given on its way."""
+    if isinstance(error, BitternError):
+        text = str(error)
+    elif isinstance(error, OSError) and error.strerror:
+        text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        text = f"out of memory: {error}"
+    else:
+        text = f"{type(error).__name__}: {error} (unexpected; --verbose shows where)"
+    return "; ".join([text, *notes_of(error)])
+
+
+def notes_of(error: BaseException | None) -> list[str]:
+    """What was added to an exception on its way, such as how to go on after it."""
+    return list(getattr(error, "__notes__", ()))

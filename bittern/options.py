@@ -98,6 +98,7 @@ def output_options(function: Command) -> Command:
 def quantize_options(function: Command) -> Command:
     """How layers are quantized and on what; the values are arguments of bittern.quantize."""
     for option in (
+        click.option("--resume/--no-resume", default=True, show_default=True, help="Go on with a run that was killed."),
         click.option("--chat-template", is_flag=True, help="Render the dataset's messages with the model's template."),
         click.option(
             "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Windows at a time."
@@ -132,6 +133,13 @@ def quantize_options(function: Command) -> Command:
         ),
         target_option,
         format_option(FORMATS[1:], "gptq, asymmetric gptq_v2"),
+        click.option(
+            "--effort",
+            type=click.Choice(["plain", "fast", "best"]),
+            default="fast",
+            show_default=True,
+            help="plain: classic GPTQ; fast; best: trains scales and norms after that, which takes longer.",
+        ),
         click.option("--method", type=click.Choice(["gptq", "rtn"]), default="gptq", show_default=True),
         click.option(
             "--sym/--asym", default=True, show_default=True, help="Zero in the middle of the grid, or where it is best."

@@ -32,15 +32,14 @@ def layer_rows() -> Iterator[Callable[[dict[str, Any]], None]]:
     """
     console = Console(stderr=True, highlight=False)
     started = time.monotonic()
-    first: list[float] = []
+    first: list[tuple[float, int]] = []
 
     def left(event: dict[str, Any]) -> str:
-        now = time.monotonic()
-        done = int(event["index"])
-        if not done:
-            first.append(now)
+        now, index = time.monotonic(), int(event["index"])
+        if not first:  # a run that goes on does not begin with 0
+            first.append((now, index))
             return "-:--"
-        return clock((now - first[0]) / done * (int(event["total"]) - done - 1))
+        return clock((now - first[0][0]) / (index - first[0][1]) * (int(event["total"]) - index - 1))
 
     def plain(event: dict[str, Any]) -> None:
         elapsed = clock(time.monotonic() - started)

@@ -63,6 +63,44 @@ def check_output(out: Path, source: Path | None, overwrite: bool) -> None:
         raise BitternError(f"output {out}: not overwritten, for it holds no config.json and so is no checkpoint")
 
 
+def check_space(out: Path, needed: int) -> None:
+    """Refuse an output that the disk has no room for.
+
+    Raises:
+        BitternError: naming both.
+    """
+    there = next(folder for folder in out.absolute().parents if folder.exists())
+    available = shutil.disk_usage(there).free
+    if needed > available:
+        raise BitternError(f"output {out}: needs {needed} bytes of disk space, {available} are available")
+
+
+def lock_folder(folder: Path, busy: str) -> int:
+    """Make a folder, and own it until the returned file is closed or its owner removes it.
+
+    The lock outlives no process, so a folder that a killed one has left is recognized.
+
+    Raises:
+        BitternError: with the text ``busy``, when another process owns it.
+    """
+    while True:
+        folder.mkdir(exist_ok=True)
+        try:
+            file = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:
+            continue  # its owner has just removed it
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file), (folder / _LOCK).stat()):
+                return file
+        except BlockingIOError:
+            os.close(file)
+            raise BitternError(busy) from None
+        except FileNotFoundError:
+            pass  # its owner has finished meanwhile
+        os.close(file)
+
+
 class CheckpointWriter:
     """Writes planned tensors in any order, from any thread; see the module's text.
 
@@ -116,7 +154,7 @@ class CheckpointWriter:
                 self.out.parent.mkdir(parents=True, exist_ok=True)
                 self._acquire()
                 check_output(self.out, None, overwrite)
-                self._check_space(sum(info.nbytes for info in plan))
+                check_space(self.out, sum(info.nbytes for info in plan))
                 for name, shard in zip(self._names, shards, strict=True):
                     self._create(name, shard, {"format": "pt", **(metadata or {})})
         except BaseException:
@@ -208,34 +246,13 @@ class CheckpointWriter:
         return self._plan[name]
 
     def _acquire(self) -> None:
-        """Own the temporary folder, empty: the lock outlives no process, so a stale folder is recognized."""
-        while self._lock_file is None:
-            self.folder.mkdir(exist_ok=True)
-            try:
-                file = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-            except FileNotFoundError:
-                continue  # its owner has just removed it
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(os.fstat(file), (self.folder / _LOCK).stat()):
-                    self._lock_file = file
-            except BlockingIOError:
-                raise BitternError(f"output {self.out}: another bittern is writing this") from None
-            except FileNotFoundError:
-                pass  # its owner has finished meanwhile
-            finally:
-                if self._lock_file is None:
-                    os.close(file)
+        """Own the temporary folder, empty."""
+        self._lock_file = lock_folder(self.folder, f"output {self.out}: another bittern is writing this")
         for path in self.folder.iterdir():
             if path.name != _LOCK:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         if self._replaced.exists():  # a kill between the two renames of _move_into_place
             _remove_checkpoint(self._replaced) if self.out.exists() else self._replaced.rename(self.out)
-
-    def _check_space(self, needed: int) -> None:
-        available = shutil.disk_usage(self.folder).free
-        if needed > available:
-            raise BitternError(f"output {self.out}: needs {needed} bytes of disk space, {available} are available")
 
     def _create(self, name: str, shard: Sequence[TensorInfo], metadata: Mapping[str, str]) -> None:
         header, offsets = header_bytes(shard, metadata)

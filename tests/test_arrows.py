@@ -53,6 +53,7 @@ ALLOWED = {
         "origin",
         "errors",
         "weight",
+        "shards",
         "formats",
         "checkpoint",
         "writer",

@@ -202,7 +202,8 @@ def test_a_weight_that_is_not_a_number_is_named(name: str, source: Path, text: P
     broken = changed(source, tmp_path / "broken", name, float("nan"))
     with pytest.raises(BitternError, match=name.replace(".", r"\.")):
         run(broken, tmp_path / "out", text)
-    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+    kept = {".out.quantizing"} if "layers.1" in name else set()  # the block before it, to go on from
+    assert {path.name for path in tmp_path.iterdir()} == {"broken"} | kept
 
 
 def test_an_activation_that_overflows_is_named_with_its_sample(source: Path, text: Path, tmp_path: Path) -> None:
@@ -276,7 +277,8 @@ def test_kill_at_any_moment_leaves_nothing_that_opens(source: Path, text: Path, 
         assert process.wait() == -signal.SIGKILL
         assert not out.exists()
         left = {path.name for path in tmp_path.rglob("*")}
-        assert "config.json" not in left and not any(name.endswith(".safetensors") for name in left)
+        assert "config.json" not in left
+        assert all(name.startswith("block-") for name in left if name.endswith(".safetensors"))
     run(source, out, text)
     assert (out / "config.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

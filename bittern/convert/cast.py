@@ -228,11 +228,12 @@ def tied_tensors(checkpoint: Checkpoint) -> list[str]:
 
 
 def cast_tensors(
-    checkpoint: Checkpoint, writer: CheckpointWriter, plan: Sequence[tuple[TensorInfo, str]], clamp: bool = False
+    checkpoint: Checkpoint, writer: CheckpointWriter | None, plan: Sequence[tuple[TensorInfo, str]], clamp: bool = False
 ) -> Iterator[Cast]:
     """Copy tensors from a checkpoint to a writer, cast to their planned dtypes.
 
     Args:
+        writer: None only finds out whether the values fit.
         plan: what to write, and the name of each in the checkpoint.
         clamp: as in :func:`convert`.
 
@@ -249,7 +250,8 @@ def cast_tensors(
             cast = Cast(info.name, _name(values.dtype), _name(values.dtype))
         else:
             values, cast = cast_values(values, info.dtype, info.name)
-        writer.write_elements(info.name, start, values)
+        if writer is not None:
+            writer.write_elements(info.name, start, values)
         return cast
 
     def pieces() -> Iterator[tuple[TensorInfo, str, int, int]]:

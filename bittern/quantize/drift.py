@@ -10,6 +10,8 @@ much of it holds on tokens that it was not made from is measured on a batch that
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,34 +22,34 @@ class Drift:
     """Moments of how far a quantized path has moved a layer's input.
 
     Args:
-        exact: the input in full precision per batch; the last batch is held out.
+        exact: the input in full precision, (batch, positions, in_features), per batch; the last batch is held out.
+            Taken out of the list one by one, for they are large.
     """
 
     def __init__(self, exact: list[Tensor]) -> None:
-        self._exact = [x.reshape(-1, x.shape[-1]) for x in exact]
-        self._seen = 0
-        self._total = torch.zeros(exact[0].shape[-1], exact[0].shape[-1], device=exact[0].device)
+        features = exact[0].shape[-1]
+        self._exact = exact
+        self._total = torch.zeros(features, features, device=exact[0].device)
         self._tokens = 0
         self._held: tuple[Tensor, Tensor] | None = None
 
     def add(self, x: Tensor) -> None:
-        """Add a batch of the quantized path, in the order of the exact ones; later batches have none."""
-        if self._seen == len(self._exact):
+        """Add a batch of the quantized path, in the order of the exact ones; batches after those count nothing."""
+        if not self._exact:
             return
-        exact, x = self._exact[self._seen], x.reshape(-1, x.shape[-1])
-        self._exact[self._seen] = exact[:0]
-        self._seen += 1
-        if self._seen == len(self._exact):
-            self._held = (exact - x, x.clone())
-        else:
-            self._total.addmm_((exact - x).T, x)
+        x = x.flatten(0, -2)
+        moved = self._exact.pop(0).flatten(0, -2) - x
+        if self._exact:
+            self._total.addmm_(moved.T, x)
             self._tokens += len(x)
+        else:
+            self._held = moved, x.clone()
 
-    def corrected(self, weight: Tensor, factor: Factor, sizes: list[int]) -> Tensor:
-        """W* of stacked matrices.
+    def corrected(self, weight: Tensor, factor: Factor, sizes: Sequence[int]) -> Tensor:
+        """W* of stacked matrices; W where there was nothing to learn from.
 
         Args:
-            weight: (out_features, in_features).
+            weight: fp32 (out_features, in_features).
             factor: of E[x~ x~'].
             sizes: the rows of each matrix: each has an alpha of its own.
         """
@@ -56,11 +58,7 @@ class Drift:
         moved, x = self._held
         step = factor.solve(weight @ (self._total / self._tokens))
         wanted, given = moved @ weight.T, x @ step.T
-        start = 0
-        parts = []
-        for size in sizes:
-            rows = slice(start, start + size)
-            start = rows.stop
-            alpha = ((wanted[:, rows] * given[:, rows]).sum() / given[:, rows].square().sum().clamp_min(1e-30)).clamp(0, 1)
-            parts.append(weight[rows] + alpha * step[rows])
-        return torch.cat(parts)
+        agree = torch.stack([(w * g).sum() for w, g in zip(wanted.split(sizes, 1), given.split(sizes, 1), strict=True)])
+        power = torch.stack([part.square().sum() for part in given.split(sizes, 1)])
+        alpha = (agree / power.clamp_min(1e-30)).clamp_(0, 1)
+        return weight + alpha.repeat_interleave(torch.tensor(sizes, device=alpha.device)).unsqueeze(1) * step

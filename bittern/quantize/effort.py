@@ -14,8 +14,8 @@ class Effort:
     Attributes:
         search: grids are searched; else they cover the whole range of their group.
         act_order: columns are solved by falling activity (inside the solver alone).
-        exact_share: of the calibration batches, also walked through the unquantized blocks. Where it is not 0, blocks are solved stage by stage, and against
-            what the full-precision model computes.
+        exact_share: of the calibration batches, walked through the unquantized blocks too. Where it is not 0, blocks
+            are solved stage by stage, and towards what the full-precision model computes.
     """
 
     search: bool = True

@@ -153,14 +153,7 @@ class _Recorder(TorchFunctionMode):
         if key not in self.sums:
             self.sums[key] = Accumulator(matrix.in_features, x.device)
         self.sums[key].add(x)
-        if not bool(torch.isfinite(self.sums[key].total.diagonal()).all()):
-            last = self.first_sample + self.samples - 1
-            where = f"samples {self.first_sample} to {last}"
-            if x.ndim > 2 and x.shape[0] == self.samples:
-                bad = (~torch.isfinite(x.flatten(1)).all(1)).nonzero().flatten()
-                # The sum of squares may overflow where no single activation does.
-                where = f"sample {self.first_sample + int(bad[0])}" if len(bad) else where
-            raise BitternError(f"{matrix.label}: NaN or infinite input activations in calibration {where}")
+        check_inputs(self.sums[key], x, matrix, self.first_sample, self.samples)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.storages and len(args) >= 2 and getattr(func, "__name__", "") in ("linear", "matmul", "__matmul__"):
@@ -187,6 +180,29 @@ class _Recorder(TorchFunctionMode):
         unreached = [m for m in (*self.modules.values(), *self.experts.values()) if m not in reached]
         found += [Inputs([m], torch.zeros(m.in_features, m.in_features), 0) for m in unreached]
         return shrink_experts(found)
+
+
+def check_inputs(moments: Accumulator, x: Tensor, matrix: Matrix, first: int, samples: int | None = None) -> None:
+    """Refuse the moments that a batch has made useless.
+
+    Args:
+        moments: with ``x`` added.
+        x: the batch's inputs of ``matrix``, (samples, ..., in_features), or those of an expert, (rows, in_features).
+        first: number of the batch's first calibration sample.
+        samples: in the batch; by default as many as ``x`` has.
+
+    Raises:
+        BitternError: naming the matrix and, where it can be known, the sample.
+    """
+    if bool(torch.isfinite(moments.total.diagonal()).all()):
+        return
+    samples = len(x) if samples is None else samples
+    where = f"samples {first} to {first + samples - 1}"
+    if x.ndim > 2 and x.shape[0] == samples:
+        bad = (~torch.isfinite(x.flatten(1)).all(1)).nonzero().flatten()
+        # The sum of squares may overflow where no single activation does.
+        where = f"sample {first + int(bad[0])}" if len(bad) else where
+    raise BitternError(f"{matrix.label}: NaN or infinite input activations in calibration {where}")
 
 
 def shrink_experts(found: list[Inputs]) -> list[Inputs]:

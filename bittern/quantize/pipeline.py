@@ -29,13 +29,14 @@ from bittern.origin import source_record
 from bittern.quantize.calibration import CalibrationTokens, load_tokens
 from bittern.quantize.effort import pick_effort
 from bittern.quantize.plan import Plan, make_plan
+from bittern.quantize.resume import WorkFolder, decided_by, stored_bytes
 from bittern.quantize.solve import Solver
 from bittern.report import degraded_notes, degraded_reason, make_manifest, with_origin
 from bittern.schema import carried
 from bittern.size import planned_size, source_size, unchanged_cache
 from bittern.tokenizer import context_length
 from bittern.weight import QuantSpec
-from bittern.writer import MAX_SHARD_SIZE, CheckpointWriter, check_output
+from bittern.writer import MAX_SHARD_SIZE, CheckpointWriter, check_output, check_space
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,9 +70,14 @@ def quantize(
     max_shard_size: int = MAX_SHARD_SIZE,
     overwrite: bool = False,
     revision: str | None = None,
+    resume: bool = True,
     on_progress: Callable[[dict[str, Any]], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Quantize a checkpoint and write it in the format that its consumers read.
+
+    Every finished block is kept beside the output until that stands (see :mod:`bittern.quantize.resume`): after a
+    kill at any moment the same call goes on from there, and ends in the same weights.
 
     Args:
         source: a folder, a GGUF file or a Hub id.
@@ -96,7 +102,9 @@ def quantize(
         max_shard_size: bytes.
         overwrite: replace an artifact at ``output``.
         revision: of a Hub id.
-        on_progress: called with each layer's record, with ``index`` and ``total``.
+        resume: go on with what a killed run with the same options has left; otherwise start over.
+        on_progress: called with the record of each layer that is solved, with ``index`` and ``total``.
+        on_note: called with what a user should know before the work, a sentence each.
 
     Returns:
         The manifest, which the artifact also holds.
@@ -104,7 +112,7 @@ def quantize(
     Raises:
         BitternError: for anything that a user can mend, before hours are spent wherever it can be known.
     """
-    options = {key: value for key, value in locals().items() if key not in ("source", "output", "on_progress")}
+    options = {key: value for key, value in locals().items() if key not in _NO_OPTIONS}
     started = time.monotonic()
     _check_options(bits, method, damp_percent, dtype, batch_size)
     place = live.pick_device(device)
@@ -138,40 +146,52 @@ def quantize(
         output_size = planned_size(planned, [info for info, _ in kept], plan.shapes)
         about = {"size": {"source": source_size(Artifact(checkpoint)), "output": output_size}}
         about |= unchanged_cache(checkpoint.config)
-        with CheckpointWriter(
-            folder,
-            planned,
-            max_shard_size=max_shard_size,
-            overwrite=overwrite or chosen == "gguf",
-            metadata=packing.metadata,
-        ) as writer:
-            for _ in cast_tensors(checkpoint, writer, kept):
-                pass
-            records = _solve_and_write(solver, batches, writer, packing, on_progress)
-            manifest = make_manifest(
-                source=source_record(checkpoint),
-                options=options,
-                calibration=_describe_tokens(tokens),
-                layers=records,
-                kept=plan.kept,
-                notes=[
-                    *left_out,
-                    *(tokens.warnings if tokens else ()),
-                    *_notes(records, plan),
-                    *degraded_notes(degraded_reason(checkpoint.config)),
-                ],
-                seconds=time.monotonic() - started,
-            )
-            manifest = with_origin(manifest | about, origin)
-            quantization = packing.config(QuantSpec(bits, plan.group_size, sym), _all_layers(model, sources, plan))
-            _finish(writer, checkpoint, quantization, manifest, kept_dtype)
-    if chosen == "gguf":
-        from bittern.convert.gguf import write_gguf
-
-        with open_checkpoint(folder) as quantized:
-            write_gguf(Artifact(quantized), Path(output), overwrite=overwrite)
-        shutil.rmtree(folder)
+        decided = decided_by(checkpoint, options, tokens.sha256 if tokens else None, place)
+        for _ in cast_tensors(checkpoint, None, kept):
+            pass  # what the output cannot hold is refused now
+        with WorkFolder(Path(output), decided, len(plan.blocks), resume) as work:
+            for note in work.notes if on_note else ():
+                on_note(note)
+            found, spent = len(work.finished), work.seconds
+            files = 2 if chosen == "gguf" else 1  # that one is made of another artifact
+            unsolved = [block for position, block in enumerate(plan.blocks) if position not in work.finished]
+            check_space(folder, files * sum(info.nbytes for info in planned) + stored_bytes(unsolved))
+            _solve(solver, batches, work, on_progress)
+            with CheckpointWriter(
+                folder,
+                planned,
+                max_shard_size=max_shard_size,
+                overwrite=overwrite or chosen == "gguf",
+                metadata=packing.metadata,
+            ) as writer:
+                for _ in cast_tensors(checkpoint, writer, kept):
+                    pass
+                records = _write_layers(work, len(plan.blocks), writer, packing)
+                manifest = make_manifest(
+                    source=source_record(checkpoint),
+                    options=options,
+                    calibration=_describe_tokens(tokens),
+                    layers=records,
+                    kept=plan.kept,
+                    notes=[
+                        *left_out,
+                        *(tokens.warnings if tokens else ()),
+                        *_notes(records, plan),
+                        *degraded_notes(degraded_reason(checkpoint.config)),
+                    ],
+                    seconds=spent + time.monotonic() - started,
+                )
+                manifest["measured"] |= {"resumed_blocks": found} if found else {}
+                manifest = with_origin(manifest | about, origin)
+                quantization = packing.config(QuantSpec(bits, plan.group_size, sym), _all_layers(model, sources, plan))
+                _finish(writer, checkpoint, quantization, manifest, kept_dtype)
+            if chosen == "gguf":
+                _to_gguf(folder, Path(output), overwrite)
+            work.remove()
     return manifest
+
+
+_NO_OPTIONS = ("source", "output", "resume", "on_progress", "on_note")  # arguments that do not shape the artifact
 
 
 def _check_options(bits: int, method: str, damp_percent: float, dtype: str | None, batch_size: int) -> None:
@@ -262,23 +282,36 @@ def _calibration(
     )
 
 
-def _solve_and_write(
-    solver: Solver,
-    batches: list[Tensor],
-    writer: CheckpointWriter,
-    packing: Packing,
-    on_progress: Callable[[dict[str, Any]], None] | None,
-) -> list[dict[str, Any]]:
-    """Write each layer as soon as it is solved; the records of all."""
+def _solve(
+    solver: Solver, batches: list[Tensor], work: WorkFolder, on_progress: Callable[[dict[str, Any]], None] | None
+) -> None:
+    """Every block into the work folder, and a word of every layer that was solved for it."""
     total = sum(grid is not None for grid in solver.plan.layers.values())
-    records: list[dict[str, Any]] = []
-    for record, weight in solver.solve(batches):
-        for name, tensor in packing.pack(record["layer"], weight).items():
-            writer.write(name, tensor)
+    index = sum(len(matrix.parts) for position in work.finished for matrix, _ in solver.plan.blocks[position])
+    for record in solver.solve(batches, work):
         if on_progress is not None:
-            on_progress({**record, "index": len(records), "total": total})
-        records.append(record)
+            on_progress({**record, "index": index, "total": total})
+        index += 1
+
+
+def _write_layers(work: WorkFolder, blocks: int, writer: CheckpointWriter, packing: Packing) -> list[dict[str, Any]]:
+    """Every layer from the work folder into the artifact, a block in memory at a time; their records."""
+    records = []
+    for position in range(blocks):
+        for record, weight in work.load(position):
+            for name, tensor in packing.pack(record["layer"], weight).items():
+                writer.write(name, tensor)
+            records.append(record)
     return records
+
+
+def _to_gguf(folder: Path, output: Path, overwrite: bool) -> None:
+    """The artifact in ``folder`` as a file; the folder goes."""
+    from bittern.convert.gguf import write_gguf
+
+    with open_checkpoint(folder) as quantized:
+        write_gguf(Artifact(quantized), output, overwrite=overwrite)
+    shutil.rmtree(folder)
 
 
 def _notes(records: list[dict[str, Any]], plan: Plan) -> list[str]:

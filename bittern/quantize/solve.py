@@ -1,8 +1,11 @@
 """Quantize a planned model block by block, with one block in memory.
 
-Each block is run twice over the calibration tokens: once to gather the inputs of its matrices, once,
-quantized, for the inputs of the next block. So every block is calibrated on what the quantized
-blocks before it really give it.
+Every matrix is calibrated on what the quantized matrices before it really give it, in one pass over the block
+(see :mod:`bittern.quantize.stages`). Blocks of experts, and all at effort plain, are run twice over the calibration
+tokens: once for the inputs of all their matrices, once, quantized, for the inputs of the next block.
+
+What is solved goes into a work folder; blocks that are there already are put in the place of the originals and only
+run, once, so that what comes after them is what it would have been.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +28,7 @@ from bittern.quantize.drift import Drift
 from bittern.quantize.effort import Effort
 from bittern.quantize.gptq import factorize, gptq
 from bittern.quantize.grid import search_grid
-from bittern.quantize.hessian import Accumulator, Inputs, collect
+from bittern.quantize.hessian import Accumulator, Inputs, check_inputs, collect
 from bittern.quantize.plan import Plan
 from bittern.quantize.stages import Stage, Walks, exact_stages
 from bittern.replay import BlockCall, capture, share_equal
@@ -33,6 +36,8 @@ from bittern.weight import QuantSpec, QuantWeight, min_max_grid, round_to_neares
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from bittern.quantize.resume import WorkFolder
 
 Layer = tuple[dict[str, Any], QuantWeight]
 """The manifest's record of a packed layer, and its weight."""
@@ -62,36 +67,85 @@ class Solver:
     device: torch.device
     effort: Effort
 
-    def solve(self, batches: list[Tensor]) -> Iterator[Layer]:
-        """Quantize every planned matrix.
+    def solve(self, batches: list[Tensor], work: WorkFolder) -> Iterator[dict[str, Any]]:
+        """Quantize every planned matrix that the work folder lacks, and keep each block there when it is done.
 
         Args:
             batches: calibration ids, int64 (samples, positions) each; none at all means rounding to nearest.
+            work: open.
 
         Yields:
-            Every layer that the artifact will hold, block by block.
+            The record of every layer that was solved, block by block.
         """
         prefix, blocks = live.blocks(self.model)
+        missing = [position for position in range(len(blocks)) if position not in work.finished]
+        if not missing:
+            return
         hidden, calls = self._capture(prefix, blocks, batches) if batches else ([], [])
         exact = [state.clone() for state in hidden[: self.effort.exact_batches(len(hidden))]]
-        for position, block in enumerate(blocks):
-            name = f"{prefix}.{position}"
+        for position in range(missing[-1] + 1) if batches else missing:
+            name, block = f"{prefix}.{position}", blocks[position]
             inside = [tensor for tensor in self.sources if tensor.startswith(f"{name}.")]
             live.load_tensors(self.model, self.checkpoint, self.sources, inside, device=self.device)
             entries = dict(self.plan.blocks[position])
-            if not batches:
-                yield from self._to_nearest(entries)
+            block_calls = [batch_calls[position] for batch_calls in calls]
+            stages = exact_stages(self.model, block, list(entries), exact, block_calls[: len(exact)])
+            if stages is None:
+                exact.clear()  # it has not come through this block
+            if position in work.finished:
+                self._restore(position, work.load(position))
+                stages = None
             else:
-                block_calls = [batch_calls[position] for batch_calls in calls]
-                stages = exact_stages(self.model, block, list(entries), exact, block_calls[: len(exact)])
-                if stages is None:
-                    exact.clear()  # from here on it would not be this batch's
-                    yield from self._solve_twice(block, entries, hidden, block_calls, position + 1 < len(blocks))
-                else:
-                    yield from self._solve_staged(block, entries, stages, hidden, block_calls)
-                _check_finite(name, hidden)
+                solved = []
+                for record, weight in self._solve_block(block, entries, stages, hidden, block_calls):
+                    solved.append((record, weight))
+                    yield record
+                work.save(position, solved)
+            if stages is None and position < missing[-1]:
+                _advance(block, hidden, block_calls)
+            _check_finite(name, hidden)
             live.drop_tensors(self.model, inside)
             _trim_heap()
+
+    def _solve_block(
+        self,
+        block: nn.Module,
+        entries: dict[Matrix, QuantSpec],
+        stages: list[Stage] | None,
+        hidden: list[Tensor],
+        calls: list[BlockCall],
+    ) -> Iterator[Layer]:
+        """The layers of one block; with stages, the hidden states are its outputs afterwards."""
+        if not calls:
+            yield from self._to_nearest(entries)
+        elif stages is None:
+            for inputs in collect(self.model, block, list(entries), hidden, calls):
+                yield from self._solve_together(inputs, None, entries)
+        else:
+            with Walks(self.model, block, stages, hidden, calls) as walks:
+                for stage in stages:
+                    yield from self._solve_together(*self._moments(walks, stage), entries)
+                walks.finish()
+
+    def _moments(self, walks: Walks, stage: Stage) -> tuple[Inputs, Drift]:
+        """What the matrices of a stage read, and how far that is from what they read in full precision."""
+        moments = Accumulator(stage.matrices[0].in_features, self.device)
+        drift = Drift(stage.exact)
+        first = 0
+        for x in walks.inputs(stage):
+            moments.add(x)
+            check_inputs(moments, x, stage.matrices[0], first)
+            drift.add(x)
+            first += len(x)
+        return Inputs(stage.matrices, moments.mean(), moments.tokens), drift
+
+    def _restore(self, position: int, layers: Sequence[Layer]) -> None:
+        """Put what was solved by an earlier process into the block, as :meth:`_solve_together` does."""
+        weights = {record["layer"]: weight for record, weight in layers}
+        for matrix, _ in self.plan.blocks[position]:
+            target = live.get_weight(self.model, matrix)
+            for name, start, stop in matrix.parts:
+                target[start:stop].copy_(weights[name].dequantize())
 
     def _capture(
         self, prefix: str, blocks: nn.ModuleList, batches: list[Tensor]
@@ -115,40 +169,6 @@ class Solver:
         live.drop_tensors(self.model, outside)
         return hidden, calls
 
-    def _solve_staged(
-        self,
-        block: nn.Module,
-        entries: dict[Matrix, QuantSpec],
-        stages: list[Stage],
-        hidden: list[Tensor],
-        calls: list[BlockCall],
-    ) -> Iterator[Layer]:
-        """Solve a block in one pass, each matrix for what the quantized ones before it in the block give it."""
-        with Walks(self.model, block, stages, hidden, calls) as walks:
-            for stage in stages:
-                moments = Accumulator(stage.matrices[0].in_features, self.device)
-                drift = Drift(stage.exact)
-                for x in walks.inputs(stage):
-                    moments.add(x)
-                    drift.add(x)
-                stage.exact.clear()
-                yield from self._solve_together(Inputs(stage.matrices, moments.mean(), moments.tokens), entries, drift)
-            walks.finish()
-
-    def _solve_twice(
-        self,
-        block: nn.Module,
-        entries: dict[Matrix, QuantSpec],
-        hidden: list[Tensor],
-        calls: list[BlockCall],
-        go_on: bool,
-    ) -> Iterator[Layer]:
-        """Solve a block in two passes: one for the inputs of its matrices, one, quantized, for its outputs."""
-        for inputs in collect(self.model, block, list(entries), hidden, calls):
-            yield from self._solve_together(inputs, entries)
-        if go_on:
-            _advance(block, hidden, calls)
-
     def _to_nearest(self, entries: dict[Matrix, QuantSpec]) -> Iterator[Layer]:
         outcome = {"method": "rtn", "damp": None, "tokens": 0, "fallback": None}
         for matrix, spec in entries.items():
@@ -157,9 +177,7 @@ class Solver:
                 matrix, round_to_nearest(live.get_weight(self.model, matrix), spec), None, outcome, began
             )
 
-    def _solve_together(
-        self, inputs: Inputs, specs: dict[Matrix, QuantSpec], drift: Drift | None = None
-    ) -> Iterator[Layer]:
+    def _solve_together(self, inputs: Inputs, drift: Drift | None, specs: dict[Matrix, QuantSpec]) -> Iterator[Layer]:
         """Solve the matrices that share an input, and put the results into the block."""
         began = time.monotonic()
         unseen = inputs.tokens == 0 and inputs.prior == 0
@@ -175,8 +193,12 @@ class Solver:
             if factor is None:
                 weight, losses = round_to_nearest(stacked, spec), None
             else:
-                search = search_grid(stacked, spec, factor.diagonal) if self.effort.search else min_max_grid(stacked, spec)
-                target = stacked if drift is None else drift.corrected(stacked, factor, [m.out_features for m in members])
+                search = (
+                    search_grid(stacked, spec, factor.diagonal) if self.effort.search else min_max_grid(stacked, spec)
+                )
+                target = (
+                    stacked if drift is None else drift.corrected(stacked, factor, [m.out_features for m in members])
+                )
                 solution = gptq(target, factor, spec, search)
                 weight, losses = solution.weight, torch.stack((solution.loss, solution.norm))
             start = 0
@@ -184,7 +206,9 @@ class Solver:
                 rows = slice(start, start + matrix.out_features)
                 start = rows.stop
                 live.get_weight(self.model, matrix).copy_(_rows(weight, rows).dequantize())
-                yield from _layers(matrix, _rows(weight, rows), None if losses is None else losses[:, rows], outcome, began)
+                yield from _layers(
+                    matrix, _rows(weight, rows), None if losses is None else losses[:, rows], outcome, began
+                )
                 began = time.monotonic()
 
 
