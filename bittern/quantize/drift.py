@@ -15,7 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bittern.quantize.gptq import Factor
+DAMPING = 0.3
+"""Of the mean diagonal of the second moment: much more than the solver's, for what the calibration text hardly shows
+is not to be changed by what it shows of it."""
 
 
 class Drift:
@@ -45,18 +47,20 @@ class Drift:
         else:
             self._held = moved, x.clone()
 
-    def corrected(self, weight: Tensor, factor: Factor, sizes: Sequence[int]) -> Tensor:
+    def corrected(self, weight: Tensor, hessian: Tensor, sizes: Sequence[int]) -> Tensor:
         """W* of stacked matrices; W where there was nothing to learn from.
 
         Args:
             weight: fp32 (out_features, in_features).
-            factor: of E[x~ x~'].
+            hessian: E[x~ x~'], fp32 (in_features, in_features).
             sizes: the rows of each matrix: each has an alpha of its own.
         """
         if not self._tokens or self._held is None:
             return weight
         moved, x = self._held
-        step = factor.solve(weight @ (self._total / self._tokens))
+        damping = DAMPING * float(hessian.diagonal().mean()) or 1.0
+        damped = hessian + damping * torch.eye(len(hessian), device=hessian.device)
+        step = torch.linalg.solve(damped, weight @ (self._total / self._tokens), left=False)
         wanted, given = moved @ weight.T, x @ step.T
         agree = torch.stack([(w * g).sum() for w, g in zip(wanted.split(sizes, 1), given.split(sizes, 1), strict=True)])
         power = torch.stack([part.square().sum() for part in given.split(sizes, 1)])

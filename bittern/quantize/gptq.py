@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bittern.errors import BitternError
+from bittern.quantize.grid import search_grid
 from bittern.weight import QuantSpec, QuantWeight
 
 BLOCK_SIZE = 64
@@ -43,12 +44,6 @@ class Factor:
     diagonal: Tensor
     damping: float
     fallback: str | None
-
-    def solve(self, rows: Tensor) -> Tensor:
-        """``rows (H + damping I)^-1`` for rows (any, in_features)."""
-        ordered = torch.linalg.solve_triangular(self.upper.T, rows[:, self.order], upper=False, left=False)
-        ordered = torch.linalg.solve_triangular(self.upper, ordered / self.pivots, upper=True, left=False)
-        return torch.empty_like(rows).index_copy_(1, self.order, ordered)
 
 
 @dataclass(frozen=True)
@@ -108,7 +103,11 @@ def _upper_root(matrix: Tensor, floor: float) -> tuple[Tensor, str | None]:
 
 
 def gptq(
-    weight: Tensor, factor: Factor, spec: QuantSpec, grid: tuple[Tensor, Tensor], block_size: int = BLOCK_SIZE
+    weight: Tensor,
+    factor: Factor,
+    spec: QuantSpec,
+    block_size: int = BLOCK_SIZE,
+    grid: tuple[Tensor, Tensor] | None = None,
 ) -> Solution:
     """Quantize a matrix for the inputs that a factor describes.
 
@@ -117,14 +116,14 @@ def gptq(
             share their input may be stacked.
         factor: of the input's Hessian.
         spec: what the grid is like; ``group_size`` divides ``in_features``.
-        grid: scales and zeros, as of :func:`bittern.quantize.grid.search_grid`.
         block_size: see :data:`BLOCK_SIZE`.
+        grid: scales and zeros; by default those that :func:`~bittern.quantize.grid.search_grid` finds.
 
     Returns:
         The result with columns and groups in their original order: nothing at run time pays for
         the order in which they were solved.
     """
-    scales, zeros = grid
+    scales, zeros = search_grid(weight.float(), spec, factor.diagonal.float()) if grid is None else grid
     codes, loss = _sweep(weight, factor, scales, zeros, spec, block_size)
     ordered = weight[:, factor.order]
     norm = ((ordered @ factor.upper).square() * factor.pivots).sum(1)

@@ -193,13 +193,11 @@ class Solver:
             if factor is None:
                 weight, losses = round_to_nearest(stacked, spec), None
             else:
-                search = (
-                    search_grid(stacked, spec, factor.diagonal) if self.effort.search else min_max_grid(stacked, spec)
-                )
-                target = (
-                    stacked if drift is None else drift.corrected(stacked, factor, [m.out_features for m in members])
-                )
-                solution = gptq(target, factor, spec, search)
+                searched = self.effort.search
+                grid = search_grid(stacked, spec, factor.diagonal) if searched else min_max_grid(stacked, spec)
+                if drift is not None:
+                    stacked = drift.corrected(stacked, inputs.hessian, [matrix.out_features for matrix in members])
+                solution = gptq(stacked, factor, spec, grid=grid)
                 weight, losses = solution.weight, torch.stack((solution.loss, solution.norm))
             start = 0
             for matrix in members:
