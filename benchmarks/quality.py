@@ -94,7 +94,7 @@ def arguments() -> argparse.Namespace:
 def calibration_ids(options: argparse.Namespace) -> tuple[Path, str]:
     """Write the calibration tokens for the peers; returns the file and the hash of the tokens."""
     from bittern.checkpoint import open_checkpoint
-    from bittern.quantize.calibration import load_tokens
+    from bittern.calibration import load_tokens
 
     with open_checkpoint(options.model) as checkpoint:
         tokenizer = checkpoint.tokenizer()

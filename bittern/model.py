@@ -324,8 +324,12 @@ def _experts(
 
 def get_weight(model: nn.Module, matrix: Matrix) -> Tensor:
     """A view of the matrix, (out_features, in_features)."""
-    weight = model.get_parameter(matrix.parameter)
-    selected = weight if matrix.expert is None else weight[matrix.expert]
+    return view_matrix(model.get_parameter(matrix.parameter), matrix)
+
+
+def view_matrix(parameter: Tensor, matrix: Matrix) -> Tensor:
+    """A view of the matrix in its parameter, or in the parameter's gradient: (out_features, in_features)."""
+    selected = parameter if matrix.expert is None else parameter[matrix.expert]
     return selected.T if matrix.transposed else selected
 
 

@@ -140,6 +140,14 @@ def quantize_options(function: Command) -> Command:
             show_default=True,
             help="plain: classic GPTQ; fast; best: trains scales and norms after that, which takes longer.",
         ),
+        click.option(
+            "--tune-tokens",
+            type=count,
+            default="128k",
+            metavar="N",
+            show_default=True,
+            help="Tokens of the dataset that --effort best trains on.",
+        ),
         click.option("--method", type=click.Choice(["gptq", "rtn"]), default="gptq", show_default=True),
         click.option(
             "--sym/--asym", default=True, show_default=True, help="Zero in the middle of the grid, or where it is best."

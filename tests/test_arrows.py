@@ -49,7 +49,11 @@ ALLOWED = {
         "schema",
         "size",
     },
+    "calibration": {"errors", "tokenizer"},
+    "training": {"errors", "tokenizer", "calibration", "model", "evaluate", "writer"},
     "quantize": {
+        "calibration",
+        "training",
         "origin",
         "errors",
         "weight",
@@ -69,6 +73,8 @@ ALLOWED = {
         "size",
     },
     "uptrain": {
+        "calibration",
+        "training",
         "errors",
         "origin",
         "checkpoint",

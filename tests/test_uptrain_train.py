@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 from bittern.errors import BitternError
-from bittern.uptrain import state
-from bittern.uptrain.loss import distillation_loss
+from bittern.training import state
+from bittern.training.loss import distillation_loss
+from bittern.training.text import Windows, read_windows, write_windows
+from bittern.training.train import Training, learning_rate
 from bittern.uptrain.pipeline import uptrain
-from bittern.uptrain.text import Windows, read_windows, write_windows
-from bittern.uptrain.train import Training, learning_rate
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]

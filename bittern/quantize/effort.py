@@ -16,11 +16,13 @@ class Effort:
         act_order: columns are solved by falling activity (inside the solver alone).
         exact_share: of the calibration batches, walked through the unquantized blocks too. Where it is not 0, blocks
             are solved stage by stage, and towards what the full-precision model computes.
+        tune: scales and norms are trained at the end, see :mod:`bittern.quantize.tune`.
     """
 
     search: bool = True
     act_order: bool = True
     exact_share: float = 0.0
+    tune: bool = False
 
     def exact_batches(self, batches: int) -> int:
         """How many of the calibration batches are walked through the unquantized blocks."""
@@ -30,7 +32,7 @@ class Effort:
 EFFORTS = {
     "plain": Effort(search=False, act_order=False),
     "fast": Effort(exact_share=0.25),
-    "best": Effort(exact_share=0.25),
+    "best": Effort(exact_share=0.25, tune=True),
 }
 
 

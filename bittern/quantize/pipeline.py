@@ -16,9 +16,10 @@ from torch import Tensor
 
 from bittern import model as live
 from bittern.artifact import Artifact
-from bittern.checkpoint import Checkpoint, open_checkpoint
+from bittern.calibration import CalibrationTokens, load_tokens
+from bittern.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from bittern.consumers import asks_dequantize, cannot_hold, check_target, choose_format
-from bittern.convert.cast import DTYPES, cast_tensors, copied_tensors, refuse_quantized
+from bittern.convert.cast import DTYPES, cast_tensors, cast_values, copied_tensors, refuse_quantized
 from bittern.convert.pipeline import FORMATS as CONVERT_FORMATS
 from bittern.errors import BitternError
 from bittern.formats.gptq import V1, V2
@@ -26,11 +27,11 @@ from bittern.formats.packing import Packing, check_name, is_gguf
 from bittern.layout import planned_layout
 from bittern.model import Piece
 from bittern.origin import source_record
-from bittern.quantize.calibration import CalibrationTokens, load_tokens
 from bittern.quantize.effort import pick_effort
 from bittern.quantize.plan import Plan, make_plan
 from bittern.quantize.resume import WorkFolder, decided_by, stored_bytes
 from bittern.quantize.solve import Solver
+from bittern.quantize.tune import Tuned, tune
 from bittern.report import degraded_notes, degraded_reason, make_manifest, with_origin
 from bittern.schema import carried
 from bittern.size import planned_size, source_size, unchanged_cache
@@ -54,6 +55,7 @@ def quantize(
     sym: bool = True,
     method: str = "gptq",
     effort: str = "fast",
+    tune_tokens: int = 128_000,
     format: str | None = None,
     target: str | None = None,
     dataset: str = DEFAULT_DATASET,
@@ -73,6 +75,7 @@ def quantize(
     resume: bool = True,
     on_progress: Callable[[dict[str, Any]], None] | None = None,
     on_note: Callable[[str], None] | None = None,
+    on_point: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Quantize a checkpoint and write it in the format that its consumers read.
 
@@ -91,7 +94,9 @@ def quantize(
             ends in .gguf, else "gptq", and "gptq_v2" for asymmetric grids.
         target: the consumer that it is for (see :data:`bittern.consumers.TARGETS`); picks the format when
             none is given, and refuses what that consumer does not load or gets wrong.
-        dataset, nsamples, seqlen, seed, chat_template: see :func:`~bittern.quantize.calibration.load_tokens`.
+        effort: ``plain`` (classic GPTQ), ``fast``, or ``best``, which trains scales and norms after that.
+        tune_tokens: that ``best`` trains on, of the dataset.
+        dataset, nsamples, seqlen, seed, chat_template: see :func:`~bittern.calibration.load_tokens`.
         damp_percent: damping of the Hessian as a share of its mean diagonal, in (0, 1).
         layers: (regular expression, bits) for layers of other bits.
         skip: regular expressions of layers to leave in 16 bits.
@@ -104,6 +109,7 @@ def quantize(
         revision: of a Hub id.
         resume: go on with what a killed run with the same options has left; otherwise start over.
         on_progress: called with the record of each layer that is solved, with ``index`` and ``total``.
+        on_point: called with each point of the curve while scales are trained.
         on_note: called with what a user should know before the work, a sentence each.
 
     Returns:
@@ -146,7 +152,8 @@ def quantize(
         output_size = planned_size(planned, [info for info, _ in kept], plan.shapes)
         about = {"size": {"source": source_size(Artifact(checkpoint)), "output": output_size}}
         about |= unchanged_cache(checkpoint.config)
-        decided = decided_by(checkpoint, options, tokens.sha256 if tokens else None, place)
+        stages = replace(pick_effort(effort), tune=False)  # blocks that were solved for fast do for best
+        decided = decided_by(checkpoint, {**options, "effort": stages}, tokens.sha256 if tokens else None, place)
         for _ in cast_tensors(checkpoint, None, kept):
             pass  # what the output cannot hold is refused now
         with WorkFolder(Path(output), decided, len(plan.blocks), resume) as work:
@@ -157,6 +164,11 @@ def quantize(
             unsolved = [block for position, block in enumerate(plan.blocks) if position not in work.finished]
             check_space(folder, files * sum(info.nbytes for info in planned) + stored_bytes(unsolved))
             _solve(solver, batches, work, on_progress)
+            tuned = None
+            if batches and pick_effort(effort).tune:
+                text = {"dataset": dataset, "tokens": tune_tokens, "seqlen": seqlen, "seed": seed}
+                tuned = tune(checkpoint, sources, plan, work, **text, device=place, on_progress=on_point)
+                about |= {"tuning": tuned.record}
             with CheckpointWriter(
                 folder,
                 planned,
@@ -164,9 +176,8 @@ def quantize(
                 overwrite=overwrite or chosen == "gguf",
                 metadata=packing.metadata,
             ) as writer:
-                for _ in cast_tensors(checkpoint, writer, kept):
-                    pass
-                records = _write_layers(work, len(plan.blocks), writer, packing)
+                _write_kept(checkpoint, writer, kept, tuned)
+                records = _write_layers(work, len(plan.blocks), writer, packing, tuned)
                 manifest = make_manifest(
                     source=source_record(checkpoint),
                     options=options,
@@ -191,7 +202,14 @@ def quantize(
     return manifest
 
 
-_NO_OPTIONS = ("source", "output", "resume", "on_progress", "on_note")  # arguments that do not shape the artifact
+_NO_OPTIONS = (
+    "source",
+    "output",
+    "resume",
+    "on_progress",
+    "on_note",
+    "on_point",
+)  # arguments that do not shape the artifact
 
 
 def _check_options(bits: int, method: str, damp_percent: float, dtype: str | None, batch_size: int) -> None:
@@ -294,11 +312,27 @@ def _solve(
         index += 1
 
 
-def _write_layers(work: WorkFolder, blocks: int, writer: CheckpointWriter, packing: Packing) -> list[dict[str, Any]]:
+def _write_kept(
+    checkpoint: Checkpoint, writer: CheckpointWriter, kept: list[tuple[TensorInfo, str]], tuned: Tuned | None
+) -> None:
+    """What is not quantized: as it was, but for norms that were trained."""
+    norms = tuned.norms if tuned is not None else ()
+    for _ in cast_tensors(checkpoint, writer, [entry for entry in kept if entry[0].name not in norms]):
+        pass
+    for info, stored in kept:
+        if tuned is not None and info.name in norms:
+            values, _ = cast_values(tuned.norm(info.name, checkpoint.read(stored)), info.dtype, info.name)
+            writer.write(info.name, values)
+
+
+def _write_layers(
+    work: WorkFolder, blocks: int, writer: CheckpointWriter, packing: Packing, tuned: Tuned | None
+) -> list[dict[str, Any]]:
     """Every layer from the work folder into the artifact, a block in memory at a time; their records."""
     records = []
     for position in range(blocks):
-        for record, weight in work.load(position):
+        for record, solved in work.load(position):
+            weight = solved if tuned is None else tuned.layer(record["layer"], solved)
             for name, tensor in packing.pack(record["layer"], weight).items():
                 writer.write(name, tensor)
             records.append(record)

@@ -35,7 +35,17 @@ from bittern.shards import Stored, TensorInfo, header_bytes, read_elements, read
 from bittern.weight import QuantSpec, QuantWeight
 from bittern.writer import explained, fsync, lock_folder, replace_file
 
-WITHOUT_EFFECT = ("dataset", "format", "target", "dtype", "max_shard_size", "overwrite", "revision", "device")
+WITHOUT_EFFECT = (
+    "tune_tokens",
+    "dataset",
+    "format",
+    "target",
+    "dtype",
+    "max_shard_size",
+    "overwrite",
+    "revision",
+    "device",
+)
 """Options that do not decide what the solver makes; of the dataset its tokens count, of the device what it is."""
 
 _RUN = "run.json"

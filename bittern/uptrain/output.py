@@ -14,10 +14,10 @@ from bittern.origin import source_record
 from bittern.report import base_manifest, degraded_notes, with_origin
 from bittern.schema import carried
 from bittern.size import cache_size, planned_size, source_size
+from bittern.training.state import read_tensor
+from bittern.training.train import Run
 from bittern.uptrain.heads import Counts
-from bittern.uptrain.state import read_tensor
 from bittern.uptrain.student import grouped_config
-from bittern.uptrain.train import Run
 from bittern.writer import CheckpointWriter
 
 DEGRADED = 1.10

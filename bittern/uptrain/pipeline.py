@@ -24,14 +24,14 @@ from bittern.errors import BitternError
 from bittern.evaluate import check_fit, evaluate, text_windows
 from bittern.quantize.pipeline import DEFAULT_DATASET
 from bittern.tokenizer import context_length
+from bittern.training.state import load_state, read_story, save_state
+from bittern.training.text import HELD_OUT, Windows, read_windows, write_windows
+from bittern.training.train import Run, Training, shard, world
+from bittern.training.train import train as run_training
 from bittern.uptrain.heads import Counts, attention_prefixes
 from bittern.uptrain.output import make_manifest, write_output
 from bittern.uptrain.regroup import Recipe, regroup
-from bittern.uptrain.state import load_state, read_story, save_state
-from bittern.uptrain.student import head_counts, make_student
-from bittern.uptrain.text import HELD_OUT, Windows, read_windows, write_windows
-from bittern.uptrain.train import Run, Training, shard, trained_parameters, world
-from bittern.uptrain.train import train as run_training
+from bittern.uptrain.student import head_counts, make_student, trained_parameters
 from bittern.writer import MAX_SHARD_SIZE, check_output
 
 if TYPE_CHECKING:
@@ -89,14 +89,14 @@ def uptrain(
             ``init`` only pools.
         init: ``aligned`` (merged in closed form, see :mod:`bittern.uptrain.merge`), ``mean`` or ``first``.
         passes: of layer-wise distillation over the calibration windows; by default 8, and 0 where ``init`` only pools.
-        dataset: text to calibrate and train on, see :func:`bittern.quantize.calibration.load_tokens`.
+        dataset: text to calibrate and train on, see :func:`bittern.calibration.load_tokens`.
         nsamples, seqlen: calibration windows and their tokens.
         tokens: to train on, end to end; 0 only converts. Text that is shorter is shown again, in another order.
         sampled: of these, tokens of text that the source writes.
         text: a file to measure perplexity on; without it, windows of the dataset that are not trained on.
         train: ``blocks``, ``all`` or ``attention``: the parameters to train.
         lr, batch_size, micro_batch, kl_weight, weight_decay, logits, eval_every, recompute: see
-            :class:`bittern.uptrain.train.Training`.
+            :class:`bittern.training.train.Training`.
         dtype: ``bf16``, ``fp16`` or ``fp32`` of the result; by default each tensor keeps its own.
         device: ``cpu``, ``cuda`` or ``auto``.
         seed: of the calibration windows and the order of training.

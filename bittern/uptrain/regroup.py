@@ -26,6 +26,7 @@ from bittern import model as live
 from bittern.errors import BitternError
 from bittern.quantize.hessian import Accumulator
 from bittern.replay import BlockCall, capture, share_equal
+from bittern.training.train import cosine
 from bittern.uptrain import merge as closed
 from bittern.uptrain.heads import (
     PAIRINGS,
@@ -362,11 +363,6 @@ def distill(block: nn.Module, attention: str, stream: Stream, lesson: Lesson, re
         for parameter, old in zip(parameters, before, strict=True):
             parameter.copy_(old)
     return lesson.error
-
-
-def cosine(share: float) -> float:
-    """A factor that falls from 1 to 0 while ``share`` of the way grows from 0 to 1."""
-    return 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
 
 
 def _check_finite(hidden: Tensor, name: str) -> None:

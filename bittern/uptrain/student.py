@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from bittern import model as live
 from bittern.errors import BitternError
@@ -67,6 +68,20 @@ def make_student(teacher: PreTrainedModel, config: dict[str, Any], kv_heads: int
     student.tie_weights()
     live.move_buffers(student, teacher.device)
     return student
+
+
+def trained_parameters(student: PreTrainedModel, trained: str) -> dict[str, nn.Parameter]:
+    """The parameters that ``trained`` stands for, by name, made trainable; all others are frozen."""
+    prefix = live.blocks(student)[0]
+    inside = (
+        tuple(attention_prefixes(student)) if trained == "attention" else f"{prefix}." if trained == "blocks" else ""
+    )
+    parameters = {}
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(name.startswith(inside))
+        if parameter.requires_grad:
+            parameters[name] = parameter
+    return parameters
 
 
 def grouped_config(config: dict[str, Any], kv_heads: int) -> dict[str, Any]:

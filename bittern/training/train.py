@@ -25,11 +25,9 @@ from torch.utils.checkpoint import checkpoint
 from bittern import model as live
 from bittern.errors import BitternError
 from bittern.evaluate import evaluate
-from bittern.uptrain.heads import attention_prefixes
-from bittern.uptrain.loss import distillation_loss
-from bittern.uptrain.regroup import cosine
-from bittern.uptrain.state import load_state, save_state
-from bittern.uptrain.text import Windows
+from bittern.training.loss import distillation_loss
+from bittern.training.state import load_state, save_state
+from bittern.training.text import Windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,6 +38,10 @@ DIVERGED = 2.0
 _BETAS = (0.9, 0.95)
 _WARMUP = 0.1  # of the steps
 _LEAST_LR = 0.02  # of the largest
+
+
+class Diverged(BitternError):
+    """The loss is not a number, or perplexity grows beyond :data:`DIVERGED`."""
 
 
 @dataclass(frozen=True)
@@ -103,20 +105,6 @@ def world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def trained_parameters(student: PreTrainedModel, trained: str) -> dict[str, nn.Parameter]:
-    """The parameters that ``trained`` stands for, by name, made trainable; all others are frozen."""
-    prefix = live.blocks(student)[0]
-    inside = (
-        tuple(attention_prefixes(student)) if trained == "attention" else f"{prefix}." if trained == "blocks" else ""
-    )
-    parameters = {}
-    for name, parameter in student.named_parameters():
-        parameter.requires_grad_(name.startswith(inside))
-        if parameter.requires_grad:
-            parameters[name] = parameter
-    return parameters
-
-
 def shard(model: PreTrainedModel) -> None:
     """Shard a model's parameters over all processes, block by block."""
     for block in live.blocks(model)[1]:
@@ -136,7 +124,7 @@ def train(run: Run, options: Training, on_progress: Callable[[dict[str, Any]], N
         on_progress: called with each point, with ``steps`` and ``seconds`` since this process began.
 
     Raises:
-        BitternError: when the loss is not a number or perplexity grows to :data:`DIVERGED` times what it was.
+        Diverged: when the loss is not a number or perplexity grows to :data:`DIVERGED` times what it was.
     """
     story = run.story
     optimizer = torch.optim.AdamW(_decayed(run.parameters, options.weight_decay), lr=options.lr, betas=_BETAS)
@@ -196,6 +184,11 @@ def learning_rate(step: int, options: Training) -> float:
     return options.lr * max(_LEAST_LR, cosine((step - warmup) / max(1, options.steps - warmup)))
 
 
+def cosine(share: float) -> float:
+    """A factor that falls from 1 to 0 while ``share`` of the way grows from 0 to 1."""
+    return 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+
+
 def _step(run: Run, options: Training, step: int) -> Tensor:
     """Gradients of one batch; loss, kl and nll over all processes, fp64 (3,)."""
     rank, processes = world()
@@ -251,7 +244,7 @@ def _check(loss: float, perplexity: float, run: Run, step: int, options: Trainin
     if math.isfinite(loss) and perplexity <= DIVERGED * before:
         return
     last = run.story["step"]
-    raise BitternError(
+    raise Diverged(
         f"training diverged before step {step}: loss {loss:.4g}, perplexity {perplexity:.4g}, at first {before:.4g};"
         f" a smaller --lr than {options.lr:g} may help (the state of step {last} is kept)"
     )

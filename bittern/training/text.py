@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bittern.calibration import BYTES_PER_TOKEN, load_tokens, read_texts
 from bittern.errors import BitternError
-from bittern.quantize.calibration import BYTES_PER_TOKEN, load_tokens, read_texts
 from bittern.tokenizer import check_vocabulary, encode, leading_bos
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def write_windows(
 
     Args:
         path: the file, which appears when it is whole.
-        dataset: as in :func:`bittern.quantize.calibration.load_tokens`, ``self`` too.
+        dataset: as in :func:`bittern.calibration.load_tokens`, ``self`` too.
         tokenizer: the model's own; each window begins with BOS where it puts that before every text.
         seqlen: tokens in a window.
         count: windows wanted. Fewer are found in a short text.
@@ -76,7 +76,7 @@ def write_windows(
         The number of windows found.
 
     Raises:
-        BitternError: as :func:`~bittern.quantize.calibration.load_tokens`.
+        BitternError: as :func:`~bittern.calibration.load_tokens`.
     """
     written = [] if dataset == "self" else list(_windows(dataset, tokenizer, seqlen, count - sampled))
     missing = sampled if written else count

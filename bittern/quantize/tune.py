@@ -1,0 +1,275 @@
+"""Train scales and norms end to end, towards the logits of the full-precision model; the codes stay.
+
+The cheapest large gain after the grid (Chen et al. 2024, EfficientQAT, whose second phase this is): a scale is a
+handful of bits that the artifact has anyway. What is trained is a factor of each scale and of each norm
+weight, less one, so one learning rate fits them all. The gradient of a scale is read off the gradient of
+its dense weights, which is freed as soon as it is there; no layer needs to know that it is quantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from bittern import model as live
+from bittern.checkpoint import Checkpoint
+from bittern.errors import BitternError
+from bittern.model import Matrix, Piece
+from bittern.quantize.plan import Plan
+from bittern.training.state import read_story, read_tensor
+from bittern.training.text import Windows, read_windows, write_windows
+from bittern.training.train import Diverged, Run, Training, held_out_perplexity, train
+from bittern.weight import QuantWeight, round_scale
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from bittern.quantize.resume import WorkFolder
+
+LR = 2e-3
+"""Of the factors of scales and norms."""
+
+BATCH, MICRO = 2048, 1024
+"""Tokens in a step and in one forward pass, about."""
+
+HELD_OUT = 8
+"""Windows that are kept to measure on."""
+
+_STATE, _WINDOWS = "tuned.safetensors", "windows.npy"
+
+
+class _Scaled:
+    """Rows of a quantized matrix in training.
+
+    Args:
+        matrix: where they are.
+        rows: of the matrix.
+        weight: as it was solved.
+    """
+
+    def __init__(self, matrix: Matrix, rows: slice, weight: QuantWeight, device: torch.device) -> None:
+        groups = weight.scales.shape[1]
+        steps = weight.codes.view(len(weight.codes), groups, -1).short() - weight.zeros.unsqueeze(2)
+        self.matrix, self.rows = matrix, rows
+        self.steps = (steps if weight.spec.bits == 8 else steps.to(torch.int8)).to(device)
+        self.scales = weight.scales.float().to(device)
+        self.factor = nn.Parameter(torch.zeros_like(self.scales))
+
+    def write(self, parameter: Tensor) -> None:
+        """Put the weights that the factor gives into their parameter."""
+        values = self.steps * (self.scales * (1 + self.factor)).unsqueeze(2)
+        live.view_matrix(parameter, self.matrix)[self.rows].copy_(values.flatten(1))
+
+    def read(self, gradient: Tensor) -> None:
+        """Add to the factor's gradient what that of the weights says."""
+        dense = live.view_matrix(gradient, self.matrix)[self.rows].reshape(self.steps.shape)
+        _add_gradient(self.factor, (dense * self.steps).sum(2).mul_(self.scales))
+
+
+class _Norm:
+    """The weight of a norm in training."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight.detach().clone()
+        self.factor = nn.Parameter(torch.zeros_like(self.weight))
+
+    def write(self, parameter: Tensor) -> None:
+        """As of :class:`_Scaled`."""
+        parameter.copy_(self.weight * (1 + self.factor))
+
+    def read(self, gradient: Tensor) -> None:
+        """As of :class:`_Scaled`."""
+        _add_gradient(self.factor, gradient * self.weight)
+
+
+def _add_gradient(factor: nn.Parameter, found: Tensor) -> None:
+    factor.grad = found if factor.grad is None else factor.grad.add_(found)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What came of it.
+
+    Attributes:
+        record: for the manifest.
+        path: of the trained factors; None where everything stays as it was solved.
+        norms: checkpoint names of the norms that were trained.
+    """
+
+    record: dict[str, Any]
+    path: Path | None
+    norms: tuple[str, ...]
+
+    def layer(self, name: str, weight: QuantWeight) -> QuantWeight:
+        """A layer with its trained scales."""
+        if self.path is None:
+            return weight
+        scales = weight.scales.float() * (1 + read_tensor(self.path, name))
+        return replace(weight, scales=round_scale(scales).to(weight.scales.dtype))
+
+    def norm(self, name: str, weight: Tensor) -> Tensor:
+        """The weight of a norm, trained; fp32."""
+        return weight.float() if self.path is None else weight.float() * (1 + read_tensor(self.path, name))
+
+
+def tune(
+    checkpoint: Checkpoint,
+    sources: dict[str, tuple[Piece, ...]],
+    plan: Plan,
+    work: WorkFolder,
+    *,
+    dataset: str,
+    tokens: int,
+    seqlen: int,
+    seed: int,
+    device: torch.device,
+    on_progress: Callable[[dict[str, Any]], None] | None = None,
+) -> Tuned:
+    """Train the scales of the blocks in a work folder, and the model's norms.
+
+    Text that training has not seen decides whether what was trained is taken. A run that was killed goes on from its
+    last evaluation.
+
+    Args:
+        checkpoint: the full-precision model; it and the quantized one are in memory whole.
+        sources: of :func:`bittern.model.weight_map`.
+        plan: what was quantized.
+        work: holds all blocks.
+        dataset: text, see :func:`bittern.calibration.load_tokens`.
+        tokens: to train on.
+        seqlen: of a window.
+        seed: of the order of the windows.
+        device: where to train.
+        on_progress: called with each point of the curve.
+
+    Raises:
+        BitternError: when the text has no two windows.
+    """
+    teacher = live.load_dense(checkpoint, device=device)
+    batch = max(1, BATCH // seqlen)
+    steps = max(1, tokens // (batch * seqlen))
+    held_out, windows = _text(checkpoint, teacher, work.folder / _WINDOWS, dataset, seqlen, steps * batch, seed)
+    student = live.build(checkpoint.config)
+    pieces = _pieces(teacher, student, sources, plan, work, device)
+    factors = {name: piece.factor for found in pieces.values() for name, piece in found.items()}
+    _follow(student, pieces)
+    path = work.folder / _STATE
+    story: dict[str, Any] = {"step": 0, "curve": [], "perplexity": {}, "steps": steps}
+    if path.exists() and read_story(path)["steps"] == steps:
+        story = read_story(path)
+    else:
+        path.unlink(missing_ok=True)
+    run = Run(student, teacher, factors, windows, 0, held_out, path, story)
+    options = Training(
+        steps, LR, batch, max(1, min(batch, MICRO // seqlen)), kl_weight=1.0, eval_every=max(1, -(-steps // 8))
+    )
+    record = {"tokens": steps * batch * seqlen, "steps": steps, "held_out_tokens": held_out[:, 1:].numel()}
+    if not story["step"]:
+        story["perplexity"]["converted"] = held_out_perplexity(run)
+    why = None
+    try:
+        if story["step"] < steps:
+            train(run, options, on_progress)
+    except Diverged as error:
+        why = str(error)
+    before = story["perplexity"]["converted"]
+    after = story["curve"][-1]["perplexity"] if story["curve"] else before
+    taken = why is None and after < before
+    if not taken:
+        why = why or f"perplexity on held-out text was {before:.4g} before it and {after:.4g} after it"
+    record |= {"perplexity": {"solved": before, "tuned": after}, "curve": story["curve"], "refused": why}
+    norms = tuple(name for found in pieces.values() for name, piece in found.items() if isinstance(piece, _Norm))
+    return Tuned(record, path if taken else None, norms)
+
+
+def _text(
+    checkpoint: Checkpoint, teacher: PreTrainedModel, path: Path, dataset: str, seqlen: int, count: int, seed: int
+) -> tuple[Tensor, Windows]:
+    """Windows to measure on, spread over the text, and those to train on."""
+    if not path.exists():
+        vocabulary = teacher.config.get_text_config(decoder=True).vocab_size
+        write_windows(
+            path,
+            dataset,
+            checkpoint.tokenizer(),
+            seqlen=seqlen,
+            count=count + HELD_OUT,
+            vocab_size=vocabulary,
+            model=teacher,
+            seed=seed,
+        )
+    windows = read_windows(path, seed)
+    found = len(windows.ids)
+    if found < 2:
+        raise BitternError(f"{dataset}: expected two windows of {seqlen} tokens at least, found {found}")
+    spread = max(2, found // HELD_OUT)
+    held = list(range(spread // 2, found, spread))
+    others = sorted(set(range(found)) - set(held))
+    return torch.from_numpy(windows.ids[held]).long(), Windows(windows.ids[others], seed)
+
+
+def _pieces(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    sources: dict[str, tuple[Piece, ...]],
+    plan: Plan,
+    work: WorkFolder,
+    device: torch.device,
+) -> dict[str, dict[str, _Scaled | _Norm]]:
+    """Fill the student; by its parameter, what is trained in it, by layer or by the norm's name in the checkpoint.
+
+    What is not trained is the teacher's own, in the same memory.
+    """
+    pieces: dict[str, dict[str, _Scaled | _Norm]] = {}
+    for position, block in enumerate(plan.blocks):
+        solved = {record["layer"]: weight for record, weight in work.load(position)}
+        for matrix, _ in block:
+            found = pieces.setdefault(matrix.parameter, {})
+            for name, start, stop in matrix.parts:
+                found[name] = _Scaled(matrix, slice(start, stop), solved[name], device)
+    own = teacher.state_dict()
+    for name in sources:
+        owner = student.get_submodule(name.rpartition(".")[0])
+        if "norm" in type(owner).__name__.lower() and name.endswith(".weight") and len(sources[name]) == 1:
+            pieces[name] = {sources[name][0].name: _Norm(own[name])}
+        live.set_tensor(student, name, torch.empty_like(own[name]) if name in pieces else own[name])
+    student.tie_weights()
+    live.move_buffers(student, device)
+    return pieces
+
+
+def _follow(student: PreTrainedModel, pieces: dict[str, dict[str, _Scaled | _Norm]]) -> None:
+    """Have the dense parameters follow their factors, and the factors' gradients those of the parameters."""
+    parameters = {name: student.get_parameter(name) for name in pieces}
+    factors = [piece.factor for found in pieces.values() for piece in found.values()]
+    written = -1
+
+    def write(*_: Any) -> None:
+        nonlocal written
+        version = sum(factor._version for factor in factors)
+        if version == written:
+            return
+        written = version
+        with torch.no_grad():
+            for name, found in pieces.items():
+                for piece in found.values():
+                    piece.write(parameters[name])
+
+    def reader(found: dict[str, _Scaled | _Norm]) -> Callable[[Tensor], None]:
+        def read(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            for piece in found.values():
+                piece.read(parameter.grad)
+            parameter.grad = None
+
+        return read
+
+    for name, found in pieces.items():
+        parameters[name].requires_grad_(True)
+        parameters[name].register_post_accumulate_grad_hook(reader(found))
+    student.register_forward_pre_hook(write)
