@@ -90,7 +90,7 @@ class Solver:
             if position < missing[-1]:
                 _advance(block, name, hidden, block_calls)
             live.drop_tensors(self.model, inside)
-            _trim_heap()
+            trim_heap()
 
     def _solve_block(
         self, position: int, block: nn.Module, hidden: list[Tensor], calls: list[BlockCall]
@@ -165,7 +165,7 @@ class Solver:
                 began = time.monotonic()
 
 
-def _trim_heap() -> None:
+def trim_heap() -> None:
     """Give freed memory back to the system where malloc is glibc's, which otherwise keeps a heap full of holes."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
