@@ -145,14 +145,20 @@ class Checkpoint:
             except Exception as error:  # the tokenizers library raises nothing narrower, on a full disk too
                 raise BitternError(f"output {folder}: the tokenizer cannot be written: {_line(error)}") from error
             return sorted(Path(path).name for path in saved if Path(path).exists())
-        paths = {path for pattern in SIDE_FILES for path in self.folder.glob(pattern) if path.is_file()}
-        names = sorted(str(path.relative_to(self.folder)) for path in paths)
+        names = self.side_files()
         for name in names:
             original = contained(self.folder, name)
             with explained(folder):
                 (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(original, folder / name)
         return names
+
+    def side_files(self) -> list[str]:
+        """What :meth:`copy_side_files` copies out of a folder, by its name there; a GGUF file has none."""
+        if self.gguf is not None:
+            return []
+        paths = {path for pattern in SIDE_FILES for path in self.folder.glob(pattern) if path.is_file()}
+        return sorted(str(path.relative_to(self.folder)) for path in paths)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's tokenizer.

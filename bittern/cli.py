@@ -126,23 +126,23 @@ def convert(source: str, as_json: bool, **options: Any) -> None:
 @output_options
 @quantize_options
 @device_option
-def quantize(source: str, output: Path, **options: Any) -> None:
+@json_option
+def quantize(source: str, output: Path, as_json: bool, **options: Any) -> None:
     """Quantize SOURCE with GPTQ, or by rounding to nearest."""
-    from bittern.progress import layer_rows, size
+    from bittern.progress import expected, layer_rows, preflight, quantization
     from bittern.quantize.pipeline import quantize as run_pipeline
 
     # What was not given is left to the function, the one place that knows its defaults.
     chosen = {name: value for name, value in options.items() if value is not None}
     with layer_rows() as on_progress:
         chosen |= {"on_progress": on_progress, "on_note": lambda note: _say(f"note: {note}")}
-        manifest = run_pipeline(source, output, **chosen)
-    for note in manifest["notes"]:
-        print(f"note: {note}", file=sys.stderr)
-    measured = manifest["measured"]
-    print(
-        f"{output}: {len(manifest['layers'])} layers quantized, {len(manifest['kept'])} kept,"
-        f" {measured['seconds']:.1f} s, {size(measured['peak_memory_bytes'])} peak memory"
-    )
+        found = run_pipeline(source, output, **chosen, on_prediction=lambda prediction: _say(expected(prediction)))
+    for note in found["notes"]:
+        _say(f"note: {note}")
+    if as_json:
+        print(json.dumps(found))
+    else:
+        print(preflight(found) if options["dry_run"] else f"{output}: {quantization(found)}")
 
 
 @_command

@@ -99,6 +99,7 @@ def quantize_options(function: Command) -> Command:
     """How layers are quantized and on what; the values are arguments of bittern.quantize."""
     for option in (
         click.option("--resume/--no-resume", default=True, show_default=True, help="Go on with a run that was killed."),
+        click.option("--dry-run", is_flag=True, help="Say what it would take and who would load it; writes nothing."),
         click.option("--chat-template", is_flag=True, help="Render the dataset's messages with the model's template."),
         click.option(
             "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Windows at a time."

@@ -147,6 +147,42 @@ def _trained(manifest: dict[str, Any]) -> str:
     return f"{manifest['training']['tokens']:,} tokens"
 
 
+def quantization(manifest: Mapping[str, Any]) -> str:
+    """What a quantization did, in a line."""
+    measured = manifest["measured"]
+    return (
+        f"{len(manifest['layers'])} layers quantized, {len(manifest['kept'])} kept,"
+        f" {measured['seconds']:.1f} s, {size(measured['peak_memory_bytes'])} peak memory"
+    )
+
+
+def expected(prediction: Mapping[str, Any]) -> str:
+    """What a run will take, in a line."""
+    memory, output = (size(prediction[key]) for key in ("peak_memory_bytes", "bytes"))
+    return f"expected: {clock(prediction['seconds'])}, {memory} peak memory, {output} to write"
+
+
+def preflight(found: Mapping[str, Any]) -> str:
+    """What a dry run found, a line for every figure and every loader."""
+    prediction, errors = found["prediction"], found["errors"]
+    stages = sorted(found["stages"].items(), key=lambda item: -item[1])
+    shares = ", ".join(
+        f"{name} {share:.0%}" for name, took in stages if (share := took / prediction["seconds"]) >= 0.01
+    )
+    rows = [
+        ("time", f"{clock(prediction['seconds'])} (within {errors['seconds']:.0%}): {shares}"),
+        ("peak memory", f"{size(prediction['peak_memory_bytes'])} (within {errors['peak_memory_bytes']:.0%})"),
+        ("output", f"{size(prediction['bytes'])} of {found['format']} (within {errors['bytes']:.0%})"),
+        ("disk", f"{size(found['disk_bytes'])}, {size(found['work_bytes'])} of that only until the output stands"),
+    ]
+    for verdict in found["loads"]:
+        rows.append((verdict["consumer"], f"{_ANSWERS[verdict['loads']]}: {verdict['reason']}"))
+    return "\n".join(f"{name:<20} {text}" for name, text in rows)
+
+
+_ANSWERS = {True: "will load it", False: "will not load it"}
+
+
 def clock(seconds: float) -> str:
     """Seconds as m:ss or h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)

@@ -2,7 +2,7 @@
 
 ``bittern_manifest.json`` lies in the artifact. docs/manifest.md documents every key, ``manifest.schema.json``
 is the schema that :mod:`bittern.schema` holds a manifest to. Two runs with the same seed on the same machine
-agree in every file of the artifact and in all of the manifest but its ``measured`` object.
+agree in every file of the artifact and in all of the manifest but ``measured`` and ``prediction``.
 
 schema_version      2; the first had neither ``kind`` nor ``files``, and came from quantize alone
 kind                "quantize", "convert", "repack" or "uptrain"

@@ -27,6 +27,7 @@ from bittern.report import MANIFEST_FILE, file_record
 from bittern.shards import TensorInfo, header_bytes, write_elements
 
 MAX_SHARD_SIZE = 5 * 10**9  # bytes
+INDEX_FILE = "model.safetensors.index.json"
 _LOCK = ".lock"
 _REASONS = {
     errno.ENOSPC: "the disk is full",
@@ -222,11 +223,12 @@ class CheckpointWriter:
             for name in self._names:
                 (self.folder / f"{name}.partial").rename(self.folder / name)
             if len(self._names) > 1:
-                self.write_file("model.safetensors.index.json", _json(self._index()))
-            self.write_file("config.json.partial", _json(config))
+                where = {name: self._names[self._where[name][0]] for name in self._plan}
+                self.write_file(INDEX_FILE, to_json(index(list(self._plan.values()), where)))
+            self.write_file("config.json.partial", to_json(config))
             if manifest is not None:
                 manifest["files"] = self._records()
-                self.write_file(MANIFEST_FILE, _json(manifest))
+                self.write_file(MANIFEST_FILE, to_json(manifest))
             (self.folder / "config.json.partial").rename(self.folder / "config.json")
             for path in [*(path for path in self.folder.rglob("*") if path.is_file()), self.folder]:
                 fsync(path)
@@ -262,11 +264,6 @@ class CheckpointWriter:
         os.pwrite(file, header, 0)
         for tensor, offset in offsets.items():
             self._where[tensor] = (len(self._files) - 1, offset)
-
-    def _index(self) -> dict[str, Any]:
-        total = sum(info.nbytes for info in self._plan.values())
-        weight_map = {name: self._names[self._where[name][0]] for name in sorted(self._plan)}
-        return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
     def _records(self) -> dict[str, Any]:
         """Size and hash of every file that the output will hold, by its name there."""
@@ -314,6 +311,25 @@ def split(plan: Sequence[TensorInfo], max_shard_size: int) -> list[list[TensorIn
     return [sorted(shard, key=lambda info: -info.dtype.itemsize) for shard in shards]
 
 
+def planned_bytes(plan: Sequence[TensorInfo], max_shard_size: int, metadata: Mapping[str, str]) -> int:
+    """Bytes of the weight files, and of their index, that a :class:`CheckpointWriter` makes of a plan."""
+    shards = split(plan, max_shard_size)
+    total = 0
+    for shard in shards:
+        total += len(header_bytes(shard, {"format": "pt", **metadata})[0]) + sum(info.nbytes for info in shard)
+    if len(shards) == 1:
+        return total
+    names = shard_names(len(shards))
+    where = {info.name: name for name, shard in zip(names, shards, strict=True) for info in shard}
+    return total + len(to_json(index(plan, where)).encode())
+
+
+def index(plan: Sequence[TensorInfo], where: Mapping[str, str]) -> dict[str, Any]:
+    """The index of several weight files: which tensor is in which."""
+    total = sum(info.nbytes for info in plan)
+    return {"metadata": {"total_size": total}, "weight_map": {name: where[name] for name in sorted(where)}}
+
+
 def shard_names(count: int) -> list[str]:
     """The file names that every loader expects for ``count`` shards."""
     if count == 1:
@@ -336,7 +352,8 @@ def _remove_checkpoint(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def _json(value: dict[str, Any]) -> str:
+def to_json(value: dict[str, Any]) -> str:
+    """As files of a checkpoint have it."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 

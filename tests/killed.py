@@ -32,7 +32,12 @@ class Moments:
     def __init__(self, last: int) -> None:
         self.count, self.last = 0, last
 
-    def __call__(self, *_: object) -> bool:
+    def layer(self, _: dict[str, Any]) -> None:
+        """A layer is solved."""
+        self()
+
+    def __call__(self) -> bool:
+        """One moment has come; whether the next one is the last."""
         self.count += 1
         if self.count == self.last:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -58,7 +63,7 @@ def attempt(source: str, out: Path, options: dict[str, Any], last: int) -> int:
         moments = Moments(last)
         for name in CALLS:
             moments.watch(name)
-        bittern.quantize(source, out, **options, on_progress=moments)
+        bittern.quantize(source, out, **options, on_progress=moments.layer)
         count.write_text(str(moments.count))
         os._exit(0)
     _, status = os.waitpid(process, 0)
@@ -77,7 +82,8 @@ def main(source: str, out: Path, kills: int, seed: int, options: dict[str, Any])
         checkpoint.tokenizer()
     whole = out.with_suffix(".whole")
     total = attempt(source, whole, options, -1)
-    chosen, story = random.Random(seed), []
+    chosen = random.Random(seed)
+    story: list[list[int]] = []
     while not out.exists():
         # A part of the whole way, so that kills fall on every stage of it and not all on the first blocks or the last.
         last = chosen.randrange(1, total // 3) if len(story) < kills else -1

@@ -73,7 +73,7 @@ def test_same_seed_same_bytes(source: Path, text: Path, tmp_path: Path) -> None:
         if path.name != "bittern_manifest.json":
             assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
     a, b, c = (json.loads((tmp_path / name / "bittern_manifest.json").read_text()) for name in "abc")
-    assert {**a, "measured": None} == {**b, "measured": None}
+    assert {**a, "measured": None, "prediction": None} == {**b, "measured": None, "prediction": None}
     assert a["calibration"]["sha256"] != c["calibration"]["sha256"]
     assert (tmp_path / "a" / "model.safetensors").read_bytes() != (tmp_path / "c" / "model.safetensors").read_bytes()
 

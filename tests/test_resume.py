@@ -44,7 +44,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 def untimed(folder: Path) -> dict[str, Any]:
     manifest = json.loads((folder / "bittern_manifest.json").read_text())
-    return {**manifest, "measured": None}
+    return {**manifest, "measured": None, "prediction": None}
 
 
 class Stop(Exception):

@@ -125,8 +125,8 @@ def prediction_section(manifest: Mapping[str, Any]) -> Section | None:
     """What was predicted, beside what was measured; None without a prediction."""
     predicted: Mapping[str, float] = manifest.get("prediction") or {}
     measured = dict(manifest.get("measured", {}))
-    if manifest.get("size"):
-        measured["bytes"] = manifest["size"]["output"]["bytes"]["total"]
+    if manifest.get("files"):
+        measured["bytes"] = sum(each["bytes"] for each in manifest["files"].values())
     names = {"seconds": ("Time", duration), "peak_memory_bytes": ("Peak memory", size_in_words)}
     names |= {"bytes": ("Size of the output", size_in_words)}
     both = [key for key in names if (predicted.get(key) or 0) > _LEAST and measured.get(key) is not None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -18,10 +17,10 @@ from bittern import model as live
 from bittern.artifact import Artifact
 from bittern.calibration import CalibrationTokens, load_tokens
 from bittern.checkpoint import Checkpoint, TensorInfo, open_checkpoint
-from bittern.consumers import asks_dequantize, cannot_hold, check_target, choose_format
+from bittern.consumers import asks_dequantize, cannot_hold, check_target, choose_format, verdicts
 from bittern.convert.cast import DTYPES, cast_tensors, cast_values, copied_tensors, refuse_quantized
 from bittern.convert.pipeline import FORMATS as CONVERT_FORMATS
-from bittern.errors import BitternError
+from bittern.errors import BitternError, first_line
 from bittern.formats.gptq import V1, V2
 from bittern.formats.packing import Packing, check_name, is_gguf
 from bittern.layout import planned_layout
@@ -29,6 +28,7 @@ from bittern.model import Piece
 from bittern.origin import source_record
 from bittern.quantize.effort import pick_effort
 from bittern.quantize.plan import Plan, make_plan
+from bittern.quantize.preflight import Job, artifact_bytes, gguf_bytes, predict
 from bittern.quantize.resume import WorkFolder, decided_by, stored_bytes
 from bittern.quantize.solve import Solver
 from bittern.quantize.tune import Tuned, tune
@@ -37,7 +37,7 @@ from bittern.schema import carried
 from bittern.size import planned_size, source_size, unchanged_cache
 from bittern.tokenizer import context_length
 from bittern.weight import QuantSpec
-from bittern.writer import MAX_SHARD_SIZE, CheckpointWriter, check_output, check_space
+from bittern.writer import MAX_SHARD_SIZE, CheckpointWriter, check_output, check_space, to_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,7 +73,9 @@ def quantize(
     overwrite: bool = False,
     revision: str | None = None,
     resume: bool = True,
+    dry_run: bool = False,
     on_progress: Callable[[dict[str, Any]], None] | None = None,
+    on_prediction: Callable[[dict[str, Any]], None] | None = None,
     on_note: Callable[[str], None] | None = None,
     on_point: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
@@ -108,12 +110,15 @@ def quantize(
         overwrite: replace an artifact at ``output``.
         revision: of a Hub id.
         resume: go on with what a killed run with the same options has left; otherwise start over.
+        dry_run: only find out what it would take, and who would load the result; nothing is written.
         on_progress: called with the record of each layer that is solved, with ``index`` and ``total``.
         on_point: called with each point of the curve while scales are trained.
+        on_prediction: called before the work with what it will take: seconds, bytes of memory at most, bytes to write.
         on_note: called with what a user should know before the work, a sentence each.
 
     Returns:
-        The manifest, which the artifact also holds.
+        The manifest, which the artifact also holds; for a dry run, what it will take (see
+        :meth:`bittern.quantize.preflight.Prediction.to_dict`) and who would load it.
 
     Raises:
         BitternError: for anything that a user can mend, before hours are spent wherever it can be known.
@@ -143,7 +148,7 @@ def quantize(
         solved = {matrix.parameter for block in plan.blocks for matrix, _ in block}
         kept = copied_tensors(model, checkpoint, sources, solved, kept_dtype)
         tokens = None
-        if method == "gptq":
+        if method == "gptq" and not (dry_run and not Path(dataset).exists()):
             tokens = _calibration(checkpoint, model, dataset, nsamples, seqlen, seed, chat_template)
         batches = [] if tokens is None else list(torch.split(tokens.ids, batch_size))
         solver = Solver(model, checkpoint, sources, plan, damp_percent, place, pick_effort(effort))
@@ -156,13 +161,24 @@ def quantize(
         decided = decided_by(checkpoint, {**options, "effort": stages}, tokens.sha256 if tokens else None, place)
         for _ in cast_tensors(checkpoint, None, kept):
             pass  # what the output cannot hold is refused now
+        quantization = packing.config(QuantSpec(bits, plan.group_size, sym), _all_layers(model, sources, plan))
+        files = _config_files(checkpoint, quantization, kept_dtype)
+        samples = 0 if method == "rtn" else nsamples if tokens is None else len(tokens.ids)
+        job = Job(*(model, checkpoint, sources, plan, damp_percent, place, packing, kept, samples, seqlen, batch_size))
+        size = artifact_bytes(job, planned, max_shard_size, files.values()) if chosen != "gguf" else gguf_bytes(job)
+        if dry_run:
+            found = predict(job, size, started)
+            loads = _verdicts(job, chosen)
+            return {**found.to_dict(), "format": chosen, "loads": loads, "notes": _dry_notes(tokens, method, dataset)}
         with WorkFolder(Path(output), decided, len(plan.blocks), resume) as work:
-            for note in work.notes if on_note else ():
-                on_note(note)
-            found, spent = len(work.finished), work.seconds
-            files = 2 if chosen == "gguf" else 1  # that one is made of another artifact
+            resumed, spent = len(work.finished), work.seconds
             unsolved = [block for position, block in enumerate(plan.blocks) if position not in work.finished]
-            check_space(folder, files * sum(info.nbytes for info in planned) + stored_bytes(unsolved))
+            copies = 2 if chosen == "gguf" else 1  # that one is made of another artifact
+            check_space(folder, copies * sum(info.nbytes for info in planned) + stored_bytes(unsolved))
+            about["prediction"], notes = _foresee(job, size, started, work, on_prediction)
+            if on_note is not None:
+                for note in (*work.notes, *notes):
+                    on_note(note)
             _solve(solver, batches, work, on_progress)
             tuned = None
             if batches and pick_effort(effort).tune:
@@ -192,24 +208,17 @@ def quantize(
                     ],
                     seconds=spent + time.monotonic() - started,
                 )
-                manifest["measured"] |= {"resumed_blocks": found} if found else {}
+                manifest["measured"] |= {"resumed_blocks": resumed} if resumed else {}
                 manifest = with_origin(manifest | about, origin)
-                quantization = packing.config(QuantSpec(bits, plan.group_size, sym), _all_layers(model, sources, plan))
-                _finish(writer, checkpoint, quantization, manifest, kept_dtype)
+                _finish(writer, checkpoint, files, manifest)
             if chosen == "gguf":
                 _to_gguf(folder, Path(output), overwrite)
             work.remove()
     return manifest
 
 
-_NO_OPTIONS = (
-    "source",
-    "output",
-    "resume",
-    "on_progress",
-    "on_note",
-    "on_point",
-)  # arguments that do not shape the artifact
+_NO_OPTIONS = ("source", "output", "resume", "dry_run", "on_progress", "on_prediction", "on_note", "on_point")
+"""Arguments that do not shape the artifact."""
 
 
 def _check_options(bits: int, method: str, damp_percent: float, dtype: str | None, batch_size: int) -> None:
@@ -368,17 +377,58 @@ def _describe_tokens(tokens: CalibrationTokens | None) -> dict[str, Any] | None:
     return {key: value for key, value in asdict(tokens).items() if key not in ("ids", "warnings")}
 
 
+def _config_files(
+    checkpoint: Checkpoint, quantization: dict[str, Any], dtype: torch.dtype
+) -> dict[str, dict[str, Any]]:
+    """What the configuration files of the artifact hold, by their names."""
+    config = {key: value for key, value in checkpoint.config.items() if key != "torch_dtype"}
+    files = {"config.json": {**config, "dtype": str(dtype).removeprefix("torch."), **quantization}}
+    found = quantization["quantization_config"]
+    # where GPTQModel and older readers look first
+    return files | ({"quantize_config.json": found} if found.get("quant_method") == "gptq" else {})
+
+
 def _finish(
-    writer: CheckpointWriter,
-    checkpoint: Checkpoint,
-    quantization: dict[str, Any],
-    manifest: dict[str, Any],
-    dtype: torch.dtype,
+    writer: CheckpointWriter, checkpoint: Checkpoint, files: dict[str, dict[str, Any]], manifest: dict[str, Any]
 ) -> None:
     checkpoint.copy_side_files(writer.folder)
-    if (
-        quantization["quantization_config"].get("quant_method") == "gptq"
-    ):  # where GPTQModel and older readers look first
-        writer.write_file("quantize_config.json", json.dumps(quantization["quantization_config"], indent=2) + "\n")
-    config = {key: value for key, value in checkpoint.config.items() if key != "torch_dtype"}
-    writer.commit({**config, "dtype": str(dtype).removeprefix("torch."), **quantization}, manifest)
+    for name, value in files.items():
+        if name != "config.json":
+            writer.write_file(name, to_json(value))
+    writer.commit(files["config.json"], manifest)
+
+
+def _foresee(
+    job: Job,
+    size: int,
+    started: float,
+    work: WorkFolder,
+    on_prediction: Callable[[dict[str, Any]], None] | None,
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """What the manifest says of the prediction, and a note where there is none: that must not end a run."""
+    try:
+        found = predict(job, size, started)
+    except Exception as error:  # of an architecture that does not take made-up weights, whatever comes
+        return None, [f"how long this takes could not be predicted: {first_line(error)}"]
+    if on_prediction is not None:
+        on_prediction({**found.figures, "seconds": found.left(work.finished)})
+    return found.figures, []
+
+
+def _verdicts(job: Job, format: str) -> list[dict[str, Any]]:
+    """Who would load the artifact."""
+    tied = bool(live.tied_names(job.model))
+    layout = planned_layout(job.checkpoint.config, job.plan.layers, job.plan.shapes, tied)
+    return [asdict(each) for each in verdicts(replace(layout, format=format, dequantize=job.packing.dequantize))]
+
+
+def _dry_notes(tokens: CalibrationTokens | None, method: str, dataset: str) -> list[str]:
+    """What a dry run did not look at."""
+    if tokens is not None:
+        return list(tokens.warnings)
+    if method == "rtn":
+        return []
+    what = (
+        "the time to write it is not counted" if dataset == "self" else "its windows are taken to be as many as asked"
+    )
+    return [f"--dataset {dataset} was not read: {what}"]

@@ -226,7 +226,8 @@ class WorkFolder:
             layers = []
             for number, record in enumerate(story["layers"]):
                 spec = QuantSpec(record["bits"], record["group_size"], record["sym"])
-                layers.append((record, QuantWeight(*(tensors[f"{number}.{part}"] for part in _PARTS), spec)))
+                codes, scales, zeros = (tensors[f"{number}.{part}"] for part in _PARTS)
+                layers.append((record, QuantWeight(codes, scales, zeros, spec)))
             return layers, float(story["seconds"])
         except (KeyError, TypeError, ValueError) as error:
             raise BitternError(f"{path}: expected a block that bittern has kept, found something else") from error
@@ -286,7 +287,7 @@ def _read_tensors(path: Path, stored: Mapping[str, Stored]) -> dict[str, Tensor]
 def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -105,7 +105,7 @@ class Solver:
                 _advance(block, hidden, block_calls)
             _check_finite(name, hidden)
             live.drop_tensors(self.model, inside)
-            _trim_heap()
+            trim_heap()
 
     def _solve_block(
         self,
@@ -210,7 +210,7 @@ class Solver:
                 began = time.monotonic()
 
 
-def _trim_heap() -> None:
+def trim_heap() -> None:
     """Give freed memory back to the system where malloc is glibc's, which otherwise keeps a heap full of holes."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:

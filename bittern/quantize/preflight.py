@@ -1,0 +1,338 @@
+"""What a quantization will take, before it is begun: seconds, memory, disk, and the bytes of what it makes.
+
+Bytes follow from the plan. Seconds and memory are counts of pieces times what a piece takes, which
+:mod:`bittern.quantize.rehearsal` finds out on this machine. A stage of the solver is one line in
+:func:`_block_seconds` and, where it holds more than the others, one in :func:`_block_bytes`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bittern import model as live
+from bittern.checkpoint import Checkpoint, TensorInfo
+from bittern.formats.gguf import BLOCK, BLOCK_BYTES, kind_for
+from bittern.formats.packing import Packing
+from bittern.model import Matrix, Piece
+from bittern.quantize.plan import Plan
+from bittern.quantize.rehearsal import (
+    BLOCK_FLOPS,
+    BlockCosts,
+    Cost,
+    SolveCosts,
+    measured,
+    place,
+    rehearse_blocks,
+    rehearse_solver,
+    seconds,
+)
+from bittern.quantize.resume import stored_bytes
+from bittern.quantize.solve import trim_heap
+from bittern.report import peak_memory
+from bittern.weight import QuantSpec, round_to_nearest
+from bittern.writer import planned_bytes, to_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Entries = Sequence[tuple[Matrix, QuantSpec]]
+"""The matrices of a block that are quantized, and their grids."""
+
+ERRORS = {"seconds": 0.25, "peak_memory_bytes": 0.15, "bytes": 0.01}
+"""How far off a prediction may be on the machine that it was made on, as shares."""
+
+_FP32 = 4
+_PIECES = 48 * 2**20  # that casting keeps in memory of however large a model
+_SAMPLE_BYTES = 4 * 2**20
+_TRIED = torch.Size((128, 1024))  # weights that are rounded and packed to try; every group size divides its columns
+_FEWEST, _SHARE = 32, 1 / 60  # positions, and share of the run's samples, that are tried with
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a quantization's cost depends on.
+
+    Attributes:
+        model, checkpoint, sources, plan, damp_percent, device: as the Solver has them.
+        packing: how layers are written.
+        kept: name, dtype and shape of each tensor that is cast only, and its name in the checkpoint.
+        samples, seqlen, batch_size: calibration windows, their tokens, how many run together; no samples
+            mean rounding to nearest.
+    """
+
+    model: PreTrainedModel
+    checkpoint: Checkpoint
+    sources: dict[str, tuple[Piece, ...]]
+    plan: Plan
+    damp_percent: float
+    device: torch.device
+    packing: Packing
+    kept: Sequence[tuple[TensorInfo, str]]
+    samples: int
+    seqlen: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a run is expected to take.
+
+    Attributes:
+        stages: seconds of each stage; their sum is the run.
+        block_seconds: per block, when it is solved, and when it only runs since it is solved already.
+        peak_memory_bytes: of the process.
+        bytes: of the artifact.
+        work_bytes: of finished blocks, on the disk beside the output.
+    """
+
+    stages: dict[str, float]
+    block_seconds: list[tuple[float, float]]
+    peak_memory_bytes: int
+    bytes: int
+    work_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.stages.values())
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """What a manifest says."""
+        return {
+            "seconds": round(self.seconds, 3),
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "bytes": self.bytes,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a dry run tells: ``prediction``, how far off each figure may be, seconds of every stage, disk space."""
+        return {
+            "prediction": self.figures,
+            "errors": ERRORS,
+            "stages": {name: round(value, 3) for name, value in self.stages.items()},
+            "work_bytes": self.work_bytes,
+            "disk_bytes": self.bytes + self.work_bytes,
+        }
+
+    def left(self, finished: Collection[int]) -> float:
+        """Seconds of a run that finds these blocks finished."""
+        last = max((p for p in range(len(self.block_seconds)) if p not in finished), default=-1)
+        spared = sum(
+            solve - (run if position < last else 0.0)
+            for position, (solve, run) in enumerate(self.block_seconds)
+            if position in finished
+        )
+        return self.seconds - spared
+
+
+def predict(job: Job, size: int, started: float) -> Prediction:
+    """What a run will take.
+
+    Args:
+        job: the run.
+        size: bytes of what it makes.
+        started: when it began, by ``time.monotonic``; what was done since counts, finding out all this too.
+    """
+    grids = {(matrix.in_features, spec) for block in job.plan.blocks for matrix, spec in block}
+    specs = {spec for _, spec in grids}
+    read, write = _read_rate(job), {spec: _write_rate(job.packing, spec) for spec in specs}
+    rounding = {} if job.samples else {spec: _rounding_rate(spec) for spec in specs}
+    if job.samples:
+        samples, positions = _tried(job)
+        blocks = rehearse_blocks(job.model, job.sources, job.plan, job.device, samples, positions)
+        solver = {grid: rehearse_solver(*grid, _most_rows(job.plan), job.damp_percent, job.device) for grid in grids}
+        scale = job.seqlen / positions
+    trim_heap()
+    base = resident_memory()  # after the libraries have done all that they will be asked for
+    stages: dict[str, float] = {"start": 0.0}
+    per_block, held = [], [_outside_bytes(job) if job.samples else 0.0]
+    for position, entries in enumerate(job.plan.blocks):
+        stored = _parameters(job, position)
+        took = {"reading": _FP32 * stored * read}
+        if job.samples:
+            last = position + 1 == len(job.plan.blocks)
+            took |= _block_seconds(job, position, blocks[position], solver, scale, last)
+            held.append(_block_bytes(job, position, blocks[position], solver, scale))
+        else:
+            took["rounding to nearest"] = sum(m.out_features * m.in_features * rounding[spec] for m, spec in entries)
+            held.append(_FP32 * (stored + 4 * max((m.out_features * m.in_features for m, _ in entries), default=0)))
+        took["writing"] = sum(m.out_features * m.in_features * write[spec].seconds for m, spec in entries)
+        for name, value in took.items():
+            stages[name] = stages.get(name, 0.0) + value
+        again = took["reading"] + took.get("forward passes, quantized", 0.0)
+        per_block.append((sum(took.values()), again if job.samples else 0.0))
+    stages["start"] = time.monotonic() - started
+    stages["everything else"] = 2 * read * sum(_FP32 * info.numel for info, _ in job.kept)
+    pieces = min(_PIECES, 3 * sum(job.checkpoint.tensors[stored].nbytes for _, stored in job.kept))
+    held.append(pieces + max(_writing_bytes(entries, write) for entries in job.plan.blocks))
+    peak = max(peak_memory(), base + int(max(held)))
+    return Prediction(stages, per_block, peak, size, stored_bytes(job.plan.blocks))
+
+
+def _block_seconds(
+    job: Job,
+    position: int,
+    block: BlockCosts,
+    solver: Mapping[tuple[int, QuantSpec], SolveCosts],
+    scale: float,
+    last: bool,
+) -> dict[str, float]:
+    """Seconds of every stage of one block: one line a stage."""
+    groups = _groups(job, position, block)
+    solves = [
+        solver[width, spec].solve(sum(m.out_features for m, s in members if s == spec))
+        for width, members in groups
+        for spec in dict.fromkeys(spec for _, spec in members)
+    ]
+    return {
+        "forward passes, second moments": block.gather.fixed + block.gather.each * job.samples * scale,
+        "factorizing": sum(solver[width, members[0][1]].factorize.seconds for width, members in groups),
+        "grids and codes": sum(solves),
+        "forward passes, quantized": 0.0 if last else block.advance.seconds * job.samples * scale,
+    }
+
+
+def _block_bytes(
+    job: Job, position: int, block: BlockCosts, solver: Mapping[tuple[int, QuantSpec], SolveCosts], scale: float
+) -> float:
+    """What the stage of a block that holds most holds, with all that is there meanwhile."""
+    if job.device.type != "cpu":
+        return float(_FP32 * _parameters(job, position))  # the rest is in the device's memory
+    batch = min(job.batch_size, job.samples) * scale
+    tokens = batch * job.seqlen / scale
+    groups = _groups(job, position, block)
+    moments = [_FP32 * width**2 for width, _ in groups]
+    activations = batch * block.advance.bytes
+    solving = [
+        max(
+            solver[width, members[0][1]].factorize.bytes,
+            2 * _FP32 * width**2 + sum(m.out_features for m, _ in members) * solver[width, members[0][1]].row_bytes,
+        )
+        for width, members in groups
+    ]
+    stages = (
+        activations + sum(moments) + tokens * _FP32 * sum(width for width, _ in groups),  # gathering
+        2 * sum(moments) + 2 * max(moments, default=0),  # their mean
+        sum(moments) + max(solving, default=0),
+        activations,
+    )
+    codes = stored_bytes([job.plan.blocks[position]])
+    hidden, call = block.held
+    return (job.samples * hidden + 2 * call) * scale + _FP32 * _parameters(job, position) + codes + max(stages)
+
+
+def _groups(job: Job, position: int, block: BlockCosts) -> list[tuple[int, list[tuple[Matrix, QuantSpec]]]]:
+    """The matrices of a block that share an input, and its width."""
+    prefix = f"{live.blocks(job.model)[0]}.{position}"
+    there = {place(matrix, prefix): (matrix, spec) for matrix, spec in job.plan.blocks[position]}
+    groups = [[there[name] for name in readers] for readers in block.readers]
+    return [(members[0][0].in_features, members) for members in groups]
+
+
+def _tried(job: Job) -> tuple[int, int]:
+    """Samples and positions to rehearse with: some hundredths of a second's worth, and a small part of the run."""
+    widest = max(_parameters(job, position) for position in range(len(job.plan.blocks)))
+    positions = int(min(job.seqlen, max(_FEWEST, 4 * BLOCK_FLOPS / (2 * widest))))
+    samples = int(BLOCK_FLOPS / (2 * widest * positions))
+    few = int(job.samples * len(job.plan.blocks) * _SHARE)
+    return max(1, min(samples, few, job.batch_size, job.samples)), positions
+
+
+def _most_rows(plan: Plan) -> int:
+    return max(matrix.out_features for block in plan.blocks for matrix, _ in block)
+
+
+def _parameters(job: Job, position: int) -> int:
+    """Parameters of a block."""
+    return sum(tensor.numel() for tensor in live.blocks(job.model)[1][position].state_dict().values())
+
+
+def _outside_bytes(job: Job) -> float:
+    """Embeddings in fp32, the largest also as it is stored, and the hidden states that come of them."""
+    prefix = f"{live.blocks(job.model)[0]}."
+    head = live.output_head(job.model)
+    state = job.model.state_dict()
+    names = [n for n in job.sources if not n.startswith(prefix) and n.rpartition(".")[0] != head]
+    wide = [_FP32 * state[name].numel() for name in names]
+    narrow = [
+        sum(job.checkpoint.tensors[piece.source].nbytes for piece in job.sources[name])
+        for name, size in zip(names, wide, strict=True)
+        if job.checkpoint.tensors[job.sources[name][0].source].dtype != torch.float32
+    ]
+    width = job.model.config.get_text_config(decoder=True).hidden_size
+    return sum(wide) + max(narrow, default=0) + job.samples * job.seqlen * width * _FP32
+
+
+def _read_rate(job: Job) -> float:
+    """Seconds for a byte of a weight that is read and made fp32."""
+    state = job.model.state_dict()
+    sizes = {name: _FP32 * state[name].numel() for name in job.sources}
+    fitting = [name for name, size in sizes.items() if size <= _SAMPLE_BYTES] or [min(sizes, key=lambda n: sizes[n])]
+    name = max(fitting, key=lambda n: sizes[n])
+    shape = tuple(state[name].shape)
+    took = seconds(lambda: live.read_tensor(job.checkpoint, job.sources[name], shape, torch.float32))
+    return took / sizes[name]
+
+
+def _write_rate(packing: Packing, spec: QuantSpec) -> Cost:
+    """What keeping a weight in the work folder and packing it from there take, but for the disk."""
+    weight = round_to_nearest(torch.linspace(-1, 1, _TRIED.numel()).view(_TRIED), spec)
+    packed = measured(lambda: packing.pack("", weight))
+    stored = sum(tensor.nbytes for tensor in packing.pack("", weight).values())
+    values = bytes(_SAMPLE_BYTES)
+    hashed = seconds(lambda: hashlib.sha256(values)) / _SAMPLE_BYTES
+    each = packed.times(1 / _TRIED.numel())
+    return Cost(each.seconds + hashed * stored / _TRIED.numel() + 2 * hashed, each.bytes)
+
+
+def _rounding_rate(spec: QuantSpec) -> float:
+    """Seconds for a weight that is rounded to nearest."""
+    weight = torch.linspace(-1, 1, _TRIED.numel()).view(_TRIED)
+    return seconds(lambda: round_to_nearest(weight, spec)) / _TRIED.numel()
+
+
+def _writing_bytes(entries: Entries, write: Mapping[QuantSpec, Cost]) -> float:
+    largest = max((m.out_features * m.in_features * write[spec].bytes for m, spec in entries), default=0.0)
+    return stored_bytes([entries]) + largest
+
+
+def artifact_bytes(
+    job: Job, planned: Sequence[TensorInfo], max_shard_size: int, files: Iterable[dict[str, Any]]
+) -> int:
+    """Bytes of an artifact's files, all but the manifest.
+
+    Args:
+        job: what will be done; side files that come out of a GGUF source are not counted.
+        planned, max_shard_size: as of :class:`bittern.writer.CheckpointWriter`.
+        files: what the configuration files hold.
+    """
+    beside = sum((job.checkpoint.folder / name).stat().st_size for name in job.checkpoint.side_files())
+    configs = sum(len(to_json(value).encode()) for value in files)
+    return planned_bytes(planned, max_shard_size, job.packing.metadata) + configs + beside
+
+
+def gguf_bytes(job: Job) -> int:
+    """Bytes of the tensors of a GGUF file; its header, which holds the vocabulary, is not counted."""
+    packed = 0
+    for name, (rows, columns) in job.plan.shapes.items():
+        spec = job.plan.layers[name]
+        kind = None if spec is None else kind_for(spec)
+        packed += rows * columns // BLOCK * BLOCK_BYTES[kind] if kind else 0
+    return packed + sum(info.nbytes if len(info.shape) > 1 else _FP32 * info.numel for info, _ in job.kept)
+
+
+def resident_memory() -> int:
+    """What of this process is in memory now, in bytes; where the system does not say, the most that ever was."""
+    if sys.platform != "linux":
+        return peak_memory()
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")

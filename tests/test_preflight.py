@@ -1,0 +1,229 @@
+"""What a run is expected to take: exact where it can be, near where it is measured, and never in the run's way."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+import bittern
+from bittern import model as live
+from bittern.checkpoint import TensorInfo, open_checkpoint
+from bittern.errors import BitternError
+from bittern.quantize import pipeline, preflight, rehearsal
+from bittern.quantize.plan import make_plan
+from bittern.quantize.preflight import Prediction
+from bittern.quantize.rehearsal import Line, Live, rehearse_blocks, rehearse_solver
+from bittern.schema import problem
+from bittern.weight import QuantSpec
+from bittern.writer import CheckpointWriter, planned_bytes
+from tests import tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = {"bits": 4, "group_size": 32, "nsamples": 6, "seqlen": 32, "batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    folder = tiny.save(tiny.random_model(num_hidden_layers=3), tmp_path_factory.mktemp("source"), tokenizer)
+    (folder / "LICENSE").write_text("free")
+    return folder
+
+
+def run(source: Path, out: Path, text: Path, **options: Any) -> dict[str, Any]:
+    return bittern.quantize(source, out, **{"dataset": str(text), **SMALL, **options})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"method": "rtn", "format": "awq"},
+        {"bits": 3, "target": "vllm", "layers": [("down_proj", 8)], "skip": [r"layers\.1\.self_attn"]},
+        {"max_shard_size": 30_000, "format": "mlx", "dtype": "bf16"},
+    ],
+)
+def test_a_dry_run_knows_every_byte_and_writes_none(
+    options: dict[str, Any], source: Path, text: Path, tmp_path: Path
+) -> None:
+    found = run(source, tmp_path / "out", text, dry_run=True, **options)
+    assert list(tmp_path.iterdir()) == []
+    manifest = run(source, tmp_path / "out", text, **options)
+    written = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
+    del written["bittern_manifest.json"]
+    assert found["prediction"]["bytes"] == manifest["prediction"]["bytes"] == sum(written.values())
+    assert found["disk_bytes"] == found["prediction"]["bytes"] + found["work_bytes"]
+    assert sum(found["stages"].values()) == pytest.approx(found["prediction"]["seconds"], abs=0.01)
+    assert problem(json.loads(json.dumps(manifest))) is None
+
+
+def test_the_work_folder_takes_what_is_said(source: Path, text: Path, tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["index"] == 14:  # the first layer of the third block
+            raise Stop
+
+    found = run(source, tmp_path / "out", text, dry_run=True)
+    with pytest.raises(Stop):
+        run(source, tmp_path / "out", text, on_progress=stop)
+    files = list(tmp_path.glob(".out.quantizing/*/block-*.safetensors"))
+    assert len(files) == 2
+    kept = sum(path.stat().st_size - int.from_bytes(path.read_bytes()[:8], "little") - 8 for path in files)
+    assert kept == found["work_bytes"] * 2 // 3
+
+
+def test_who_loads_it_is_told_and_a_target_that_does_not_is_refused(source: Path, text: Path, tmp_path: Path) -> None:
+    loads = {each["consumer"]: each["loads"] for each in run(source, tmp_path / "out", text, dry_run=True)["loads"]}
+    assert loads["GPTQModel"] and not loads["llama.cpp"]
+    with pytest.raises(BitternError, match=r"--target llama\.cpp: gguf: .*8-bit asymmetric"):
+        run(source, tmp_path / "out", text, dry_run=True, target="llama.cpp", bits=8, sym=False)
+
+
+def test_memory_of_a_tiny_model_is_as_predicted(source: Path, text: Path, tmp_path: Path) -> None:
+    """In a process of its own, whose peak nothing before it has raised."""
+    code = (
+        "import json, torch, bittern; torch.set_num_threads(1)\n"
+        f"manifest = bittern.quantize({str(source)!r}, {str(tmp_path / 'out')!r}, dataset={str(text)!r}, group_size=32,"
+        " nsamples=64, seqlen=64)\n"
+        "print(json.dumps([manifest['prediction'], manifest['measured']]))\n"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    predicted, measured = json.loads(shown.stdout)
+    assert measured["peak_memory_bytes"] == pytest.approx(predicted["peak_memory_bytes"], rel=0.15)
+
+
+def test_the_activations_of_a_long_run_are_counted(source: Path, text: Path, tmp_path: Path) -> None:
+    few, many = (
+        run(source, tmp_path / "out", text, dry_run=True, nsamples=1 << 20, batch_size=batch, dataset="self")
+        for batch in (1, 1 << 18)
+    )
+    hidden = (1 << 20) * 32 * 64 * 4  # every window, 64 numbers of fp32 a token
+    assert few["prediction"]["peak_memory_bytes"] > hidden
+    # A batch holds its queries, its MLP and more at once: several hidden states.
+    assert many["prediction"]["peak_memory_bytes"] - few["prediction"]["peak_memory_bytes"] > hidden
+    assert few["notes"] == ["--dataset self was not read: the time to write it is not counted"]
+
+
+def test_twice_the_windows_take_twice_the_passes(source: Path, text: Path, tmp_path: Path) -> None:
+    """By the counts alone: of one rehearsal, not of two that the machine may disturb."""
+    taken: list[Prediction] = []
+    with open_checkpoint(source) as checkpoint:
+        model = live.build(checkpoint.config)
+        sources = live.weight_map(model, checkpoint.tensors)
+        prefix, blocks = live.blocks(model)
+        matrices = [live.matrices(model, f"{prefix}.{position}", sources) for position in range(len(blocks))]
+        plan = make_plan(matrices, 4, 32, True)
+        cpu = torch.device("cpu")
+        costs = rehearse_blocks(model, sources, plan, cpu, 2, 32)
+        assert not any(tensor.device.type != "meta" for tensor in model.state_dict().values())
+        solver = {
+            (width, QuantSpec(4, 32)): rehearse_solver(width, QuantSpec(4, 32), 96, 0.01, cpu) for width in (64, 96)
+        }
+        for samples in (100, 200):
+            job = preflight.Job(
+                *(model, checkpoint, sources, plan, 0.01, cpu, None, []),  # type: ignore[arg-type]
+                *(samples, 32, 8),
+            )
+            taken.append(preflight._block_seconds(job, 0, costs[0], solver, 1.0, False))  # type: ignore[arg-type]
+        assert preflight._block_seconds(job, 2, costs[2], solver, 1.0, True)["forward passes, quantized"] == 0
+    assert costs[0] is costs[1] is costs[2]
+    readers = [[name.split(".")[-3] for name in group] for group in costs[0].readers]
+    assert readers == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+    one, two = taken
+    assert two["forward passes, quantized"] == pytest.approx(2 * one["forward passes, quantized"])
+    assert two["grids and codes"] == one["grids and codes"] > 0
+    assert two["factorizing"] == one["factorizing"] > 0
+
+
+def test_a_run_that_goes_on_is_spared_what_is_done() -> None:
+    prediction = Prediction({"start": 2.0, "all": 40.0}, [(10.0, 1.0)] * 4, 1, 1, 1)
+    assert prediction.left(()) == prediction.seconds == 42
+    assert prediction.left({0}) == 42 - 9
+    assert prediction.left({0, 2}) == 42 - 18
+    assert prediction.left({0, 1, 2, 3}) == 2  # nothing has to be run through them
+
+
+def test_a_wide_matrix_is_extrapolated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes, which no machine disturbs: tried at 64 columns, they are those of 256."""
+    cpu = torch.device("cpu")
+    whole = rehearse_solver(256, QuantSpec(4, 32), 64, 0.01, cpu)
+    monkeypatch.setattr(rehearsal, "WIDEST", 64)
+    tried = rehearse_solver(256, QuantSpec(4, 32), 64, 0.01, cpu)
+    assert tried.factorize.bytes == pytest.approx(whole.factorize.bytes, rel=0.05)
+    assert tried.row_bytes == whole.row_bytes and tried.solve.fixed > 0
+    assert Line(2.0, 0.5)(10) == 7
+
+
+def test_live_tensors_are_counted_while_they_live() -> None:
+    given = torch.zeros(1000)
+    with Live() as tensors:
+        first = given + 1  # 4000 bytes
+        del first
+        second = given.double()  # 8000
+        view = second[:10]
+        del second  # the view keeps it
+        third = view.new_zeros(250)  # 2000
+        del view, third
+        given.add_(1)
+    assert tensors.peak == 10_000
+
+
+def test_what_cannot_be_predicted_is_said_and_done_all_the_same(
+    source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("made-up weights are not taken")
+
+    monkeypatch.setattr(pipeline, "predict", fail)
+    notes: list[str] = []
+    manifest = run(source, tmp_path / "out", text, on_note=notes.append)
+    assert notes == ["how long this takes could not be predicted: made-up weights are not taken"]
+    assert manifest["prediction"] is None and problem(json.loads(json.dumps(manifest))) is None
+    with pytest.raises(RuntimeError):
+        run(source, tmp_path / "other", text, dry_run=True)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt2", "gemma3_text", "qwen3"])
+def test_architectures_take_made_up_weights(
+    model_type: str, text: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    extra: dict[str, Any] = {
+        "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+        "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    }.get(model_type, {"head_dim": 16})
+    source = tiny.save(tiny.random_model(model_type, **extra), tmp_path / "source", tokenizer)
+    manifest = run(source, tmp_path / "out", text)
+    assert manifest["prediction"]["seconds"] > 0
+    assert manifest["prediction"]["bytes"] == sum(each["bytes"] for each in manifest["files"].values())
+
+
+def test_planned_bytes_are_those_of_the_files(tmp_path: Path) -> None:
+    plan = [TensorInfo(f"layer.{number}", torch.float16, (number + 1, 8)) for number in range(20)]
+    for size in (10**9, 200):
+        with CheckpointWriter(tmp_path / "out", plan, max_shard_size=size, overwrite=True) as writer:
+            for info in plan:
+                writer.write(info.name, torch.zeros(info.shape, dtype=info.dtype))
+            writer.commit({"model_type": "llama"})
+        files = [path.stat().st_size for path in (tmp_path / "out").iterdir() if path.name.startswith("model")]
+        assert (len(files) > 2) == (size == 200)
+        assert planned_bytes(plan, size, {}) == sum(files)
+
+
+def test_the_command_tells_it(source: Path, text: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bittern", "quantize", str(source), "-o", str(tmp_path / "out"), "--bits", "3"]
+    command += ["--dataset", str(text), "--group-size", "32", "--nsamples", "6", "--seqlen", "32"]
+    dry = subprocess.run([*command, "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for said in ("(within 25%)", "(within 15%)", "(within 1%)", "GPTQModel            will load it", "grids and codes"):
+        assert said in dry
+    assert list(tmp_path.iterdir()) == []
+    done = subprocess.run([*command, "--json"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["prediction"]["bytes"] > 0
+    assert done.stderr.splitlines()[0].startswith("expected: 0:")
