@@ -204,6 +204,11 @@ def quantize(
                         *left_out,
                         *(tokens.warnings if tokens else ()),
                         *_notes(records, plan),
+                        *(
+                            [f"training of scales and norms: nothing taken: {tuned.record['refused']}"]
+                            if tuned and tuned.record["refused"]
+                            else ()
+                        ),
                         *degraded_notes(degraded_reason(checkpoint.config)),
                     ],
                     seconds=spent + time.monotonic() - started,

@@ -1,0 +1,138 @@
+"""Blocks walked stage by stage, against the same blocks run whole with the same weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bittern.errors import BitternError
+from bittern.model import Matrix, blocks, get_weight, matrices, weight_map
+from bittern.quantize.drift import Drift
+from bittern.quantize.stages import Walks, exact_stages
+from bittern.replay import BlockCall, capture
+from tests import tiny
+
+IDS = torch.randint(4, 200, (6, 20), generator=torch.Generator().manual_seed(5))
+
+
+def start(model: PreTrainedModel) -> tuple[list[Matrix], list[Tensor], list[BlockCall]]:
+    """The matrices of the first block, and two batches of unequal size before it."""
+    prefix, layers = blocks(model)
+    found = matrices(model, f"{prefix}.0", weight_map(model, model.state_dict()))
+    captured = [capture(model, layers, ids) for ids in torch.split(IDS, [4, 2])]
+    return found, [state.clone() for state, _ in captured], [recorded[0] for _, recorded in captured]
+
+
+def names(stage: Any) -> list[str]:
+    return [matrix.module.rpartition(".")[2] for matrix in stage.matrices]
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi3", "gpt2"])
+def test_every_matrix_gets_what_the_changed_ones_before_it_give(kind: str) -> None:
+    model = tiny.random_model(kind)
+    block = blocks(model)[1][0]
+    found, hidden, calls = start(model)
+    exact, before = [state.clone() for state in hidden[:1]], [state.clone() for state in hidden]
+    stages = exact_stages(model, block, found, exact, calls[:1])
+    assert stages is not None and sorted(m.label for s in stages for m in s.matrices) == sorted(m.label for m in found)
+    if kind == "llama":
+        assert [names(s) for s in stages] == [
+            ["q_proj", "k_proj", "v_proj"],
+            ["o_proj"],
+            ["gate_proj", "up_proj"],
+            ["down_proj"],
+        ]
+    assert torch.equal(exact[0], calls[0].run(block, before[0]).detach())
+    seen: list[list[Tensor]] = []
+    with Walks(model, block, stages, hidden, calls) as walks, torch.no_grad():
+        for stage in stages:
+            seen.append([x.clone() for x in walks.inputs(stage)])
+            for matrix in stage.matrices:
+                get_weight(model, matrix).mul_(0.7)
+        walks.finish()
+    # The block has only changed weights now: run whole, it must give every matrix what it got on the way.
+    for number, (state, call) in enumerate(zip(before, calls, strict=True)):
+        whole = [state.clone()]
+        again = exact_stages(model, block, found, whole, [call])
+        assert again is not None and torch.equal(whole[0], hidden[number])
+        for stage, inputs in zip(again, seen, strict=True):
+            assert torch.equal(stage.exact[0], inputs[number])
+
+
+def test_blocks_of_experts_are_not_walked() -> None:
+    model = tiny.random_model("mixtral", num_local_experts=4, num_experts_per_tok=2)
+    found, hidden, calls = start(model)
+    assert exact_stages(model, blocks(model)[1][0], found, hidden, calls) is None
+
+
+def test_without_a_batch_in_full_precision_there_are_no_stages() -> None:
+    model = tiny.random_model()
+    assert exact_stages(model, blocks(model)[1][0], start(model)[0], [], []) is None
+
+
+def test_walks_that_are_given_up_leave_nothing() -> None:
+    model = tiny.random_model()
+    block = blocks(model)[1][0]
+    found, hidden, calls = start(model)
+    stages = exact_stages(model, block, found, [hidden[0].clone()], calls[:1])
+    assert stages is not None
+    with pytest.raises(RuntimeError, match="enough"), Walks(model, block, stages, hidden, calls) as walks:
+        list(walks.inputs(stages[0]))
+        raise RuntimeError("enough")
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_batch_that_misses_a_stage_is_an_error() -> None:
+    model = tiny.random_model()
+    block = blocks(model)[1][0]
+    found, hidden, calls = start(model)
+    stages = exact_stages(model, block, found, [hidden[0].clone()], calls[:1])
+    assert stages is not None
+    with (
+        Walks(model, block, stages, hidden, calls) as walks,
+        pytest.raises(BitternError, match=r"o_proj: .* without it"),
+    ):
+        list(walks.inputs(stages[1]))
+
+
+def drift_of(given: Tensor, exact: Tensor, batches: int = 4) -> Drift:
+    drift = Drift([chunk.unsqueeze(0) for chunk in exact.chunk(batches)])
+    for chunk in given.chunk(batches):
+        drift.add(chunk.unsqueeze(0))
+    return drift
+
+
+def moments(x: Tensor) -> Tensor:
+    return x.T @ x / len(x)
+
+
+def test_what_follows_from_the_input_is_made_up_for() -> None:
+    generator = torch.Generator().manual_seed(2)
+    given = torch.randn(4000, 24, generator=generator)
+    mixing = torch.eye(24) + 0.2 * torch.randn(24, 24, generator=generator)
+    weight = torch.randn(10, 24, generator=generator)
+    corrected = drift_of(given[:2000], given[:2000] @ mixing).corrected(weight, moments(given[:2000]), [4, 6])
+    fresh = given[2000:]
+    wanted = fresh @ mixing @ weight.T
+    before, after = (fresh @ weight.T - wanted).square().mean(), (fresh @ corrected.T - wanted).square().mean()
+    assert after < 0.15 * before
+
+
+def test_noise_is_not_followed() -> None:
+    generator = torch.Generator().manual_seed(3)
+    given = torch.randn(400, 64, generator=generator)
+    exact = given + torch.randn(400, 64, generator=generator)
+    weight = torch.randn(8, 64, generator=generator)
+    corrected = drift_of(given, exact).corrected(weight, moments(given), [8])
+    # An unguarded step would be about a fifth of the weight's length here.
+    assert float((corrected - weight).norm() / weight.norm()) < 0.05
+
+
+def test_one_batch_cannot_be_learned_from_and_held_out() -> None:
+    x = torch.randn(50, 8, generator=torch.Generator().manual_seed(4))
+    weight = torch.ones(3, 8)
+    assert torch.equal(drift_of(x, 2 * x, 1).corrected(weight, moments(x), [3]), weight)

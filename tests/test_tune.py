@@ -1,0 +1,118 @@
+"""Training of scales and norms: its gradients against torch's own, and what comes of it in an artifact."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+import bittern
+from bittern.checkpoint import open_checkpoint
+from bittern.evaluate import evaluate, text_windows
+from bittern.model import blocks, build, get_weight, load_dense, matrices, view_matrix, weight_map
+from bittern.quantize import tune
+from bittern.quantize.plan import Plan, make_plan
+from bittern.weight import round_to_nearest
+from tests import tiny
+
+OPTIONS = {"bits": 3, "group_size": 32, "nsamples": 24, "seqlen": 32, "batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    return tiny.save(tiny.random_model(), tmp_path_factory.mktemp("source"), tokenizer)
+
+
+class Blocks:
+    """What tuning asks of a work folder, for a model that is rounded to nearest."""
+
+    def __init__(self, model: PreTrainedModel, plan: Plan) -> None:
+        self.layers = [
+            [
+                ({"layer": name}, round_to_nearest(get_weight(model, matrix)[start:stop].contiguous(), spec))
+                for matrix, spec in block
+                for name, start, stop in matrix.parts
+            ]
+            for block in plan.blocks
+        ]
+
+    def load(self, position: int) -> Any:
+        return self.layers[position]
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi3", "gpt2", "mixtral"])
+def test_gradients_of_factors_are_those_of_torch(kind: str, tmp_path: Path) -> None:
+    extra = {"num_local_experts": 4, "num_experts_per_tok": 2} if kind == "mixtral" else {}
+    folder = tiny.save(tiny.random_model(kind, **extra), tmp_path / "source")
+    ids = torch.randint(4, 200, (2, 16), generator=torch.Generator().manual_seed(1))
+    with open_checkpoint(folder) as checkpoint:
+        teacher = load_dense(checkpoint)
+        student = build(checkpoint.config)
+        sources = weight_map(student, checkpoint.tensors)
+        prefix, found = blocks(student)
+        plan = make_plan([matrices(student, f"{prefix}.{i}", sources) for i in range(len(found))], 3, 32, True)
+        work: Any = Blocks(teacher, plan)
+        pieces = tune._pieces(teacher, student, sources, plan, work, torch.device("cpu"))
+        tune._follow(student, pieces)
+    factors = {name: piece.factor for inside in pieces.values() for name, piece in inside.items()}
+    assert any("norm" in name or "ln" in name for name in factors)
+    student(input_ids=ids, labels=ids).loss.backward()
+    # Once more, with dense weights that torch itself derives from the factors.
+    dense = {}
+    for name, inside in pieces.items():
+        whole = student.get_parameter(name).detach().clone()
+        for piece in inside.values():
+            if isinstance(piece, tune._Norm):
+                whole = piece.weight * (1 + piece.factor)
+            else:
+                values = piece.steps * (piece.scales * (1 + piece.factor)).unsqueeze(2)
+                view_matrix(whole, piece.matrix)[piece.rows] = values.flatten(1)
+        dense[name] = whole
+    loss = torch.func.functional_call(student, dense, kwargs={"input_ids": ids, "labels": ids}).loss
+    expected = torch.autograd.grad(loss, list(factors.values()))
+    for (name, factor), gradient in zip(factors.items(), expected, strict=True):
+        assert factor.grad is not None and float(gradient.abs().max()) > 0, name
+        torch.testing.assert_close(factor.grad, gradient, rtol=1e-3, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def quantize(source: Path, out: Path, text: Path, **options: Any) -> dict[str, Any]:
+    return bittern.quantize(source, out, **{"dataset": str(text), **OPTIONS, **options})
+
+
+def test_best_keeps_the_codes_and_comes_closer(source: Path, text: Path, tmp_path: Path) -> None:
+    quantize(source, tmp_path / "fast", text)
+    manifest = quantize(source, tmp_path / "best", text, effort="best", tune_tokens=20_000)
+    fast, best = (load_file(tmp_path / name / "model.safetensors") for name in ("fast", "best"))
+    differ = {name.rpartition(".")[2] for name in fast if not torch.equal(fast[name], best[name])}
+    assert differ == {"scales", "weight"}
+    assert torch.equal(fast["model.embed_tokens.weight"], best["model.embed_tokens.weight"])
+    tuning = manifest["tuning"]
+    assert tuning["refused"] is None and tuning["perplexity"]["tuned"] < tuning["perplexity"]["solved"]
+    with open_checkpoint(source) as checkpoint:
+        windows = text_windows(text, checkpoint.tokenizer(), seqlen=32, windows=40)
+        base = load_dense(checkpoint)
+    kl = [evaluate(bittern.load(tmp_path / n, device="cpu"), windows, against=base).kl for n in ("fast", "best")]
+    assert kl[0] is not None and kl[1] is not None and kl[1] < 0.9 * kl[0]
+
+
+def test_what_made_it_worse_is_not_taken(
+    source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize(source, tmp_path / "fast", text)
+    monkeypatch.setattr(tune, "LR", 3.0)
+    manifest = quantize(source, tmp_path / "best", text, effort="best", tune_tokens=4_000)
+    assert manifest["tuning"]["refused"] and any("training" in note for note in manifest["notes"])
+    fast, best = (load_file(tmp_path / name / "model.safetensors") for name in ("fast", "best"))
+    assert all(torch.equal(fast[name], best[name]) for name in fast)
+
+
+def test_the_manifest_tells_it(source: Path, text: Path, tmp_path: Path) -> None:
+    quantize(source, tmp_path / "out", text, effort="best", tune_tokens=4_000)
+    manifest = json.loads((tmp_path / "out" / "bittern_manifest.json").read_text())
+    assert manifest["tuning"]["steps"] == len(manifest["tuning"]["curve"]) or manifest["tuning"]["steps"] > 0
+    assert manifest["options"]["effort"] == "best"
