@@ -7,7 +7,7 @@ as rows of the live model's parameters. A layer is in memory at a time, or a pie
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -150,11 +150,17 @@ class Comparison:
         same_codes: of them, those whose codes, scales and zeros are the same for each column.
         steps: the largest difference between packed weights in steps of the source's grid.
         errors: layer -> norm of its error over the norm of the source's weights, where those are floats.
+        changed: packed layers and tensors that are not meant to be the source's, one by one.
         rounded: whether any value that should be the source's went through a cast that changed it.
     """
 
     def __init__(
-        self, output: View, source: View, inexact: bool = False, on_step: Callable[[int, int], None] | None = None
+        self,
+        output: View,
+        source: View,
+        inexact: bool = False,
+        changed: Collection[str] = (),
+        on_step: Callable[[int, int], None] | None = None,
     ) -> None:
         """Compare everything.
 
@@ -162,9 +168,12 @@ class Comparison:
             output: the artifact.
             source: what it was made of.
             inexact: packed weights may differ from packed ones by half a step.
+            changed: tensors and packed layers of the artifact that were trained, or rescaled against each other: only
+                their shapes are compared.
             on_step: called with the parameters done and their number.
         """
-        self._output, self._source, self._inexact = output, source, inexact
+        self._output, self._source, self._inexact, self._changed = output, source, inexact, changed
+        self.changed: set[str] = set()
         self.missing: list[str] = []
         self.excused: list[str] = []
         self.added: list[str] = []
@@ -203,6 +212,10 @@ class Comparison:
             self.wrong[found[0].name] = f"expected {shapes[0]} rows and columns as in the source, found {shapes[1]}"
             return
         for start, stop, mine, theirs in _overlaps(found, expected):
+            if mine.name in self._changed and not theirs.packed:
+                self.changed.add(mine.name)
+                self.rounded = True
+                continue
             if mine.packed and theirs.packed:
                 self._compare_packed(start, stop, mine, theirs)
                 continue

@@ -135,7 +135,10 @@ def verify(
                 source = View(base)
                 checks.append(_config(view, source))
                 inexact = _allows_inexact(folder)
-                comparison = Comparison(view, source, inexact, lambda done, total: step("source values", done, total))
+                changed = _changed(folder)
+                comparison = Comparison(
+                    view, source, inexact, changed, lambda done, total: step("source values", done, total)
+                )
                 checks += [_source_tensors(comparison), _source_values(comparison)]
             with checks.guard("tokenizer"):
                 checks.append(_tokenizers(view, base, text))
@@ -297,6 +300,18 @@ def _allows_inexact(folder: Path) -> bool:
     return isinstance(options, dict) and options.get("allow_inexact") is True
 
 
+def _changed(folder: Path) -> set[str]:
+    """What the manifest of this artifact, or of what it was made of, says was changed on purpose."""
+    path = folder / MANIFEST_FILE
+    manifest = read_json(path) if path.is_file() else None
+    found: set[str] = set()
+    while isinstance(manifest, dict):
+        found |= {str(name) for name in manifest.get("changed") or ()}
+        found |= {str(layer["layer"]) for layer in manifest.get("layers") or () if layer.get("rescaled")}
+        manifest = manifest.get("origin")
+    return found
+
+
 def _source_tensors(comparison: Comparison) -> Check:
     """Nothing of the source was dropped."""
     added = f"; only here: {_named(comparison.added)}" if comparison.added else ""
@@ -317,6 +332,8 @@ def _source_values(comparison: Comparison) -> Check:
     if comparison.layers:
         steps = f" within {comparison.steps:.2g} steps" if comparison.steps else ""
         found.append(f"{len(comparison.layers)} packed layers equal{steps}, {len(comparison.same_codes)} in codes too")
+    if comparison.changed:
+        found.append(f"{len(comparison.changed)} tensors rescaled or trained as the manifest says: the logits tell")
     if comparison.errors:
         worst = ", ".join(f"{name} {error:.4f}" for name, error in comparison.worst)
         found.append(f"{len(comparison.errors)} layers quantized, largest relative errors: {worst}")

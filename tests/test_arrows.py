@@ -53,6 +53,7 @@ ALLOWED = {
     "training": {"errors", "tokenizer", "calibration", "model", "evaluate", "writer"},
     "quantize": {
         "calibration",
+        "evaluate",
         "training",
         "origin",
         "errors",

@@ -16,12 +16,14 @@ class Effort:
         act_order: columns are solved by falling activity (inside the solver alone).
         exact_share: of the calibration batches, walked through the unquantized blocks too. Where it is not 0, blocks
             are solved stage by stage, and towards what the full-precision model computes.
+        balance: channels are evened out first, see :mod:`bittern.quantize.balance`; needs an exact share.
         tune: scales and norms are trained at the end, see :mod:`bittern.quantize.tune`.
     """
 
     search: bool = True
     act_order: bool = True
     exact_share: float = 0.0
+    balance: bool = False
     tune: bool = False
 
     def exact_batches(self, batches: int) -> int:
@@ -31,8 +33,8 @@ class Effort:
 
 EFFORTS = {
     "plain": Effort(search=False, act_order=False),
-    "fast": Effort(exact_share=0.25),
-    "best": Effort(exact_share=0.25, tune=True),
+    "fast": Effort(exact_share=0.25, balance=True),
+    "best": Effort(exact_share=0.25, balance=True, tune=True),
 }
 
 

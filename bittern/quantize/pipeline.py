@@ -151,7 +151,7 @@ def quantize(
         if method == "gptq" and not (dry_run and not Path(dataset).exists()):
             tokens = _calibration(checkpoint, model, dataset, nsamples, seqlen, seed, chat_template)
         batches = [] if tokens is None else list(torch.split(tokens.ids, batch_size))
-        solver = Solver(model, checkpoint, sources, plan, damp_percent, place, pick_effort(effort))
+        solver = Solver(model, checkpoint, sources, plan, damp_percent, place, pick_effort(effort), kept_dtype)
         planned = [info for info, _ in kept] + plan.packed_tensors(packing)
         origin, left_out = carried(checkpoint)
         output_size = planned_size(planned, [info for info, _ in kept], plan.shapes)
@@ -180,6 +180,11 @@ def quantize(
                 for note in (*work.notes, *notes):
                     on_note(note)
             _solve(solver, batches, work, on_progress)
+            changed = {
+                sources[name][0].name: values
+                for position in range(len(plan.blocks))
+                for name, values in work.changed(position).items()
+            }
             tuned = None
             if batches and pick_effort(effort).tune:
                 text = {"dataset": dataset, "tokens": tune_tokens, "seqlen": seqlen, "seed": seed}
@@ -192,7 +197,7 @@ def quantize(
                 overwrite=overwrite or chosen == "gguf",
                 metadata=packing.metadata,
             ) as writer:
-                _write_kept(checkpoint, writer, kept, tuned)
+                _write_kept(checkpoint, writer, kept, changed, tuned)
                 records = _write_layers(work, len(plan.blocks), writer, packing, tuned)
                 manifest = make_manifest(
                     source=source_record(checkpoint),
@@ -213,6 +218,8 @@ def quantize(
                     ],
                     seconds=spent + time.monotonic() - started,
                 )
+                trained = tuned.norms if tuned is not None and tuned.path is not None else ()
+                about |= {"changed": sorted({*changed, *trained})} if changed or trained else {}
                 manifest["measured"] |= {"resumed_blocks": resumed} if resumed else {}
                 manifest = with_origin(manifest | about, origin)
                 _finish(writer, checkpoint, files, manifest)
@@ -327,16 +334,23 @@ def _solve(
 
 
 def _write_kept(
-    checkpoint: Checkpoint, writer: CheckpointWriter, kept: list[tuple[TensorInfo, str]], tuned: Tuned | None
+    checkpoint: Checkpoint,
+    writer: CheckpointWriter,
+    kept: list[tuple[TensorInfo, str]],
+    changed: dict[str, Tensor],
+    tuned: Tuned | None,
 ) -> None:
-    """What is not quantized: as it was, but for norms that were trained."""
-    norms = tuned.norms if tuned is not None else ()
-    for _ in cast_tensors(checkpoint, writer, [entry for entry in kept if entry[0].name not in norms]):
+    """What is not quantized: as it was, but for what was balanced or trained."""
+    others = {*changed, *(tuned.norms if tuned is not None and tuned.path is not None else ())}
+    for _ in cast_tensors(checkpoint, writer, [entry for entry in kept if entry[0].name not in others]):
         pass
     for info, stored in kept:
-        if tuned is not None and info.name in norms:
-            values, _ = cast_values(tuned.norm(info.name, checkpoint.read(stored)), info.dtype, info.name)
-            writer.write(info.name, values)
+        if info.name in others:
+            values = changed.get(info.name)
+            values = checkpoint.read(stored).float() if values is None else values
+            if tuned is not None and info.name in tuned.norms:
+                values = tuned.norm(info.name, values)
+            writer.write(info.name, cast_values(values, info.dtype, info.name)[0])
 
 
 def _write_layers(

@@ -51,6 +51,7 @@ WITHOUT_EFFECT = (
 _RUN = "run.json"
 _STORY = "bittern"  # key in the header of a block's file
 _PARTS = ("codes", "scales", "zeros")
+_CHANGED = "changed."  # before the names of parameters that are not quantized
 
 
 def decided_by(
@@ -144,8 +145,13 @@ class WorkFolder:
             value.add_note(f"finished blocks are kept: the same command goes on from {self._next()}")
         self._leave()
 
-    def save(self, position: int, layers: Sequence[Layer]) -> None:
+    def save(self, position: int, layers: Sequence[Layer], changed: Mapping[str, Tensor]) -> None:
         """Keep a block: from now on, nothing that happens to this process can lose it.
+
+        Args:
+            position: of the block.
+            layers: its quantized layers.
+            changed: parameters of it that are not quantized, by their live names, where they are not the source's.
 
         Raises:
             BitternError: when the disk refuses.
@@ -156,6 +162,7 @@ class WorkFolder:
             for number, (_, weight) in enumerate(layers)
             for part in _PARTS
         }
+        tensors |= {f"{_CHANGED}{name}": values.cpu().contiguous() for name, values in changed.items()}
         story = {
             "layers": [record for record, _ in layers],
             "seconds": now - self._since,
@@ -186,6 +193,12 @@ class WorkFolder:
             BitternError: when its file cannot be read or is not what was written.
         """
         return self._read(position)[0]
+
+    def changed(self, position: int) -> dict[str, Tensor]:
+        """The parameters of a finished block that are not quantized and not the source's, by their live names."""
+        path = self._path(position)
+        tensors = _read_tensors(path, {n: s for n, s in read_header(path).items() if n.startswith(_CHANGED)})
+        return {name.removeprefix(_CHANGED): values for name, values in tensors.items()}
 
     def remove(self) -> None:
         """The output stands: what it was made of, and what other runs have left, is not needed any more."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from bittern import model as live
 from bittern.checkpoint import Checkpoint
 from bittern.errors import BitternError
 from bittern.model import Matrix, Piece
+from bittern.quantize.balance import Balancer
 from bittern.quantize.drift import Drift
 from bittern.quantize.effort import Effort
 from bittern.quantize.gptq import factorize, gptq
@@ -57,6 +58,7 @@ class Solver:
         damp_percent: see :func:`bittern.quantize.gptq.factorize`.
         device: where to compute.
         effort: the stages.
+        dtype: that what is not quantized is stored in.
     """
 
     model: PreTrainedModel
@@ -66,6 +68,7 @@ class Solver:
     damp_percent: float
     device: torch.device
     effort: Effort
+    dtype: torch.dtype = torch.float32
 
     def solve(self, batches: list[Tensor], work: WorkFolder) -> Iterator[dict[str, Any]]:
         """Quantize every planned matrix that the work folder lacks, and keep each block there when it is done.
@@ -83,24 +86,32 @@ class Solver:
             return
         hidden, calls = self._capture(prefix, blocks, batches) if batches else ([], [])
         exact = [state.clone() for state in hidden[: self.effort.exact_batches(len(hidden))]]
+        balancer = Balancer(self.model, self.dtype)
         for position in range(missing[-1] + 1) if batches else missing:
             name, block = f"{prefix}.{position}", blocks[position]
             inside = [tensor for tensor in self.sources if tensor.startswith(f"{name}.")]
             live.load_tensors(self.model, self.checkpoint, self.sources, inside, device=self.device)
             entries = dict(self.plan.blocks[position])
             block_calls = [batch_calls[position] for batch_calls in calls]
+            before = exact[0].clone() if exact and self.effort.balance else None
             stages = exact_stages(self.model, block, list(entries), exact, block_calls[: len(exact)])
             if stages is None:
                 exact.clear()  # it has not come through this block
             if position in work.finished:
-                self._restore(position, work.load(position))
+                self._restore(position, work)
                 stages = None
             else:
+                changed: dict[str, Tensor] = {}
+                rescaled: set[str] = set()
+                if stages is not None and before is not None:
+                    changed, found = balancer.balance(block, stages, entries, before, exact[0], block_calls[0])
+                    rescaled = {part for matrix in found for part, _, _ in matrix.parts}
                 solved = []
                 for record, weight in self._solve_block(block, entries, stages, hidden, block_calls):
+                    record["rescaled"] = record["layer"] in rescaled
                     solved.append((record, weight))
                     yield record
-                work.save(position, solved)
+                work.save(position, solved, changed)
             if stages is None and position < missing[-1]:
                 _advance(block, hidden, block_calls)
             _check_finite(name, hidden)
@@ -139,13 +150,15 @@ class Solver:
             first += len(x)
         return Inputs(stage.matrices, moments.mean(), moments.tokens), drift
 
-    def _restore(self, position: int, layers: Sequence[Layer]) -> None:
+    def _restore(self, position: int, work: WorkFolder) -> None:
         """Put what was solved by an earlier process into the block, as :meth:`_solve_together` does."""
-        weights = {record["layer"]: weight for record, weight in layers}
+        weights = {record["layer"]: weight for record, weight in work.load(position)}
         for matrix, _ in self.plan.blocks[position]:
             target = live.get_weight(self.model, matrix)
             for name, start, stop in matrix.parts:
                 target[start:stop].copy_(weights[name].dequantize())
+        for name, values in work.changed(position).items():
+            self.model.get_parameter(name).copy_(values)
 
     def _capture(
         self, prefix: str, blocks: nn.ModuleList, batches: list[Tensor]

@@ -28,11 +28,13 @@ class Stage:
 
     Attributes:
         matrices: the readers, in the order in which the block calls them.
+        norm: the module that puts that tensor out, where it is a norm of the block.
         exact: their input in full precision, one tensor (batch, positions, in_features) per batch that was
             walked through the unquantized block.
     """
 
     matrices: list[Matrix]
+    norm: str | None = None
     exact: list[Tensor] = field(default_factory=list)
 
 
@@ -61,6 +63,7 @@ def exact_stages(
     stages: list[Stage] = []
     for number, (state, call) in enumerate(zip(hidden, calls, strict=True)):
         seen: list[tuple[Tensor, list[Matrix]]] = []
+        norms: list[tuple[Tensor, str]] = []
 
         def note(matrix: Matrix, x: Tensor, seen: list[tuple[Tensor, list[Matrix]]] = seen) -> None:
             if seen and seen[-1][0] is x:
@@ -68,10 +71,10 @@ def exact_stages(
             else:
                 seen.append((x, [matrix]))
 
-        with _before(model, matrices, note), torch.no_grad():
+        with _before(model, matrices, note), _after_norms(model, block, norms), torch.no_grad():
             state.copy_(call.run(block, state))
         if number == 0:
-            stages = [Stage(readers) for _, readers in seen]
+            stages = [Stage(readers, next((name for y, name in norms if y is x), None)) for x, readers in seen]
         if [stage.matrices for stage in stages] != [readers for _, readers in seen]:
             return None
         for stage, (x, _) in zip(stages, seen, strict=True):
@@ -150,6 +153,26 @@ def _before(model: nn.Module, matrices: Sequence[Matrix], call: Any) -> Iterator
         return lambda _, args: call(matrix, args[0])
 
     handles = [model.get_submodule(m.module).register_forward_pre_hook(hook(m)) for m in matrices]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _after_norms(model: nn.Module, block: nn.Module, outputs: list[tuple[Tensor, str]]) -> Iterator[None]:
+    """Note what the norms of a block put out, with their names in the model."""
+    prefix = next(name for name, module in model.named_modules() if module is block)
+    handles = []
+    for name, module in block.named_modules():
+        weight = module._parameters.get("weight")
+        if "norm" in type(module).__name__.lower() and weight is not None and weight.ndim == 1:
+
+            def note(_: nn.Module, __: Any, output: Tensor, name: str = f"{prefix}.{name}") -> None:
+                outputs.append((output, name))
+
+            handles.append(module.register_forward_hook(note))
     try:
         yield
     finally:

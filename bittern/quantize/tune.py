@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from bittern import model as live
 from bittern.checkpoint import Checkpoint
 from bittern.errors import BitternError
+from bittern.evaluate import evaluate
 from bittern.model import Matrix, Piece
 from bittern.quantize.plan import Plan
 from bittern.training.state import read_story, read_tensor
 from bittern.training.text import Windows, read_windows, write_windows
-from bittern.training.train import Diverged, Run, Training, held_out_perplexity, train
+from bittern.training.train import Diverged, Run, Training, train
 from bittern.weight import QuantWeight, round_scale
 
 if TYPE_CHECKING:
@@ -168,23 +169,32 @@ def tune(
     options = Training(
         steps, LR, batch, max(1, min(batch, MICRO // seqlen)), kl_weight=1.0, eval_every=max(1, -(-steps // 8))
     )
-    record = {"tokens": steps * batch * seqlen, "steps": steps, "held_out_tokens": held_out[:, 1:].numel()}
+    record: dict[str, Any] = {
+        "tokens": steps * batch * seqlen,
+        "steps": steps,
+        "held_out_tokens": held_out[:, 1:].numel(),
+    }
     if not story["step"]:
-        story["perplexity"]["converted"] = held_out_perplexity(run)
-    why = None
+        solved = evaluate(student, held_out, batch_size=1, against=teacher)
+        story |= {"perplexity": {"converted": solved.perplexity}, "kl": solved.kl}
+    why: str | None = None
     try:
         if story["step"] < steps:
             train(run, options, on_progress)
     except Diverged as error:
         why = str(error)
-    before = story["perplexity"]["converted"]
-    after = story["curve"][-1]["perplexity"] if story["curve"] else before
-    taken = why is None and after < before
-    if not taken:
-        why = why or f"perplexity on held-out text was {before:.4g} before it and {after:.4g} after it"
-    record |= {"perplexity": {"solved": before, "tuned": after}, "curve": story["curve"], "refused": why}
+    tuned = evaluate(student, held_out, batch_size=1, against=teacher)
+    before, after = float(story["kl"]), float(tuned.kl or 0.0)
+    if why is None and not after < before:
+        why = f"KL to full precision on held-out text was {before:.4g} before it and {after:.4g} after it"
+    record |= {
+        "perplexity": {"solved": story["perplexity"]["converted"], "tuned": tuned.perplexity},
+        "kl": {"solved": before, "tuned": after},
+        "curve": story["curve"],
+        "refused": why,
+    }
     norms = tuple(name for found in pieces.values() for name, piece in found.items() if isinstance(piece, _Norm))
-    return Tuned(record, path if taken else None, norms)
+    return Tuned(record, path if why is None else None, norms)
 
 
 def _text(
@@ -233,6 +243,8 @@ def _pieces(
             for name, start, stop in matrix.parts:
                 found[name] = _Scaled(matrix, slice(start, stop), solved[name], device)
     own = teacher.state_dict()
+    for position in range(len(plan.blocks)):
+        own |= {name: values.to(device) for name, values in work.changed(position).items()}
     for name in sources:
         owner = student.get_submodule(name.rpartition(".")[0])
         if "norm" in type(owner).__name__.lower() and name.endswith(".weight") and len(sources[name]) == 1:

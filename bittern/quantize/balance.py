@@ -1,0 +1,207 @@
+"""Even out the channels of a layer's input before it is quantized, in a way that costs nothing at run time.
+
+A factor s per channel is multiplied into the columns of the matrices that read a tensor and divided out of what
+makes that tensor: the norm before q, k, v and before gate and up; the rows of up before down; those of v before
+the output projection. The block computes what it did, but a group's scale is no longer set by columns that hardly
+matter (Lin et al. 2023, AWQ). With h the channels' mean squares and v those of their columns,
+
+    s = (h / v) ^ (gamma / 4)
+
+makes the noise of a group equal over its channels at gamma = 1. Gamma is chosen by the expected noise itself,
+``sum_j h_j / s_j^2 max_k (w_k s_k)^2`` over the columns k of the group of j.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bittern import model as live
+from bittern.model import Matrix
+from bittern.quantize.stages import Stage
+from bittern.replay import BlockCall
+from bittern.weight import QuantSpec
+
+GAMMAS = (0.25, 0.5, 0.75, 1.0)
+WORTH = 0.98
+"""A stage is left as it is where no gamma brings the expected noise below this share of what it was."""
+
+_TOLERANCE = 1e-3  # of what a block adds to its input
+_MAKERS = {"down_proj": "up_proj", "o_proj": "v_proj"}  # whose rows make a matrix's input, up to a gate or an average
+
+
+class Balancer:
+    """Balances the blocks of a model; one kind of block is tried out once.
+
+    Args:
+        model: the blocks' parameters are changed while they are in memory.
+        dtype: norms are stored in it: what cannot be written exactly is not divided out.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        self.model, self.dtype = model, dtype
+        self.refused: set[Any] = set()
+        self._trusted: set[Any] = set()
+
+    def balance(
+        self,
+        block: nn.Module,
+        stages: Sequence[Stage],
+        specs: dict[Matrix, QuantSpec],
+        before: Tensor,
+        after: Tensor,
+        call: BlockCall,
+    ) -> tuple[dict[str, Tensor], set[Matrix]]:
+        """Balance one block, and the full-precision inputs that its stages hold.
+
+        Args:
+            block: in memory.
+            stages: of :func:`bittern.quantize.stages.exact_stages`.
+            specs: grids of its matrices.
+            before, after: a batch of hidden states in full precision before and after the block.
+            call: how that batch calls it.
+
+        Returns:
+            The parameters that are no matrices of a stage and were changed, by their live names; and the matrices that
+            were. Nothing for a kind of block that does not compute the same afterwards: its channels mean something
+            else than they seem to.
+        """
+        kind = (type(block), tuple(_short(matrix) for stage in stages for matrix in stage.matrices))
+        if kind in self.refused:
+            return {}, set()
+        original = {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
+        factors: list[Tensor | None] = []
+        changed: dict[str, Tensor] = {}
+        matrices: set[Matrix] = set()
+        with torch.no_grad():
+            for stage in stages:
+                factor, made = self._balance_stage(stage, stages, specs)
+                factors.append(factor)
+                changed |= made
+                if factor is not None:
+                    maker = _maker(stage, stages) if stage.norm is None else None
+                    matrices |= {*stage.matrices, *([maker] if maker is not None else [])}
+            if kind not in self._trusted and any(factor is not None for factor in factors):
+                error = (call.run(block, before) - after).norm() / (after - before).norm().clamp_min(1e-30)
+                if not float(error) < _TOLERANCE:
+                    self.refused.add(kind)
+                    for name, parameter in block.named_parameters():
+                        parameter.copy_(original[name])
+                    return {}, set()
+                self._trusted.add(kind)
+            for stage, factor in zip(stages, factors, strict=True):
+                if factor is not None:
+                    for x in stage.exact:
+                        x.div_(factor)
+        return changed, matrices
+
+    def _balance_stage(
+        self, stage: Stage, stages: Sequence[Stage], specs: dict[Matrix, QuantSpec]
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """The factor of each input channel of a stage, and the parameters beside the matrices that were changed."""
+        weights = [live.get_weight(self.model, matrix) for matrix in stage.matrices]
+        power = sum((x.flatten(0, -2).square().mean(0) for x in stage.exact), torch.zeros((), device=weights[0].device))
+        columns = specs[stage.matrices[0]].columns_per_group(weights[0].shape[1])
+        if stage.norm is not None:
+            factor = choose_factor(power, torch.cat(weights), columns)
+            found = None if factor is None else self._into_norm(stage.norm, factor)
+        else:
+            maker = _maker(stage, stages)
+            if maker is None:
+                return None, {}
+            repeats = weights[0].shape[1] // maker.out_features
+            width = weights[0].shape[1] if repeats == 1 else self._head_dim(maker)
+            # Heads that share a value head share its channels too.
+            shape = (-1, repeats, width)
+            shared = power.view(shape).mean(1, keepdim=True).expand(-1, repeats, -1).flatten()
+            factor = choose_factor(shared, torch.cat(weights), columns, shape)
+            found = None if factor is None else self._into_rows(maker, factor, shape)
+        if found is None:
+            return None, {}
+        factor, changed = found
+        for weight in weights:
+            weight.mul_(factor)
+        return factor, changed
+
+    def _into_norm(self, norm: str, factor: Tensor) -> tuple[Tensor, dict[str, Tensor]] | None:
+        module = self.model.get_submodule(norm)
+        weight = module.get_parameter("weight")
+        divided = (weight / factor).to(self.dtype).float()
+        # What is stored decides the factor, so that rounding it changes nothing.
+        factor = torch.where((divided == 0) | ~torch.isfinite(divided), 1.0, weight / divided)
+        changed = {f"{norm}.{name}": (p / factor).to(self.dtype).float() for name, p in module.named_parameters()}
+        if not all(bool(torch.isfinite(values).all()) for values in (factor, *changed.values())):
+            return None
+        for name, parameter in module.named_parameters():
+            parameter.copy_(changed[f"{norm}.{name}"])
+        return factor, changed
+
+    def _into_rows(
+        self, maker: Matrix, factor: Tensor, shape: tuple[int, int, int]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = factor.view(shape)[:, 0].flatten()
+        live.get_weight(self.model, maker).div_(rows.unsqueeze(1))
+        bias = self.model.get_submodule(maker.module)._parameters.get("bias")
+        if bias is None:
+            return factor, {}
+        bias.copy_((bias / rows).to(self.dtype).float())
+        return factor, {f"{maker.module}.bias": bias.detach().clone()}
+
+    def _head_dim(self, maker: Matrix) -> int:
+        config: Any = self.model.config
+        text = config.get_text_config(decoder=True)
+        return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+
+
+def choose_factor(
+    power: Tensor, weight: Tensor, columns: int, shared: tuple[int, int, int] | None = None
+) -> Tensor | None:
+    """The factor of each channel; None where it is not worth it.
+
+    Args:
+        power: fp32 (in_features,), mean squares of the channels.
+        weight: fp32 (out_features, in_features), all that reads them.
+        columns: in a group.
+        shared: (heads, repeats, width) of channels that the repeats have in common.
+    """
+    power = power.clamp_min(1e-6 * float(power.mean()) or 1.0)
+    size = weight.square().mean(0)
+    if shared is not None:
+        size = size.view(shared).mean(1, keepdim=True).expand(-1, shared[1], -1).flatten()
+    ratio = power / size.clamp_min(1e-6 * float(size.mean()) or 1.0)
+    least, best = WORTH * _noise(power, weight, torch.ones_like(power), columns), None
+    for gamma in GAMMAS:
+        factor = ratio.pow(gamma / 4)
+        factor /= factor.log().mean().exp()
+        noise = _noise(power, weight, factor, columns)
+        if noise < least:
+            least, best = noise, factor
+    return best
+
+
+def _noise(power: Tensor, weight: Tensor, factor: Tensor, columns: int) -> float:
+    largest = (weight * factor).abs().view(len(weight), -1, columns).amax(2).square().mean(0)
+    return float((largest * (power / factor.square()).view(-1, columns).sum(1)).sum())
+
+
+def _maker(stage: Stage, stages: Sequence[Stage]) -> Matrix | None:
+    """The matrix whose rows make a stage's input."""
+    reader = stage.matrices[0]
+    parent, _, leaf = reader.module.rpartition(".")
+    wanted = f"{parent}.{_MAKERS.get(leaf)}"
+    for matrix in _all(stages):
+        if matrix.module == wanted and len(stage.matrices) == 1 and reader.in_features % matrix.out_features == 0:
+            return matrix
+    return None
+
+
+def _all(stages: Sequence[Stage]) -> Iterator[Matrix]:
+    for stage in stages:
+        yield from stage.matrices
+
+
+def _short(matrix: Matrix) -> str:
+    return ".".join(matrix.module.split(".")[-2:])

@@ -1,0 +1,116 @@
+"""Balanced blocks compute what they did, and what is balanced is worth it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+import bittern
+from bittern.model import blocks, matrices, weight_map
+from bittern.quantize.balance import Balancer, choose_factor
+from bittern.quantize.stages import exact_stages
+from bittern.replay import capture
+from bittern.verify import verify
+from bittern.weight import QuantSpec, min_max_grid
+from tests import tiny
+
+IDS = torch.randint(4, 200, (6, 20), generator=torch.Generator().manual_seed(5))
+SPREAD = torch.exp(torch.randn(64, generator=torch.Generator().manual_seed(8)))
+
+
+def uneven(model: PreTrainedModel) -> PreTrainedModel:
+    """With channels of very different sizes behind every norm."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 and ("norm" in name or "ln_" in name) and "layers" in name + "layers":
+                parameter.mul_(SPREAD[: len(parameter)])
+    return model
+
+
+def balance_first_block(
+    model: PreTrainedModel, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], set[Any], Tensor, Tensor]:
+    """What was changed, and the block's outputs before and after."""
+    prefix, layers = blocks(model)
+    found = matrices(model, f"{prefix}.0", weight_map(model, model.state_dict()))
+    state, calls = capture(model, layers, IDS)
+    exact = [state.clone()]
+    stages = exact_stages(model, layers[0], found, exact, calls[:1])
+    assert stages is not None
+    balancer = Balancer(model, dtype)
+    specs = dict.fromkeys(found, QuantSpec(4, 32))
+    changed, rescaled = balancer.balance(layers[0], stages, specs, state, exact[0], calls[0])
+    after = state.clone()
+    again = exact_stages(model, layers[0], found, [after], calls[:1])
+    assert again is not None
+    for stage, seen in zip(stages, again, strict=True):
+        tolerance = 1e-2 if dtype == torch.bfloat16 and any(name.endswith("bias") for name in changed) else 1e-4
+        torch.testing.assert_close(stage.exact[0], seen.exact[0], rtol=tolerance, atol=tolerance)
+    return changed, rescaled, exact[0], after
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "phi3", "gpt2", "stablelm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_block_computes_what_it_did(kind: str, dtype: torch.dtype) -> None:
+    model = uneven(tiny.random_model(kind))
+    changed, rescaled, before, after = balance_first_block(model, dtype)
+    # A bias that is divided is rounded to the stored dtype; norms' weights decide their factors and are exact.
+    rounds = dtype == torch.bfloat16 and any(name.endswith("bias") for name in changed)
+    torch.testing.assert_close(after, before, rtol=1e-2 if rounds else 1e-4, atol=1e-2 if rounds else 1e-5)
+    assert rescaled and any(name.endswith("weight") for name in changed)
+    assert all(torch.equal(values, values.to(dtype).float()) for values in changed.values())
+
+
+def test_shared_value_heads_keep_their_channels() -> None:
+    model = tiny.random_model()  # four query heads, two of keys and values
+    with torch.no_grad():
+        value = blocks(model)[1][0].self_attn.v_proj  # type: ignore[union-attr]
+        value.weight.mul_(SPREAD[:32].unsqueeze(1))  # type: ignore[operator]
+    _, rescaled, before, after = balance_first_block(model, torch.float32)
+    assert {matrix.module.rpartition(".")[2] for matrix in rescaled} >= {"v_proj", "o_proj"}
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+
+
+def test_norms_that_add_one_are_left_alone() -> None:
+    model = uneven(tiny.random_model("gemma", head_dim=16))
+    weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    changed, rescaled, _, _ = balance_first_block(model, torch.float32)
+    assert not changed and not rescaled
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
+
+
+def test_a_factor_lessens_the_error_of_rounding() -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(96, 64, generator=generator) * SPREAD
+    x = torch.randn(500, 64, generator=generator) / SPREAD
+    factor = choose_factor(x.square().mean(0), weight, 32)
+    assert factor is not None
+
+    def error(scaled: Tensor, inputs: Tensor) -> float:
+        scales, _ = min_max_grid(scaled, QuantSpec(4, 32))
+        steps = scales.repeat_interleave(32, 1)
+        rounded = (scaled / steps).round().clamp(-8, 7) * steps
+        return float((inputs @ (rounded - scaled).T).square().mean())
+
+    assert error(weight * factor, x / factor) < 0.5 * error(weight, x)
+
+
+def test_even_channels_are_not_touched() -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight, x = torch.randn(512, 64, generator=generator), torch.randn(4000, 64, generator=generator)
+    assert choose_factor(x.square().mean(0), weight, 32) is None
+
+
+def test_an_artifact_passes_verification_against_its_source(
+    text: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    source = tiny.save(uneven(tiny.random_model()), tmp_path / "source", tokenizer)
+    options = {"bits": 8, "group_size": 32, "nsamples": 16, "seqlen": 32, "batch_size": 4, "dataset": str(text)}
+    manifest = bittern.quantize(source, tmp_path / "out", **options)
+    assert manifest["changed"] and any(layer["rescaled"] for layer in manifest["layers"])
+    assert verify(tmp_path / "out", source).passed
