@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 pytest.importorskip("quality", reason="the benchmarks are not beside the tests")
 
 import peers
 import quality
+import quality_scores
 from quality_recipes import KINDS, STANDARD, TOOLS, command, key, protocol, recipes
 from quality_scores import Recorder, Remembered, Text
 from quality_table import cost_table, draw, gap_closed, idle, lines, quality_table
 
-from bittern.evaluate import evaluate
+import bittern
+from bittern.evaluate import evaluate, text_windows
+from tests import tiny
 
 
 def row(label: str, bits: int, perplexity: float, **more: Any) -> dict[str, Any]:
@@ -241,3 +246,47 @@ def test_remembered_log_probabilities_give_the_figures_of_the_model_itself(tmp_p
     assert kept.top1_agreement == pytest.approx(live.top1_agreement, abs=1e-3)
     with pytest.raises(KeyError):
         remembered(input_ids=windows[:1] + 1)
+
+
+def test_a_table_of_what_is_finished(
+    tokenizer: PreTrainedTokenizerFast,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Against the evaluator with both models in memory; scored once, and under its own protocol alone."""
+    source, work = tiny.save(tiny.random_model(), tmp_path / "model", tokenizer), tmp_path / "work"
+    work.mkdir()
+    (recipe,) = recipes(["rtn"], [2], 32)
+    told = protocol(recipe, quality.checkpoint_hash(source), "")
+    artifact = quality.place(recipe, told, work)
+    bittern.quantize(source, artifact, bits=2, group_size=32, method="rtn")
+    record = {**row("round to nearest", 2, 0.0), "protocol": told}
+    quality.beside(artifact, ".json").write_text(json.dumps(record))
+
+    def run(*more: str) -> Any:
+        figures = tmp_path / "figures.json"
+        words = ["--calibration", str(text), "--nsamples", "2", "--seqlen", "32", "--windows", "3", "--bits", "2"]
+        words += ["--text", f"words={text}", "--eval-seqlen", "32", "--tools", "rtn", "gptqmodel", "--finished"]
+        words += ["--work", str(work), "--json", str(figures), *more]
+        monkeypatch.setattr(sys, "argv", ["quality.py", str(source), *words])
+        quality.main()
+        return json.loads(figures.read_text())
+
+    found = run("--group-size", "32")
+    (shown,) = found["rows"]  # of the peer there is nothing
+    windows = text_windows(text, tokenizer, seqlen=32, windows=3)
+    models = [bittern.load(path, device="cpu", dtype=torch.float32, kernels="torch") for path in (artifact, source)]
+    live = evaluate(models[0], windows, against=models[1])
+    assert shown["texts"]["words"]["perplexity"] == pytest.approx(live.perplexity, rel=1e-6)
+    assert shown["texts"]["words"]["kl"] == pytest.approx(live.kl, rel=1e-3)
+    assert found["base"]["texts"]["words"]["perplexity"] == pytest.approx(live.base_perplexity, rel=1e-6)
+    assert f"| round to nearest | 2 | {shown['bits_per_weight']['without_embeddings']:.2f} |" in capsys.readouterr().out
+
+    def refuse(path: Path) -> None:
+        raise AssertionError(f"{path} is scored again")
+
+    monkeypatch.setattr(quality_scores, "_load", refuse)
+    assert run("--group-size", "32")["rows"] == found["rows"]
+    assert run("--group-size", "16")["rows"] == []

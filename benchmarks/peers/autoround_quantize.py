@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -42,7 +43,10 @@ def main() -> None:
         device_map="cpu",
         **options,
     )
-    tool.quantize_and_save(output_dir=str(output), format="auto_gptq")
+    partial = output.with_name(output.name + ".partial")
+    _, written = tool.quantize_and_save(output_dir=str(partial), format="auto_gptq")
+    Path(written if isinstance(written, str) else written[0]).rename(output)  # a folder that it names, in ours
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 if __name__ == "__main__":
