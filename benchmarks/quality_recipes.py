@@ -126,20 +126,25 @@ def recipes(
         for name in tools:
             tool = TOOLS[name]
             version = source_version() if tool.home is None else peers.PACKAGES[tool.home][-1]
-            if name == "bittern":
-                variants = [(f"bittern {effort}", ("--effort", effort)) for effort in efforts] or [(tool.label, ())]
-            elif name == "autoround" and autoround:
-                said = ", ".join(f"{option} {value}" for option, value in autoround.items())
-                variants = [
-                    (f"AutoRound {said}", tuple(w for o, v in autoround.items() for w in (f"--{o}", v))),
-                ]
-            elif name == "llamacpp":
-                variants = [(f"llama.cpp {kind}", ("--kind", kind)) for kind in KINDS.get(width, ())]
-            else:
-                variants = [(tool.label, ())]
             shaped = () if name == "llamacpp" else shape
-            found += [Recipe(name, label, width, (*shaped, *tool.words, *more), version) for label, more in variants]
+            for label, more in _variants(name, width, efforts, autoround or {}):
+                found.append(Recipe(name, label, width, (*shaped, *tool.words, *more), version))
     return found
+
+
+def _variants(
+    name: str, bits: int, efforts: Sequence[str], autoround: Mapping[str, str]
+) -> list[tuple[str, tuple[str, ...]]]:
+    """The rows of a tool at some bits: label, and options beside the tool's own."""
+    label = TOOLS[name].label
+    if name == "bittern" and efforts:
+        return [(f"{label} {effort}", ("--effort", effort)) for effort in efforts]
+    if name == "llamacpp":
+        return [(f"{label} {kind}", ("--kind", kind)) for kind in KINDS[bits]]
+    if name == "autoround" and autoround:
+        said = ", ".join(f"{option} {value}" for option, value in autoround.items())
+        return [(f"{label} {said}", tuple(word for pair in autoround.items() for word in (f"--{pair[0]}", pair[1])))]
+    return [(label, ())]
 
 
 def source_version() -> str:
