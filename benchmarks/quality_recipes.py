@@ -56,8 +56,8 @@ TOOLS: Mapping[str, Tool] = {
         ("--desc-act", "--mse", "2.4", "--damp-percent", "0.01", "--gptaq", "0.25"),
     ),
     "llmcompressor": Tool("llm-compressor", *_COMPRESSOR),
-    "llmcompressor-mse": Tool("llm-compressor mse", *_COMPRESSOR, ("--observer", "mse")),
-    "llmcompressor-best": Tool("llm-compressor group mse", *_COMPRESSOR, ("--observer", "mse", "--actorder", "group")),
+    "llmcompressor-best": Tool("llm-compressor mse", *_COMPRESSOR, ("--observer", "mse")),
+    "llmcompressor-imatrix": Tool("llm-compressor imatrix", *_COMPRESSOR, ("--observer", "imatrix_mse")),
     "autoround": Tool("AutoRound", "autoround", "autoround_quantize.py"),
     "llamacpp": Tool("llama.cpp", "llamacpp", "llamacpp_quantize.py", calibrated=False),
 }

@@ -28,6 +28,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     samples = torch.tensor(json.loads(arguments.calibration.read_text()))  # (windows, tokens)
+    size = arguments.batch_size
     given = {name: getattr(arguments, name) for name in ("iters", "lr")}
     options = {name: value for name, value in given.items() if value is not None}
     checkpoint, output = str(arguments.model.resolve()), arguments.output.resolve()
@@ -36,10 +37,10 @@ def main() -> None:
         checkpoint,
         scheme=f"W{arguments.bits}A16",
         group_size=arguments.group_size,
-        dataset=list(samples.split(arguments.batch_size)),
+        dataset=[samples[start : start + size] for start in range(0, len(samples), size)],
         nsamples=len(samples),
         seqlen=samples.shape[1],
-        batch_size=arguments.batch_size,
+        batch_size=size,
         device_map="cpu",
         **options,
     )

@@ -24,7 +24,6 @@ def main() -> None:
     parser.add_argument("--bits", type=int, required=True)
     parser.add_argument("--group-size", type=int, required=True)
     parser.add_argument("--asym", action="store_true")
-    parser.add_argument("--actorder", choices=["static", "group"], help="order of columns, and of groups by it or not")
     parser.add_argument("--observer", help="what finds the scales, such as mse")
     parser.add_argument("--dampening-frac", type=float)
     arguments = parser.parse_args()
@@ -39,9 +38,8 @@ def main() -> None:
         "strategy": "group",
         "group_size": arguments.group_size,
     }
-    for name in ("actorder", "observer"):
-        if getattr(arguments, name) is not None:
-            weights[name] = getattr(arguments, name)
+    if arguments.observer is not None:
+        weights["observer"] = arguments.observer
     damping = {} if arguments.dampening_frac is None else {"dampening_frac": arguments.dampening_frac}
     group = {"targets": ["Linear"], "weights": weights}
     recipe = GPTQModifier(config_groups={"group_0": group}, ignore=["lm_head"], **damping)
