@@ -12,6 +12,9 @@ Row = Mapping[str, Any]
 IDLE = 0.1
 """Cores that others may keep busy while a time is measured."""
 
+HIGHEST = 20
+"""Times the unquantized model's perplexity, above which the picture says no more: nothing works there."""
+
 
 def idle(row: Row) -> bool:
     """Whether nothing else ran while the artifact was made, as far as is known."""
@@ -104,6 +107,7 @@ def draw(rows: Sequence[Row], base: Row, path: Path) -> None:
 
     matplotlib.use("agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogFormatter
 
     names = list(base["texts"])
     figure, panels = pyplot.subplots(len(names), 2, figsize=(11, 1.2 + 4 * len(names)), squeeze=False)
@@ -111,10 +115,17 @@ def draw(rows: Sequence[Row], base: Row, path: Path) -> None:
         for panel, (key, title) in zip(pair, (("perplexity", "perplexity"), ("kl", "KL, nats a token")), strict=True):
             for index, (label, points) in enumerate(lines(rows, name, key).items()):
                 panel.plot(*zip(*points, strict=True), label=label, **_look(label, index))
-            if key == "perplexity":
-                panel.axhline(base["texts"][name][key], color="#555555", linewidth=1, dashes=(2, 2))
             panel.set_yscale("log")
-            panel.set_title(f"{name}: {title}", fontsize=10)
+            panel.yaxis.set_major_formatter(LogFormatter())
+            panel.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.4)))
+            said = f"{name}: {title}"
+            if key == "perplexity":
+                own = base["texts"][name][key]
+                panel.axhline(own, color="#555555", linewidth=1, dashes=(2, 2))
+                if any(row["texts"][name][key] > HIGHEST * own for row in rows):
+                    panel.set_ylim(0.9 * own, HIGHEST * own)
+                    said += f" (up to {HIGHEST} x the unquantized one)"
+            panel.set_title(said, fontsize=10)
             panel.set_xlabel("bits per weight, embeddings left out", fontsize=9)
             panel.spines[["top", "right"]].set_visible(False)
             panel.grid(axis="y", linewidth=0.4)
