@@ -26,6 +26,7 @@ DEFAULT_ENVS = Path(os.environ.get("BITTERN_PEERS", Path.home() / ".cache" / "bi
 # pip remembers could be of another BUILD.
 PACKAGES = {
     "autogptq": ("--no-deps", "auto-gptq==0.7.1"),
+    "autoround": ("auto-round==0.16.1",),
     "compressedtensors": ("compressed-tensors==0.20.0",),
     "gptqmodel": ("--no-build-isolation", "--no-deps", "gptqmodel==7.7.0"),
     "llamacpp": ("--no-cache-dir", "llama-cpp-python==0.3.36"),
@@ -35,6 +36,7 @@ PACKAGES = {
 }
 MODULES = {
     "autogptq": "auto_gptq",
+    "autoround": "auto_round",
     "compressedtensors": "compressed_tensors",
     "gptqmodel": "gptqmodel",
     "llamacpp": "llama_cpp",

@@ -1,7 +1,7 @@
 """A checkpoint as a GGUF file without tokenizer, for llama.cpp to quantize: ``to_gguf.py MODEL OUT.gguf``.
 
-Matrices are F16. It serves to measure and not to chat: only ids are ever fed. ``bittern convert`` writes the files
-that people use.
+Matrices are F16 unless a caller wants others. It serves to measure and not to chat: only ids are ever fed.
+``bittern convert`` writes the files that people use.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from bittern.checkpoint import open_checkpoint
 from bittern.convert import gguf
 
 
-def write_gguf(model: str | Path, out: Path) -> None:
-    """Write a plain checkpoint; the file appears when it is whole."""
+def write_gguf(model: str | Path, out: Path, dtype: str | None = "fp16") -> None:
+    """Write a plain checkpoint, matrices in ``dtype`` (None: as stored); the file appears when it is whole."""
     with open_checkpoint(model) as checkpoint:
-        gguf.write_gguf(Artifact(checkpoint), out, dtype="fp16", tokenizer=False)
+        gguf.write_gguf(Artifact(checkpoint), out, dtype=dtype, tokenizer=False)
 
 
 def main() -> None:

@@ -11,8 +11,10 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 from gptqmodel import GPTQModel, QuantizeConfig
+from gptqmodel.quantization.config import GPTAQConfig
 
 
 def main() -> None:
@@ -24,13 +26,21 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, required=True)
     parser.add_argument("--asym", action="store_true")
     parser.add_argument("--desc-act", action="store_true")
+    parser.add_argument("--mse", type=float, help="search the scale; the power of the error, 2.4 in its documentation")
+    parser.add_argument("--damp-percent", type=float)
+    parser.add_argument("--gptaq", type=float, metavar="ALPHA", help="GPTAQ, 0.25 in its documentation")
     arguments = parser.parse_args()
 
-    options: dict[str, bool] = {}
+    options: dict[str, Any] = {}
     if arguments.asym:
         options["sym"] = False
     if arguments.desc_act:
         options["desc_act"] = True
+    for name in ("mse", "damp_percent"):
+        if getattr(arguments, name) is not None:
+            options[name] = getattr(arguments, name)
+    if arguments.gptaq is not None:
+        options["gptaq"] = GPTAQConfig(alpha=arguments.gptaq)
     samples = json.loads(arguments.calibration.read_text())
     checkpoint, output = str(arguments.model.resolve()), arguments.output.resolve()
     os.chdir(output.parent)  # GPTQModel leaves a folder of logs where it is run

@@ -1,4 +1,4 @@
-"""llama.cpp for ../decode.py, ../interop.py and ../greedy.py, by the low-level API of llama-cpp-python.
+"""llama.cpp for ../decode.py, ../interop.py, ../greedy.py and ../quality.py, by llama-cpp-python's low-level API.
 
 Commands: load, decode, prefill, quantize, logits, loss.
 """
@@ -21,6 +21,12 @@ _loaded: dict[str, Any] = {}
 @llama.llama_log_callback  # type: ignore[untyped-decorator]
 def _keep_log(level: int, text: bytes, _: ctypes.c_void_p) -> None:
     _loaded.setdefault("log", []).append(text.decode(errors="replace"))
+
+
+def begin() -> None:
+    """What llama.cpp wants before anything else."""
+    llama.llama_log_set(_keep_log, ctypes.c_void_p())
+    llama.llama_backend_init()
 
 
 def load(path: str, threads: int, context: int) -> dict[str, Any]:
@@ -139,6 +145,5 @@ def _step(ids: list[int]) -> int:
 
 
 if __name__ == "__main__":
-    llama.llama_log_set(_keep_log, ctypes.c_void_p())
-    llama.llama_backend_init()
+    begin()
     serve({f.__name__: f for f in (load, decode, prefill, quantize, logits, loss)})

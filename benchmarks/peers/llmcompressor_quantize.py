@@ -24,6 +24,8 @@ def main() -> None:
     parser.add_argument("--bits", type=int, required=True)
     parser.add_argument("--group-size", type=int, required=True)
     parser.add_argument("--asym", action="store_true")
+    parser.add_argument("--observer", help="what finds the scales, such as mse")
+    parser.add_argument("--dampening-frac", type=float)
     arguments = parser.parse_args()
 
     samples = json.loads(arguments.calibration.read_text())
@@ -36,8 +38,11 @@ def main() -> None:
         "strategy": "group",
         "group_size": arguments.group_size,
     }
+    if arguments.observer is not None:
+        weights["observer"] = arguments.observer
+    damping = {} if arguments.dampening_frac is None else {"dampening_frac": arguments.dampening_frac}
     group = {"targets": ["Linear"], "weights": weights}
-    recipe = GPTQModifier(config_groups={"group_0": group}, ignore=["lm_head"])
+    recipe = GPTQModifier(config_groups={"group_0": group}, ignore=["lm_head"], **damping)
     oneshot(
         model=model,
         dataset=data,
