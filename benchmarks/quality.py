@@ -103,8 +103,8 @@ def checkpoint_hash(folder: Path) -> str:
 
 def calibration_ids(options: argparse.Namespace) -> tuple[Path, str]:
     """Write the calibration tokens for the peers; returns the file and the hash of the tokens."""
-    from bittern.checkpoint import open_checkpoint
     from bittern.calibration import load_tokens
+    from bittern.checkpoint import open_checkpoint
 
     with open_checkpoint(options.model) as checkpoint:
         tokenizer = checkpoint.tokenizer()

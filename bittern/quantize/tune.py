@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 LR = 2e-3
 """Of the factors of scales and norms."""
 
-BATCH, MICRO = 2048, 1024
+BATCH, MICRO = 1024, 1024
 """Tokens in a step and in one forward pass, about."""
 
 HELD_OUT = 8
@@ -167,7 +167,7 @@ def tune(
         path.unlink(missing_ok=True)
     run = Run(student, teacher, factors, windows, 0, held_out, path, story)
     options = Training(
-        steps, LR, batch, max(1, min(batch, MICRO // seqlen)), kl_weight=1.0, eval_every=max(1, -(-steps // 8))
+        steps, LR, batch, max(1, min(batch, MICRO // seqlen)), kl_weight=1.0, eval_every=max(1, -(-steps // 4))
     )
     record: dict[str, Any] = {
         "tokens": steps * batch * seqlen,
