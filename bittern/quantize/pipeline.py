@@ -181,20 +181,7 @@ def quantize(
                 for _ in cast_tensors(checkpoint, writer, kept):
                     pass
                 records = _write_layers(work, len(plan.blocks), writer, packing)
-                manifest = make_manifest(
-                    source=source_record(checkpoint),
-                    options=options,
-                    calibration=_describe_tokens(tokens),
-                    layers=records,
-                    kept=plan.kept,
-                    notes=[
-                        *left_out,
-                        *(tokens.warnings if tokens else ()),
-                        *_notes(records, plan),
-                        *degraded_notes(degraded_reason(checkpoint.config)),
-                    ],
-                    seconds=spent + time.monotonic() - started,
-                )
+                manifest = _manifest(job, options, tokens, records, left_out, spent + time.monotonic() - started)
                 manifest["measured"] |= {"resumed_blocks": resumed} if resumed else {}
                 manifest = with_origin(manifest | about, origin)
                 _finish(writer, checkpoint, files, manifest)
@@ -326,6 +313,30 @@ def _to_gguf(folder: Path, output: Path, overwrite: bool) -> None:
     with open_checkpoint(folder) as quantized:
         write_gguf(Artifact(quantized), output, overwrite=overwrite)
     shutil.rmtree(folder)
+
+
+def _manifest(
+    job: Job,
+    options: dict[str, Any],
+    tokens: CalibrationTokens | None,
+    records: list[dict[str, Any]],
+    left_out: list[str],
+    seconds: float,
+) -> dict[str, Any]:
+    return make_manifest(
+        source=source_record(job.checkpoint),
+        options=options,
+        calibration=_describe_tokens(tokens),
+        layers=records,
+        kept=job.plan.kept,
+        notes=[
+            *left_out,
+            *(tokens.warnings if tokens else ()),
+            *_notes(records, job.plan),
+            *degraded_notes(degraded_reason(job.checkpoint.config)),
+        ],
+        seconds=seconds,
+    )
 
 
 def _notes(records: list[dict[str, Any]], plan: Plan) -> list[str]:
