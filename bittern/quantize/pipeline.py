@@ -147,7 +147,7 @@ def quantize(
         planned = [info for info, _ in kept] + plan.packed_tensors(packing)
         origin, left_out = carried(checkpoint)
         output_size = planned_size(planned, [info for info, _ in kept], plan.shapes)
-        about = {"size": {"source": source_size(Artifact(checkpoint)), "output": output_size}}
+        about: dict[str, Any] = {"size": {"source": source_size(Artifact(checkpoint)), "output": output_size}}
         about |= unchanged_cache(checkpoint.config)
         decided = decided_by(checkpoint, options, tokens.sha256 if tokens else None, place)
         for _ in cast_tensors(checkpoint, None, kept):

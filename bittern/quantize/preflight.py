@@ -277,7 +277,7 @@ def _read_rate(job: Job) -> float:
     name = max(fitting, key=lambda n: sizes[n])
     shape = tuple(state[name].shape)
     took = seconds(lambda: live.read_tensor(job.checkpoint, job.sources[name], shape, torch.float32))
-    return took / sizes[name]
+    return took / float(sizes[name])
 
 
 def _write_rate(packing: Packing, spec: QuantSpec) -> Cost:
@@ -294,7 +294,7 @@ def _write_rate(packing: Packing, spec: QuantSpec) -> Cost:
 def _rounding_rate(spec: QuantSpec) -> float:
     """Seconds for a weight that is rounded to nearest."""
     weight = torch.linspace(-1, 1, _TRIED.numel()).view(_TRIED)
-    return seconds(lambda: round_to_nearest(weight, spec)) / _TRIED.numel()
+    return seconds(lambda: round_to_nearest(weight, spec)) / float(_TRIED.numel())
 
 
 def _writing_bytes(entries: Entries, write: Mapping[QuantSpec, Cost]) -> float:

@@ -96,7 +96,7 @@ class Solver:
         self, position: int, block: nn.Module, hidden: list[Tensor], calls: list[BlockCall]
     ) -> Iterator[Layer]:
         entries = dict(self.plan.blocks[position])
-        if not calls:
+        if not calls or not entries:
             yield from self._to_nearest(entries)
             return
         for inputs in collect(self.model, block, list(entries), hidden, calls):
