@@ -266,7 +266,7 @@ def _outside_bytes(job: Job) -> int:
     stored = max((info.nbytes for info in cast if info.dtype != torch.float32), default=0)
     width = job.model.config.get_text_config(decoder=True).hidden_size
     wide = _FP32 * sum(state[name].numel() for name in names)
-    return wide + stored + job.samples * job.seqlen * width * _FP32
+    return int(wide + stored + job.samples * job.seqlen * width * _FP32)
 
 
 def _read_rate(job: Job) -> float:
