@@ -298,7 +298,8 @@ def test_quantize_shows_a_row_per_layer(run: Bittern, model: Path, text: Path, t
     out = tmp_path / "out"
     shown = run("quantize", model, "-o", out, *quantize_options(text), "--layer", "q_proj=bits:8", "--skip", "o_proj")
     assert shown.code == 0
-    rows = shown.err.splitlines()
+    first, *rows = shown.err.splitlines()
+    assert re.fullmatch(r"expected: \d+:\d\d, \d+ MB peak memory, \d+ kB to write", first)
     assert len(rows) == 2 * 6  # seven matrices in each of two blocks, o_proj skipped
     assert [int(row.split("/")[0]) for row in rows] == list(range(1, 13))
     for row in rows:
@@ -524,6 +525,7 @@ def slow_quantize(model: Path, text: Path, tmp_path: Path) -> Iterator[subproces
     options = ["--group-size", 32, "--dataset", text, "--nsamples", 60, "--seqlen", 64, "--batch-size", 1]
     process = spawn("quantize", model, "-o", tmp_path / "out", *options)
     assert process.stderr is not None
+    assert process.stderr.readline().startswith("expected: ")
     assert " 1/14 " in f" {process.stderr.readline()}"
     yield process
     process.kill()
@@ -535,15 +537,20 @@ def test_a_kill_leaves_nothing_that_looks_finished(slow_quantize: subprocess.Pop
     slow_quantize.wait()
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.rglob("config.json"))
-    assert not list(tmp_path.rglob("*.safetensors"))
+    assert all(path.name.startswith("block-") for path in tmp_path.rglob("*.safetensors"))
 
 
-def test_an_interrupt_is_one_line_and_cleans_up(slow_quantize: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_an_interrupt_is_one_line_and_leaves_finished_blocks_alone(
+    slow_quantize: subprocess.Popen[str], tmp_path: Path
+) -> None:
     slow_quantize.send_signal(signal.SIGINT)
     _, err = slow_quantize.communicate(timeout=60)
     assert slow_quantize.returncode == 130
-    assert err.splitlines()[-1] == "error: interrupted" and "Traceback" not in err
-    assert not list(tmp_path.iterdir())
+    kept = [path.name for path in tmp_path.rglob("*.safetensors")]  # the first block, if it was finished by then
+    how = "; finished blocks are kept: the same command goes on from block 2 of 2" if kept else ""
+    assert err.splitlines()[-1] == f"error: interrupted{how}" and "Traceback" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ([".out.quantizing"] if kept else [])
+    assert kept in ([], ["block-00000.safetensors"])
 
 
 def test_a_closed_pipe_is_no_traceback(model: Path) -> None:

@@ -114,7 +114,7 @@ def test_the_activations_of_a_long_run_are_counted(source: Path, text: Path, tmp
 
 def test_twice_the_windows_take_twice_the_passes(source: Path, text: Path, tmp_path: Path) -> None:
     """By the counts alone: of one rehearsal, not of two that the machine may disturb."""
-    taken: list[Prediction] = []
+    taken: list[dict[str, float]] = []
     with open_checkpoint(source) as checkpoint:
         model = live.build(checkpoint.config)
         sources = live.weight_map(model, checkpoint.tensors)
@@ -132,7 +132,7 @@ def test_twice_the_windows_take_twice_the_passes(source: Path, text: Path, tmp_p
                 *(model, checkpoint, sources, plan, 0.01, cpu, None, []),  # type: ignore[arg-type]
                 *(samples, 32, 8),
             )
-            taken.append(preflight._block_seconds(job, 0, costs[0], solver, 1.0, False))  # type: ignore[arg-type]
+            taken.append(preflight._block_seconds(job, 0, costs[0], solver, 1.0, False))
         assert preflight._block_seconds(job, 2, costs[2], solver, 1.0, True)["forward passes, quantized"] == 0
     assert costs[0] is costs[1] is costs[2]
     readers = [[name.split(".")[-3] for name in group] for group in costs[0].readers]

@@ -169,6 +169,18 @@ def test_options_of_the_writing_alone_go_on(source: Path, text: Path, tmp_path: 
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
 
 
+def test_a_gguf_file_goes_on(source: Path, text: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "whole.gguf", text)
+    stopped(15, source, tmp_path / "out.gguf", text)
+    (tmp_path / ".out.gguf.quantized").mkdir()  # what a kill in the midst of the last step leaves
+    (tmp_path / ".out.gguf.quantized" / "config.json").write_text("{}")
+    solved: list[dict[str, Any]] = []
+    run(source, tmp_path / "out.gguf", text, on_progress=solved.append)
+    assert [event["index"] for event in solved] == list(range(14, 28))
+    assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"whole.gguf", "out.gguf"}
+
+
 def test_a_changed_source_starts_over(source: Path, text: Path, tmp_path: Path) -> None:
     other = tmp_path / "source"
     other.mkdir()

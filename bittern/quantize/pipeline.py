@@ -155,7 +155,7 @@ def quantize(
         planned = [info for info, _ in kept] + plan.packed_tensors(packing)
         origin, left_out = carried(checkpoint)
         output_size = planned_size(planned, [info for info, _ in kept], plan.shapes)
-        about = {"size": {"source": source_size(Artifact(checkpoint)), "output": output_size}}
+        about: dict[str, Any] = {"size": {"source": source_size(Artifact(checkpoint)), "output": output_size}}
         about |= unchanged_cache(checkpoint.config)
         stages = replace(pick_effort(effort), tune=False)  # blocks that were solved for fast do for best
         decided = decided_by(checkpoint, {**options, "effort": stages}, tokens.sha256 if tokens else None, place)
@@ -199,25 +199,8 @@ def quantize(
             ) as writer:
                 _write_kept(checkpoint, writer, kept, changed, tuned)
                 records = _write_layers(work, len(plan.blocks), writer, packing, tuned)
-                manifest = make_manifest(
-                    source=source_record(checkpoint),
-                    options=options,
-                    calibration=_describe_tokens(tokens),
-                    layers=records,
-                    kept=plan.kept,
-                    notes=[
-                        *left_out,
-                        *(tokens.warnings if tokens else ()),
-                        *_notes(records, plan),
-                        *(
-                            [f"training of scales and norms: nothing taken: {tuned.record['refused']}"]
-                            if tuned and tuned.record["refused"]
-                            else ()
-                        ),
-                        *degraded_notes(degraded_reason(checkpoint.config)),
-                    ],
-                    seconds=spent + time.monotonic() - started,
-                )
+                left_out += tuned.notes if tuned is not None else []
+                manifest = _manifest(job, options, tokens, records, left_out, spent + time.monotonic() - started)
                 trained = tuned.norms if tuned is not None and tuned.path is not None else ()
                 about |= {"changed": sorted({*changed, *trained})} if changed or trained else {}
                 manifest["measured"] |= {"resumed_blocks": resumed} if resumed else {}
@@ -374,6 +357,30 @@ def _to_gguf(folder: Path, output: Path, overwrite: bool) -> None:
     with open_checkpoint(folder) as quantized:
         write_gguf(Artifact(quantized), output, overwrite=overwrite)
     shutil.rmtree(folder)
+
+
+def _manifest(
+    job: Job,
+    options: dict[str, Any],
+    tokens: CalibrationTokens | None,
+    records: list[dict[str, Any]],
+    left_out: list[str],
+    seconds: float,
+) -> dict[str, Any]:
+    return make_manifest(
+        source=source_record(job.checkpoint),
+        options=options,
+        calibration=_describe_tokens(tokens),
+        layers=records,
+        kept=job.plan.kept,
+        notes=[
+            *left_out,
+            *(tokens.warnings if tokens else ()),
+            *_notes(records, job.plan),
+            *degraded_notes(degraded_reason(job.checkpoint.config)),
+        ],
+        seconds=seconds,
+    )
 
 
 def _notes(records: list[dict[str, Any]], plan: Plan) -> list[str]:

@@ -154,7 +154,7 @@ def predict(job: Job, size: int, started: float) -> Prediction:
     trim_heap()
     base = resident_memory()  # after the libraries have done all that they will be asked for
     stages: dict[str, float] = {"start": 0.0}
-    per_block, held = [], [_outside_bytes(job) if job.samples else 0.0]
+    per_block, held = [], [float(_outside_bytes(job)) if job.samples else 0.0]
     for position, entries in enumerate(job.plan.blocks):
         stored = _parameters(job, position)
         took = {"reading": _FP32 * stored * read}
@@ -256,20 +256,17 @@ def _parameters(job: Job, position: int) -> int:
     return sum(tensor.numel() for tensor in live.blocks(job.model)[1][position].state_dict().values())
 
 
-def _outside_bytes(job: Job) -> float:
+def _outside_bytes(job: Job) -> int:
     """Embeddings in fp32, the largest also as it is stored, and the hidden states that come of them."""
     prefix = f"{live.blocks(job.model)[0]}."
     head = live.output_head(job.model)
     state = job.model.state_dict()
-    names = [n for n in job.sources if not n.startswith(prefix) and n.rpartition(".")[0] != head]
-    wide = [_FP32 * state[name].numel() for name in names]
-    narrow = [
-        sum(job.checkpoint.tensors[piece.source].nbytes for piece in job.sources[name])
-        for name, size in zip(names, wide, strict=True)
-        if job.checkpoint.tensors[job.sources[name][0].source].dtype != torch.float32
-    ]
+    names = [name for name in job.sources if not name.startswith(prefix) and name.rpartition(".")[0] != head]
+    cast = [job.checkpoint.tensors[piece.source] for name in names for piece in job.sources[name]]
+    stored = max((info.nbytes for info in cast if info.dtype != torch.float32), default=0)
     width = job.model.config.get_text_config(decoder=True).hidden_size
-    return sum(wide) + max(narrow, default=0) + job.samples * job.seqlen * width * _FP32
+    wide = _FP32 * sum(state[name].numel() for name in names)
+    return int(wide + stored + job.samples * job.seqlen * width * _FP32)
 
 
 def _read_rate(job: Job) -> float:
@@ -280,7 +277,7 @@ def _read_rate(job: Job) -> float:
     name = max(fitting, key=lambda n: sizes[n])
     shape = tuple(state[name].shape)
     took = seconds(lambda: live.read_tensor(job.checkpoint, job.sources[name], shape, torch.float32))
-    return took / sizes[name]
+    return took / float(sizes[name])
 
 
 def _write_rate(packing: Packing, spec: QuantSpec) -> Cost:
@@ -297,7 +294,7 @@ def _write_rate(packing: Packing, spec: QuantSpec) -> Cost:
 def _rounding_rate(spec: QuantSpec) -> float:
     """Seconds for a weight that is rounded to nearest."""
     weight = torch.linspace(-1, 1, _TRIED.numel()).view(_TRIED)
-    return seconds(lambda: round_to_nearest(weight, spec)) / _TRIED.numel()
+    return seconds(lambda: round_to_nearest(weight, spec)) / float(_TRIED.numel())
 
 
 def _writing_bytes(entries: Entries, write: Mapping[QuantSpec, Cost]) -> float:

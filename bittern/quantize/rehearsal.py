@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -147,21 +147,20 @@ def _rehearse_block(
             state.clone().copy_(call.run(block, state))
 
     once = measured(advance)
-    readers: list[list[str]] = []
-    if matrices:
-        readers = [
-            [place(m, name) for m in inputs.matrices] for inputs in collect(model, block, matrices, [state], [call])
-        ]
+    given = [tensor for tensor in tree_leaves([call.args, call.kwargs]) if isinstance(tensor, Tensor)]
+    held = state[0].nbytes, sum(tensor.nbytes for tensor in given)
+    if not matrices:
+        return BlockCosts(Line(0.0, 0.0), once.times(1 / samples), [], held)
+    found = collect(model, block, matrices, [state], [call])
     one, two = (
-        seconds(lambda n=n: collect(model, block, matrices, [state] * n, [call] * n), state.device) for n in (1, 2)
+        seconds(partial(collect, model, block, matrices, [state] * n, [call] * n), state.device) for n in (1, 2)
     )
     each = max(two - one, 0.0) / samples
-    inputs = [tensor for tensor in tree_leaves([call.args, call.kwargs]) if isinstance(tensor, Tensor)]
     return BlockCosts(
         Line(max(one - each * samples, 0.0), each),
         once.times(1 / samples),
-        readers,
-        (state[0].nbytes, sum(tensor.nbytes for tensor in inputs)),
+        [[place(matrix, name) for matrix in inputs.matrices] for inputs in found],
+        held,
     )
 
 
@@ -189,7 +188,7 @@ def _solve_line(factor: Any, width: int, spec: QuantSpec, rows: int, device: tor
     large = min(max(rows, 2), _ROWS[1])
     small = min(_ROWS[0], large // 2)
     weight = _random((large, width), device)
-    one, other = (seconds(lambda n=n: gptq(weight[:n], factor, spec), device) for n in (small, large))
+    one, other = (seconds(partial(gptq, weight[:n], factor, spec), device) for n in (small, large))
     each = max(other - one, 0.0) / (large - small)
     return Line(max(one - each * small, 0.0), each)
 
@@ -206,7 +205,7 @@ def _weight_bytes(spec: QuantSpec, device: torch.device) -> float:
         with Live() as tensors:
             gptq(weight, factor, spec)
         peaks.append(tensors.peak)
-    return (peaks[1] - peaks[0]) / (few * width)
+    return float(peaks[1] - peaks[0]) / float(few * width)
 
 
 @contextmanager
@@ -247,11 +246,11 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         given = {each.untyped_storage()._cdata for each in tree_leaves([args, kwargs]) if isinstance(each, Tensor)}
-        self._alive = {reference: size for reference, size in self._alive.items() if not reference.expired()}
+        self._alive = {reference: size for reference, size in self._alive.items() if not reference.expired()}  # type: ignore[no-untyped-call]
         for each in tree_leaves(output):
             if isinstance(each, Tensor) and each.untyped_storage()._cdata not in given:
                 storage = each.untyped_storage()
-                self._alive[StorageWeakRef(storage)] = storage.nbytes()
+                self._alive[StorageWeakRef(storage)] = storage.nbytes()  # type: ignore[no-untyped-call]
         self.peak = max(self.peak, sum(self._alive.values()))
         return output
 

@@ -127,7 +127,7 @@ class Solver:
         calls: list[BlockCall],
     ) -> Iterator[Layer]:
         """The layers of one block; with stages, the hidden states are its outputs afterwards."""
-        if not calls:
+        if not calls or (stages is None and not entries):
             yield from self._to_nearest(entries)
         elif stages is None:
             for inputs in collect(self.model, block, list(entries), hidden, calls):

@@ -106,6 +106,12 @@ class Tuned:
     path: Path | None
     norms: tuple[str, ...]
 
+    @property
+    def notes(self) -> list[str]:
+        """What a user must be told."""
+        why = self.record["refused"]
+        return [f"training of scales and norms: nothing taken: {why}"] if why else []
+
     def layer(self, name: str, weight: QuantWeight) -> QuantWeight:
         """A layer with its trained scales."""
         if self.path is None:
