@@ -139,13 +139,13 @@ def convert(source: str, as_json: bool, **options: Any) -> None:
 @device_option
 def quantize(source: str, output: Path, **options: Any) -> None:
     """Quantize SOURCE with GPTQ, or by rounding to nearest."""
-    from bittern.progress import layer_rows, size
+    from bittern.progress import layer_rows, measured_row, size
     from bittern.quantize.pipeline import quantize as run_pipeline
 
     # What was not given is left to the function, the one place that knows its defaults.
     chosen = {name: value for name, value in options.items() if value is not None}
     with layer_rows() as on_progress:
-        manifest = run_pipeline(source, output, on_progress=on_progress, **chosen)
+        manifest = run_pipeline(source, output, on_progress=on_progress, on_measured=measured_row, **chosen)
     for note in manifest["notes"]:
         print(f"note: {note}", file=sys.stderr)
     measured = manifest["measured"]

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,9 @@ from bittern.layout import planned_layout
 from bittern.model import Piece
 from bittern.origin import source_record
 from bittern.quantize.calibration import CalibrationTokens, load_tokens
+from bittern.quantize.mixed import PlanOf, alternating, check_average, free_matrices, mix
 from bittern.quantize.plan import Plan, make_plan
+from bittern.quantize.sensitivity import BITS, TOKENS, Sensitivity
 from bittern.quantize.solve import Solver
 from bittern.report import degraded_notes, degraded_reason, make_manifest, with_origin
 from bittern.schema import carried
@@ -41,13 +44,14 @@ if TYPE_CHECKING:
 
 FORMATS = CONVERT_FORMATS[1:]  # all but plain floats
 DEFAULT_DATASET = "allenai/c4:en"
+_NO_OPTIONS = ("source", "output", "on_progress", "on_measured")  # arguments that the manifest does not list
 
 
 def quantize(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    bits: int = 4,
+    bits: int | float = 4,
     group_size: int | str = 128,
     sym: bool = True,
     method: str = "gptq",
@@ -68,13 +72,15 @@ def quantize(
     overwrite: bool = False,
     revision: str | None = None,
     on_progress: Callable[[dict[str, Any]], None] | None = None,
+    on_measured: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Quantize a checkpoint and write it in the format that its consumers read.
 
     Args:
         source: a folder, a GGUF file or a Hub id.
         output: the folder to write, for "gguf" a file; it appears when it is whole.
-        bits: 8, 4, 3 or 2.
+        bits: 8, 4, 3 or 2; or a float, the average that layers of these bits shall have, each as many as it needs
+            (see :mod:`bittern.quantize.mixed`): 2.5, and 3.0 is an average too.
         group_size: input columns that share a scale; -1 the whole row, ``auto`` the largest of 128, 64
             and 32 that divides every layer.
         sym: zeros in the middle of the grid (scales are signed), or searched.
@@ -95,6 +101,7 @@ def quantize(
         overwrite: replace an artifact at ``output``.
         revision: of a Hub id.
         on_progress: called with each layer's record, with ``index`` and ``total``.
+        on_measured: where an average is asked for, called with the blocks whose sensitivity is known and their number.
 
     Returns:
         The manifest, which the artifact also holds.
@@ -102,7 +109,7 @@ def quantize(
     Raises:
         BitternError: for anything that a user can mend, before hours are spent wherever it can be known.
     """
-    options = {key: value for key, value in locals().items() if key not in ("source", "output", "on_progress")}
+    options = {key: value for key, value in locals().items() if key not in _NO_OPTIONS}
     started = time.monotonic()
     _check_options(bits, method, damp_percent, dtype, batch_size)
     place = live.pick_device(device)
@@ -113,7 +120,10 @@ def quantize(
         sources = live.weight_map(model, checkpoint.tensors)
         prefix, blocks = live.blocks(model)
         matrices = [live.matrices(model, f"{prefix}.{position}", sources) for position in range(len(blocks))]
-        plan = make_plan(matrices, bits, group_size, sym, layers, skip)
+        plan_of = partial(make_plan, matrices, group_size=group_size, sym=sym, layer_bits=layers, skip=skip)
+        if isinstance(bits, float):
+            check_average(plan_of, bits)
+        plan = plan_of(alternating(matrices) if isinstance(bits, float) else bits)
         wanted = "gguf" if format is None and target is None and is_gguf(output) else format
         chosen, packing = _choose_packing(checkpoint, model, plan, wanted, target, damp_percent)
         check_name(output, chosen)
@@ -130,6 +140,11 @@ def quantize(
         if method == "gptq":
             tokens = _calibration(checkpoint, model, dataset, nsamples, seqlen, seed, chat_template)
         batches = [] if tokens is None else list(torch.split(tokens.ids, batch_size))
+        mixed: dict[str, Any] = {}
+        if isinstance(bits, float) and tokens is not None:
+            meter = Sensitivity(model, checkpoint, sources, [], damp_percent, place, seed)
+            plan, mixed = _mix(plan_of, meter, tokens.ids, bits, on_measured)
+            chosen, packing = _choose_packing(checkpoint, model, plan, chosen, target, damp_percent)
         solver = Solver(model, checkpoint, sources, plan, damp_percent, place)
         planned = [info for info, _ in kept] + plan.packed_tensors(packing)
         origin, left_out = carried(checkpoint)
@@ -160,8 +175,10 @@ def quantize(
                 ],
                 seconds=time.monotonic() - started,
             )
-            manifest = with_origin(manifest | about, origin)
-            quantization = packing.config(QuantSpec(bits, plan.group_size, sym), _all_layers(model, sources, plan))
+            manifest["measured"] |= mixed.pop("measured", {})
+            manifest = with_origin(manifest | about | mixed, origin)
+            grid = plan.commonest if isinstance(bits, float) else QuantSpec(bits, plan.group_size, sym)
+            quantization = packing.config(grid, _all_layers(model, sources, plan))
             _finish(writer, checkpoint, quantization, manifest, kept_dtype)
     if chosen == "gguf":
         from bittern.convert.gguf import write_gguf
@@ -172,16 +189,40 @@ def quantize(
     return manifest
 
 
-def _check_options(bits: int, method: str, damp_percent: float, dtype: str | None, batch_size: int) -> None:
-    QuantSpec(bits)
+def _check_options(bits: int | float, method: str, damp_percent: float, dtype: str | None, batch_size: int) -> None:
+    if not isinstance(bits, float):
+        QuantSpec(bits)
+    elif not BITS[0] <= bits <= BITS[-1]:
+        raise BitternError(f"bits: expected an average from {BITS[0]} to {BITS[-1]}, found {bits}")
     if method not in ("gptq", "rtn"):
         raise BitternError(f"method: expected gptq or rtn, found {method!r}")
+    if isinstance(bits, float) and method != "gptq":
+        raise BitternError(f"bits: {bits} is an average of what calibration text decides on: needs --method gptq")
     if not 0 < damp_percent < 1:
         raise BitternError(f"damp_percent: expected a share between 0 and 1, found {damp_percent}")
     if dtype is not None and dtype not in DTYPES:
         raise BitternError(f"dtype: expected bf16, fp16 or fp32, found {dtype!r}")
     if batch_size < 1:
         raise BitternError(f"batch_size: expected at least 1, found {batch_size}")
+
+
+def _mix(
+    plan_of: PlanOf, meter: Sensitivity, ids: Tensor, average: float, on_measured: Callable[[int, int], None] | None
+) -> tuple[Plan, dict[str, Any]]:
+    """The plan whose bits are chosen, and what the manifest gets of that.
+
+    Args:
+        meter: with no blocks yet: those of the plan go in here.
+        ids: all calibration windows; a few spread evenly over them decide.
+    """
+    began = time.monotonic()
+    count = min(len(ids), max(4, TOKENS // ids.shape[1]))
+    windows = ids[torch.arange(count) * len(ids) // count]
+    free = free_matrices(plan_of)
+    meter.blocks = [[(m, spec) for m, spec in block if free[m]] for block in plan_of(BITS[0]).blocks]
+    plan, record = mix(plan_of, meter.measure(windows, on_measured), average)
+    record |= {"windows": count, "tokens": windows.numel()}
+    return plan, {"mixed": record, "measured": {"sensitivity_seconds": round(time.monotonic() - began, 3)}}
 
 
 def _choose_packing(
