@@ -129,13 +129,17 @@ def convert(source: str, as_json: bool, **options: Any) -> None:
 @json_option
 def quantize(source: str, output: Path, as_json: bool, **options: Any) -> None:
     """Quantize SOURCE with GPTQ, or by rounding to nearest."""
-    from bittern.progress import expected, layer_rows, preflight, quantization
+    from bittern.progress import expected, layer_rows, measured_row, preflight, quantization
     from bittern.quantize.pipeline import quantize as run_pipeline
 
     # What was not given is left to the function, the one place that knows its defaults.
     chosen = {name: value for name, value in options.items() if value is not None}
     with layer_rows() as on_progress:
-        chosen |= {"on_progress": on_progress, "on_note": lambda note: _say(f"note: {note}")}
+        chosen |= {
+            "on_progress": on_progress,
+            "on_note": lambda note: _say(f"note: {note}"),
+            "on_measured": measured_row,
+        }
         found = run_pipeline(source, output, **chosen, on_prediction=lambda prediction: _say(expected(prediction)))
     for note in found["notes"]:
         _say(f"note: {note}")

@@ -49,6 +49,15 @@ def regex(value: str) -> str:
     return value
 
 
+def bits(value: str) -> int | float:
+    """8, 4, 3 or 2 for every layer, or an average of them, which has a decimal point."""
+    if value in ("8", "4", "3", "2"):
+        return int(value)
+    if not re.fullmatch(r"\d+\.\d+", value) or not 2 <= float(value) <= 8:
+        raise click.BadParameter(f"expected 8, 4, 3, 2, or an average from 2.0 to 8.0 such as 2.5, found {value!r}")
+    return float(value)
+
+
 def layer_bits(value: str) -> tuple[str, int]:
     """``REGEX=bits:N``, what --layer takes."""
     match = re.fullmatch(r"(.+)=bits:([2348])", value)
@@ -162,7 +171,14 @@ def quantize_options(function: Command) -> Command:
             help="Input columns that share a scale; -1: the whole row; auto: the largest of 128, 64, 32 that fits "
             "every layer.",
         ),
-        click.option("--bits", type=click.Choice([8, 4, 3, 2]), default=4, show_default=True),
+        click.option(
+            "--bits",
+            type=bits,
+            metavar="8|4|3|2|AVERAGE",
+            default="4",
+            show_default=True,
+            help="Of every layer's codes; an average such as 2.5 gives each layer as many as it needs.",
+        ),
     ):
         function = option(function)
     return function

@@ -101,6 +101,11 @@ def layer_row(event: dict[str, Any]) -> str:
     return "  ".join(fields)
 
 
+def measured_row(done: int, total: int) -> None:
+    """Say how many blocks' sensitivity is known."""
+    print(f"sensitivity: {done}/{total} blocks measured", file=sys.stderr, flush=True)
+
+
 def block_row(event: dict[str, Any]) -> str:
     """One block whose heads were merged: groups, and the errors of its output after each stage."""
     stages = [(name, event[f"error_{name}"]) for name in ("mean", "aligned", "solved", "distilled")]

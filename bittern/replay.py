@@ -88,6 +88,40 @@ def _record(
     return hidden_states[0], calls
 
 
+def logits_after(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, hidden: Tensor) -> Tensor:
+    """What a model makes of the hidden state behind its last block; it can be differentiated by ``hidden``.
+
+    Args:
+        model: all but its blocks must be in memory.
+        blocks: the decoder blocks of the model.
+        ids: int64 (batch, positions).
+        hidden: (batch, positions, hidden_size).
+
+    Returns:
+        Logits, (batch, positions, vocabulary).
+
+    Raises:
+        BitternError: for a model that changes the hidden state between its blocks.
+    """
+    for as_tuple in (False, True):
+        seen: list[Tensor] = []
+
+        def give(*args: Any, seen: list[Tensor] = seen, as_tuple: bool = as_tuple, **kwargs: Any) -> Any:
+            seen.append(args[0] if args else kwargs["hidden_states"])
+            return (hidden,) if as_tuple else hidden
+
+        with _replaced_forward(blocks, give):
+            try:
+                logits: Tensor = model(ids, use_cache=False).logits
+            except (TypeError, IndexError, ValueError, RuntimeError, AttributeError):
+                if not seen:
+                    raise
+                continue
+        if all(state is hidden for state in seen[1:]) and logits.shape[:2] == hidden.shape[:2]:
+            return logits
+    raise BitternError(f"{type(model).__name__}: changes the hidden state between its blocks, which is not supported")
+
+
 @contextmanager
 def _replaced_forward(blocks: nn.ModuleList, forward: Callable[..., Any]) -> Iterator[None]:
     for block in blocks:

@@ -104,7 +104,7 @@ def rows(rule: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def test_every_key_is_documented() -> None:
-    for name in ("run", "measured", "layer", "repacked", "block", "point", "evaluation"):
+    for name in ("run", "measured", "layer", "group", "repacked", "block", "point", "evaluation"):
         missing = [row for row in rows(schema()["$defs"][name]) if row not in PAGE]
         assert not missing, "\n".join(missing)
 

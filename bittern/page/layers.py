@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bittern.page.charts import cells, ranges, step_of, steps
-from bittern.page.parts import NOTHING, Chart, Section, Table, figure, share
+from bittern.page.mixed import sensitivity_chart
+from bittern.page.parts import NOTHING, Chart, Place, Section, Table, figure, place, share, too_many
 from bittern.page.svg import STEPS
 from bittern.report import runs
 
 MOST_ROWS = 3000
 """Of the table of all layers."""
-
-_BLOCK = re.compile(r"(.*?)\.(\d{1,9})\.(.+)")
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
-
-Place = tuple[str, str]
-"""The block that a layer is in, and what it is in there."""
 
 
 def layer_sections(manifest: Mapping[str, Any]) -> list[Section]:
@@ -36,7 +30,8 @@ def layer_sections(manifest: Mapping[str, Any]) -> list[Section]:
     text = []
     if manifest["options"].get("format") == "safetensors" and manifest.get("kind") == "repack":
         text.append("The layers are floats again; this is what became of them before.")
-    charts = [_error_chart(records), _bits_chart(records, kept)]
+    mixed = run.get("mixed")
+    charts = [_error_chart(records), _bits_chart(records, kept), sensitivity_chart(mixed) if mixed else None]
     if charts[0] is None:
         text.append(_why_no_error(run, records))
     table = _table(records, run["measured"].get("layer_seconds") or {})
@@ -101,7 +96,7 @@ def _error_chart(records: Sequence[Mapping[str, Any]]) -> Chart | None:
         tuple(_kind_row(kind, by_kind[kind], known, means[kind]) for kind in order),
         (0, 4),
     )
-    return Chart("error", title, summary + _too_many(svg), svg, table)
+    return Chart("error", title, summary + too_many(svg), svg, table)
 
 
 def _kind_row(kind: str, names: Sequence[str], known: Mapping[str, float], mean: float) -> tuple[str, ...]:
@@ -136,7 +131,7 @@ def _bits_chart(records: Sequence[Mapping[str, Any]], kept: Mapping[str, str]) -
         tuple((str(value), str(count), _weights(records, value)) for value, count in counts.items())
         + ((("float", str(len(kept)), NOTHING),) if kept else ()),
     )
-    return Chart("bits", title, summary + _too_many(svg), svg, table)
+    return Chart("bits", title, summary + too_many(svg), svg, table)
 
 
 def _weights(records: Sequence[Mapping[str, Any]], bits: int) -> str:
@@ -172,12 +167,6 @@ def _table(records: Sequence[Mapping[str, Any]], seconds: Mapping[str, float]) -
     return Table("Every layer, in the order of the run", heads, tuple(rows), (0, 4, 5))
 
 
-def place(name: str) -> Place:
-    """The block of a layer and its place there; numbers of experts become *."""
-    match = _BLOCK.fullmatch(name)
-    return (match[2], _NUMBER.sub("*", match[3])) if match else (NOTHING, name)
-
-
 def _grid(values: Mapping[str, Any], join: Callable[[Any, Any], Any]) -> dict[Place, Any]:
     found: dict[Place, Any] = {}
     for name, value in values.items():
@@ -201,7 +190,3 @@ def short_names(names: Sequence[str]) -> list[str]:
             names = short
             break
     return [name if len(name) <= 28 else f"…{name[-27:]}" for name in names]
-
-
-def _too_many(svg: str | None) -> str:
-    return " There are too many blocks or kinds of layers to draw; the table has them." if svg is None else ""

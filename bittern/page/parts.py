@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 NOTHING = "-"
 """In a cell whose value the manifest does not have."""
+
+Place = tuple[str, str]
+"""The block that a layer is in, and what it is in there."""
+
+_BLOCK = re.compile(r"(.*?)\.(\d{1,9})\.(.+)")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 @dataclass(frozen=True)
@@ -82,3 +89,14 @@ def share(value: float | None) -> str:
     percent = 100 * value
     digits = 0 if percent >= 10 else 1 if percent >= 1 else 2 if percent >= 0.1 else 3
     return f"{percent:.{digits}f} %" if percent >= 0.01 or percent == 0 else f"{percent:.2g} %"
+
+
+def place(name: str) -> Place:
+    """The block of a layer and its place there; numbers of experts become *."""
+    match = _BLOCK.fullmatch(name)
+    return (match[2], _NUMBER.sub("*", match[3])) if match else (NOTHING, name)
+
+
+def too_many(svg: str | None) -> str:
+    """A sentence for the summary of a heat map that could not be drawn."""
+    return " There are too many blocks or kinds of layers to draw; the table has them." if svg is None else ""

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bittern.page.charts import Series, bars, cells, lines, ranges, step_of, steps
-from bittern.page.layers import place
-from bittern.page.parts import NOTHING, Chart, Section, Table, figure, share
+from bittern.page.parts import NOTHING, Chart, Section, Table, figure, place, share
 from bittern.page.svg import STEPS
 from bittern.report import runs
 from bittern.story import change_in_words

@@ -62,7 +62,8 @@ class Drift:
         damped = hessian + damping * torch.eye(len(hessian), device=hessian.device)
         step = torch.linalg.solve(damped, weight @ (self._total / self._tokens), left=False)
         wanted, given = moved @ weight.T, x @ step.T
-        agree = torch.stack([(w * g).sum() for w, g in zip(wanted.split(sizes, 1), given.split(sizes, 1), strict=True)])
-        power = torch.stack([part.square().sum() for part in given.split(sizes, 1)])
+        agree = torch.stack([part.sum() for part in torch.split(wanted * given, list(sizes), 1)])
+        power = torch.stack([part.sum() for part in torch.split(given.square(), list(sizes), 1)])
         alpha = (agree / power.clamp_min(1e-30)).clamp_(0, 1)
-        return weight + alpha.repeat_interleave(torch.tensor(sizes, device=alpha.device)).unsqueeze(1) * step
+        each: Tensor = alpha.repeat_interleave(torch.tensor(sizes, device=alpha.device)).unsqueeze(1)
+        return weight + each * step

@@ -6,7 +6,7 @@ tensor (q, k and v; gate and up) share one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -100,8 +100,7 @@ class _AllSeen(Exception):
 class _Recorder(TorchFunctionMode):
     """Sees what each matrix is multiplied with.
 
-    ``nn.Linear`` and ``Conv1D`` are seen by hooks. An expert has no module of its own: an operand that
-    shares storage with a fused parameter names its expert by its offset.
+    ``nn.Linear`` and ``Conv1D`` are seen by hooks, experts by :func:`fused_experts`.
     """
 
     def __init__(self, model: nn.Module, matrices: Sequence[Matrix]) -> None:
@@ -110,8 +109,7 @@ class _Recorder(TorchFunctionMode):
         self.experts: dict[tuple[str, int], Matrix] = {
             (m.parameter, m.expert): m for m in matrices if m.expert is not None
         }
-        fused = {m.parameter: model.get_parameter(m.parameter) for m in self.experts.values()}
-        self.storages = {p.untyped_storage().data_ptr(): (name, p[0].numel()) for name, p in fused.items()}
+        self.expert_of = fused_experts(model, matrices)
         self.leaders: dict[str, list[Matrix]] = {}
         self.followers: set[str] = set()
         self.sums: dict[str | tuple[str, int], Accumulator] = {}
@@ -156,13 +154,9 @@ class _Recorder(TorchFunctionMode):
         check_inputs(self.sums[key], x, matrix, self.first_sample, self.samples)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.storages and len(args) >= 2 and getattr(func, "__name__", "") in ("linear", "matmul", "__matmul__"):
-            weight = args[1]
-            if isinstance(weight, Tensor) and weight.ndim == 2:
-                name, size = self.storages.get(weight.untyped_storage().data_ptr(), ("", 1))
-                matrix = self.experts.get((name, weight.storage_offset() // size))
-                if matrix is not None and matrix.expert is not None:
-                    self._add((name, matrix.expert), matrix, args[0])
+        matrix = self.expert_of(func, args)
+        if matrix is not None and matrix.expert is not None:
+            self._add((matrix.parameter, matrix.expert), matrix, args[0])
         return func(*args, **(kwargs or {}))
 
     def __exit__(self, *error: Any) -> None:
@@ -203,6 +197,28 @@ def check_inputs(moments: Accumulator, x: Tensor, matrix: Matrix, first: int, sa
         # The sum of squares may overflow where no single activation does.
         where = f"sample {first + int(bad[0])}" if len(bad) else where
     raise BitternError(f"{matrix.label}: NaN or infinite input activations in calibration {where}")
+
+
+def fused_experts(model: nn.Module, matrices: Sequence[Matrix]) -> Callable[[Any, Any], Matrix | None]:
+    """Tells which expert a call of a torch function multiplies with; None for every other call.
+
+    An expert has no module of its own: an operand that shares storage with a fused parameter names its expert by
+    its offset.
+    """
+    experts = {(m.parameter, m.expert): m for m in matrices if m.expert is not None}
+    fused = {name: model.get_parameter(name) for name, _ in experts}
+    storages = {p.untyped_storage().data_ptr(): (name, p[0].numel()) for name, p in fused.items()}
+
+    def expert_of(func: Any, args: Any) -> Matrix | None:
+        if not storages or len(args) < 2 or getattr(func, "__name__", "") not in ("linear", "matmul", "__matmul__"):
+            return None
+        weight = args[1]
+        if not isinstance(weight, Tensor) or weight.ndim != 2:
+            return None
+        name, size = storages.get(weight.untyped_storage().data_ptr(), ("", 1))
+        return experts.get((name, weight.storage_offset() // size))
+
+    return expert_of
 
 
 def shrink_experts(found: list[Inputs]) -> list[Inputs]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,28 +16,30 @@ from torch import Tensor
 from bittern import model as live
 from bittern.artifact import Artifact
 from bittern.calibration import CalibrationTokens, load_tokens
-from bittern.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from bittern.checkpoint import Checkpoint, open_checkpoint
 from bittern.consumers import asks_dequantize, cannot_hold, check_target, choose_format, verdicts
-from bittern.convert.cast import DTYPES, cast_tensors, cast_values, copied_tensors, refuse_quantized
+from bittern.convert.cast import DTYPES, cast_tensors, copied_tensors, refuse_quantized
 from bittern.convert.pipeline import FORMATS as CONVERT_FORMATS
 from bittern.errors import BitternError, first_line
 from bittern.formats.gptq import V1, V2
 from bittern.formats.packing import Packing, check_name, is_gguf
 from bittern.layout import planned_layout
 from bittern.model import Piece
-from bittern.origin import source_record
 from bittern.quantize.effort import pick_effort
+from bittern.quantize.mixed import PlanOf, alternating, check_average, free_matrices, mix
+from bittern.quantize.output import config_files, describe, finish, to_gguf, write_kept, write_layers
 from bittern.quantize.plan import Plan, make_plan
 from bittern.quantize.preflight import Job, artifact_bytes, gguf_bytes, predict
 from bittern.quantize.resume import WorkFolder, decided_by, stored_bytes
+from bittern.quantize.sensitivity import BITS, TOKENS, Sensitivity
 from bittern.quantize.solve import Solver
-from bittern.quantize.tune import Tuned, tune
-from bittern.report import degraded_notes, degraded_reason, make_manifest, with_origin
+from bittern.quantize.tune import tune
+from bittern.report import with_origin
 from bittern.schema import carried
 from bittern.size import planned_size, source_size, unchanged_cache
 from bittern.tokenizer import context_length
 from bittern.weight import QuantSpec
-from bittern.writer import MAX_SHARD_SIZE, CheckpointWriter, check_output, check_space, to_json
+from bittern.writer import MAX_SHARD_SIZE, CheckpointWriter, check_output, check_space
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,7 +52,7 @@ def quantize(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    bits: int = 4,
+    bits: int | float = 4,
     group_size: int | str = 128,
     sym: bool = True,
     method: str = "gptq",
@@ -78,6 +80,7 @@ def quantize(
     on_prediction: Callable[[dict[str, Any]], None] | None = None,
     on_note: Callable[[str], None] | None = None,
     on_point: Callable[[dict[str, Any]], None] | None = None,
+    on_measured: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Quantize a checkpoint and write it in the format that its consumers read.
 
@@ -87,7 +90,8 @@ def quantize(
     Args:
         source: a folder, a GGUF file or a Hub id.
         output: the folder to write, for "gguf" a file; it appears when it is whole.
-        bits: 8, 4, 3 or 2.
+        bits: 8, 4, 3 or 2; or a float, the average that layers of these bits shall have, each as many as it needs
+            (see :mod:`bittern.quantize.mixed`): 2.5, and 3.0 is an average too.
         group_size: input columns that share a scale; -1 the whole row, ``auto`` the largest of 128, 64
             and 32 that divides every layer.
         sym: zeros in the middle of the grid (scales are signed), or searched.
@@ -115,6 +119,7 @@ def quantize(
         on_point: called with each point of the curve while scales are trained.
         on_prediction: called before the work with what it will take: seconds, bytes of memory at most, bytes to write.
         on_note: called with what a user should know before the work, a sentence each.
+        on_measured: where an average is asked for, called with the blocks whose sensitivity is known and their number.
 
     Returns:
         The manifest, which the artifact also holds; for a dry run, what it will take (see
@@ -134,7 +139,10 @@ def quantize(
         sources = live.weight_map(model, checkpoint.tensors)
         prefix, blocks = live.blocks(model)
         matrices = [live.matrices(model, f"{prefix}.{position}", sources) for position in range(len(blocks))]
-        plan = make_plan(matrices, bits, group_size, sym, layers, skip)
+        plan_of = partial(make_plan, matrices, group_size=group_size, sym=sym, layer_bits=layers, skip=skip)
+        if isinstance(bits, float):
+            check_average(plan_of, bits)
+        plan = plan_of(alternating(matrices) if isinstance(bits, float) else bits)
         wanted = "gguf" if format is None and target is None and is_gguf(output) else format
         chosen, packing = _choose_packing(checkpoint, model, plan, wanted, target, damp_percent)
         check_name(output, chosen)
@@ -151,6 +159,11 @@ def quantize(
         if method == "gptq" and not (dry_run and not Path(dataset).exists()):
             tokens = _calibration(checkpoint, model, dataset, nsamples, seqlen, seed, chat_template)
         batches = [] if tokens is None else list(torch.split(tokens.ids, batch_size))
+        mixed: dict[str, Any] = {}
+        if isinstance(bits, float) and tokens is not None and not dry_run:
+            meter = Sensitivity(model, checkpoint, sources, [], damp_percent, place, seed)
+            plan, mixed = _mix(plan_of, meter, tokens.ids, bits, on_measured)
+            chosen, packing = _choose_packing(checkpoint, model, plan, chosen, target, damp_percent)
         solver = Solver(model, checkpoint, sources, plan, damp_percent, place, pick_effort(effort), kept_dtype)
         planned = [info for info, _ in kept] + plan.packed_tensors(packing)
         origin, left_out = carried(checkpoint)
@@ -161,8 +174,9 @@ def quantize(
         decided = decided_by(checkpoint, {**options, "effort": stages}, tokens.sha256 if tokens else None, place)
         for _ in cast_tensors(checkpoint, None, kept):
             pass  # what the output cannot hold is refused now
-        quantization = packing.config(QuantSpec(bits, plan.group_size, sym), _all_layers(model, sources, plan))
-        files = _config_files(checkpoint, quantization, kept_dtype)
+        grid = plan.commonest if isinstance(bits, float) else QuantSpec(bits, plan.group_size, sym)
+        quantization = packing.config(grid, _all_layers(model, sources, plan))
+        files = config_files(checkpoint, quantization, kept_dtype)
         samples = 0 if method == "rtn" else nsamples if tokens is None else len(tokens.ids)
         job = Job(*(model, checkpoint, sources, plan, damp_percent, place, packing, kept, samples, seqlen, batch_size))
         size = artifact_bytes(job, planned, max_shard_size, files.values()) if chosen != "gguf" else gguf_bytes(job)
@@ -187,8 +201,15 @@ def quantize(
             }
             tuned = None
             if batches and pick_effort(effort).tune:
-                text = {"dataset": dataset, "tokens": tune_tokens, "seqlen": seqlen, "seed": seed}
-                tuned = tune(checkpoint, sources, plan, work, **text, device=place, on_progress=on_point)
+                tuned = tune(
+                    *(checkpoint, sources, plan, work),
+                    dataset=dataset,
+                    tokens=tune_tokens,
+                    seqlen=seqlen,
+                    seed=seed,
+                    device=place,
+                    on_progress=on_point,
+                )
                 about |= {"tuning": tuned.record}
             with CheckpointWriter(
                 folder,
@@ -197,35 +218,69 @@ def quantize(
                 overwrite=overwrite or chosen == "gguf",
                 metadata=packing.metadata,
             ) as writer:
-                _write_kept(checkpoint, writer, kept, changed, tuned)
-                records = _write_layers(work, len(plan.blocks), writer, packing, tuned)
+                write_kept(checkpoint, writer, kept, changed, tuned)
+                records = write_layers(work, len(plan.blocks), writer, packing, tuned)
                 left_out += tuned.notes if tuned is not None else []
-                manifest = _manifest(job, options, tokens, records, left_out, spent + time.monotonic() - started)
+                manifest = describe(job, options, tokens, records, left_out, spent + time.monotonic() - started)
                 trained = tuned.norms if tuned is not None and tuned.path is not None else ()
                 about |= {"changed": sorted({*changed, *trained})} if changed or trained else {}
-                manifest["measured"] |= {"resumed_blocks": resumed} if resumed else {}
-                manifest = with_origin(manifest | about, origin)
-                _finish(writer, checkpoint, files, manifest)
+                manifest["measured"] |= mixed.pop("measured", {}) | ({"resumed_blocks": resumed} if resumed else {})
+                manifest = with_origin(manifest | about | mixed, origin)
+                finish(writer, checkpoint, files, manifest)
             if chosen == "gguf":
-                _to_gguf(folder, Path(output), overwrite)
+                to_gguf(folder, Path(output), overwrite)
             work.remove()
     return manifest
 
 
-_NO_OPTIONS = ("source", "output", "resume", "dry_run", "on_progress", "on_prediction", "on_note", "on_point")
+_NO_OPTIONS = (
+    "source",
+    "output",
+    "resume",
+    "dry_run",
+    "on_progress",
+    "on_prediction",
+    "on_note",
+    "on_point",
+    "on_measured",
+)
 """Arguments that do not shape the artifact."""
 
 
-def _check_options(bits: int, method: str, damp_percent: float, dtype: str | None, batch_size: int) -> None:
-    QuantSpec(bits)
+def _check_options(bits: int | float, method: str, damp_percent: float, dtype: str | None, batch_size: int) -> None:
+    if not isinstance(bits, float):
+        QuantSpec(bits)
+    elif not BITS[0] <= bits <= BITS[-1]:
+        raise BitternError(f"bits: expected an average from {BITS[0]} to {BITS[-1]}, found {bits}")
     if method not in ("gptq", "rtn"):
         raise BitternError(f"method: expected gptq or rtn, found {method!r}")
+    if isinstance(bits, float) and method != "gptq":
+        raise BitternError(f"bits: {bits} is an average of what calibration text decides on: needs --method gptq")
     if not 0 < damp_percent < 1:
         raise BitternError(f"damp_percent: expected a share between 0 and 1, found {damp_percent}")
     if dtype is not None and dtype not in DTYPES:
         raise BitternError(f"dtype: expected bf16, fp16 or fp32, found {dtype!r}")
     if batch_size < 1:
         raise BitternError(f"batch_size: expected at least 1, found {batch_size}")
+
+
+def _mix(
+    plan_of: PlanOf, meter: Sensitivity, ids: Tensor, average: float, on_measured: Callable[[int, int], None] | None
+) -> tuple[Plan, dict[str, Any]]:
+    """The plan whose bits are chosen, and what the manifest gets of that.
+
+    Args:
+        meter: with no blocks yet: those of the plan go in here.
+        ids: all calibration windows; a few spread evenly over them decide.
+    """
+    began = time.monotonic()
+    count = min(len(ids), max(4, TOKENS // ids.shape[1]))
+    windows = ids[torch.arange(count) * len(ids) // count]
+    free = free_matrices(plan_of)
+    meter.blocks = [[(m, spec) for m, spec in block if free[m]] for block in plan_of(BITS[0]).blocks]
+    plan, record = mix(plan_of, meter.measure(windows, on_measured), average)
+    record |= {"windows": count, "tokens": windows.numel()}
+    return plan, {"mixed": record, "measured": {"sensitivity_seconds": round(time.monotonic() - began, 3)}}
 
 
 def _choose_packing(
@@ -314,114 +369,6 @@ def _solve(
         if on_progress is not None:
             on_progress({**record, "index": index, "total": total})
         index += 1
-
-
-def _write_kept(
-    checkpoint: Checkpoint,
-    writer: CheckpointWriter,
-    kept: list[tuple[TensorInfo, str]],
-    changed: dict[str, Tensor],
-    tuned: Tuned | None,
-) -> None:
-    """What is not quantized: as it was, but for what was balanced or trained."""
-    others = {*changed, *(tuned.norms if tuned is not None and tuned.path is not None else ())}
-    for _ in cast_tensors(checkpoint, writer, [entry for entry in kept if entry[0].name not in others]):
-        pass
-    for info, stored in kept:
-        if info.name in others:
-            values = changed.get(info.name)
-            values = checkpoint.read(stored).float() if values is None else values
-            if tuned is not None and info.name in tuned.norms:
-                values = tuned.norm(info.name, values)
-            writer.write(info.name, cast_values(values, info.dtype, info.name)[0])
-
-
-def _write_layers(
-    work: WorkFolder, blocks: int, writer: CheckpointWriter, packing: Packing, tuned: Tuned | None
-) -> list[dict[str, Any]]:
-    """Every layer from the work folder into the artifact, a block in memory at a time; their records."""
-    records = []
-    for position in range(blocks):
-        for record, solved in work.load(position):
-            weight = solved if tuned is None else tuned.layer(record["layer"], solved)
-            for name, tensor in packing.pack(record["layer"], weight).items():
-                writer.write(name, tensor)
-            records.append(record)
-    return records
-
-
-def _to_gguf(folder: Path, output: Path, overwrite: bool) -> None:
-    """The artifact in ``folder`` as a file; the folder goes."""
-    from bittern.convert.gguf import write_gguf
-
-    with open_checkpoint(folder) as quantized:
-        write_gguf(Artifact(quantized), output, overwrite=overwrite)
-    shutil.rmtree(folder)
-
-
-def _manifest(
-    job: Job,
-    options: dict[str, Any],
-    tokens: CalibrationTokens | None,
-    records: list[dict[str, Any]],
-    left_out: list[str],
-    seconds: float,
-) -> dict[str, Any]:
-    return make_manifest(
-        source=source_record(job.checkpoint),
-        options=options,
-        calibration=_describe_tokens(tokens),
-        layers=records,
-        kept=job.plan.kept,
-        notes=[
-            *left_out,
-            *(tokens.warnings if tokens else ()),
-            *_notes(records, job.plan),
-            *degraded_notes(degraded_reason(job.checkpoint.config)),
-        ],
-        seconds=seconds,
-    )
-
-
-def _notes(records: list[dict[str, Any]], plan: Plan) -> list[str]:
-    """What a user must be told of the layers, in a sentence each."""
-    notes = []
-    fallbacks = [record for record in records if record["fallback"]]
-    if fallbacks:
-        example = f"{fallbacks[0]['layer']}: {fallbacks[0]['fallback']}"
-        notes.append(f"{len(fallbacks)} of {len(records)} layers needed a fallback ({example})")
-    unasked = {name: why for name, why in plan.kept.items() if not why.startswith("--skip")}
-    if unasked:
-        name, why = next(iter(unasked.items()))
-        notes.append(f"{len(unasked)} layers stay in 16 bits because of their shape ({name}: {why})")
-    return notes
-
-
-def _describe_tokens(tokens: CalibrationTokens | None) -> dict[str, Any] | None:
-    if tokens is None:
-        return None
-    return {key: value for key, value in asdict(tokens).items() if key not in ("ids", "warnings")}
-
-
-def _config_files(
-    checkpoint: Checkpoint, quantization: dict[str, Any], dtype: torch.dtype
-) -> dict[str, dict[str, Any]]:
-    """What the configuration files of the artifact hold, by their names."""
-    config = {key: value for key, value in checkpoint.config.items() if key != "torch_dtype"}
-    files = {"config.json": {**config, "dtype": str(dtype).removeprefix("torch."), **quantization}}
-    found = quantization["quantization_config"]
-    # where GPTQModel and older readers look first
-    return files | ({"quantize_config.json": found} if found.get("quant_method") == "gptq" else {})
-
-
-def _finish(
-    writer: CheckpointWriter, checkpoint: Checkpoint, files: dict[str, dict[str, Any]], manifest: dict[str, Any]
-) -> None:
-    checkpoint.copy_side_files(writer.folder)
-    for name, value in files.items():
-        if name != "config.json":
-            writer.write_file(name, to_json(value))
-    writer.commit(files["config.json"], manifest)
 
 
 def _foresee(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from bittern.checkpoint import TensorInfo
@@ -41,6 +42,11 @@ class Plan:
         return next(spec.group_size for spec in self.layers.values() if spec is not None)
 
     @property
+    def commonest(self) -> QuantSpec:
+        """The grid of most quantized layers."""
+        return Counter(spec for spec in self.layers.values() if spec is not None).most_common(1)[0][0]
+
+    @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """(out_features, in_features) of every quantized layer."""
         return {
@@ -63,7 +69,7 @@ class Plan:
 
 def make_plan(
     blocks: Sequence[Sequence[Matrix]],
-    bits: int,
+    bits: int | Mapping[str, int],
     group_size: int | str,
     sym: bool,
     layer_bits: Sequence[tuple[str, int]] = (),
@@ -73,7 +79,7 @@ def make_plan(
 
     Args:
         blocks: the matrices of every block.
-        bits, sym: of every layer that nothing else is said of.
+        bits, sym: of every layer that nothing else is said of; ``bits`` may be those of each layer by its name.
         group_size: a size, -1, or ``auto``: the largest of 128, 64 and 32 that divides every layer.
         layer_bits: (regular expression, bits): the last one found in a layer's name holds.
         skip: regular expressions; layers with one of them found in their name are kept.
@@ -132,9 +138,14 @@ def _why_kept(matrix: Matrix, skipped: Sequence[re.Pattern[str]]) -> str | None:
     return None
 
 
-def _bits_of(matrix: Matrix, bits: int, overrides: Sequence[tuple[re.Pattern[str], QuantSpec]]) -> int:
+def _bits_of(
+    matrix: Matrix, bits: int | Mapping[str, int], overrides: Sequence[tuple[re.Pattern[str], QuantSpec]]
+) -> int:
     found = {
-        next((spec.bits for pattern, spec in reversed(overrides) if pattern.search(part)), bits)
+        next(
+            (spec.bits for pattern, spec in reversed(overrides) if pattern.search(part)),
+            bits if isinstance(bits, int) else bits[part],
+        )
         for part, _, _ in matrix.parts
     }
     if len(found) > 1:

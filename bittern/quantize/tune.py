@@ -289,5 +289,5 @@ def _follow(student: PreTrainedModel, pieces: dict[str, dict[str, _Scaled | _Nor
 
     for name, found in pieces.items():
         parameters[name].requires_grad_(True)
-        parameters[name].register_post_accumulate_grad_hook(reader(found))
+        parameters[name].register_post_accumulate_grad_hook(reader(found))  # type: ignore[no-untyped-call]
     student.register_forward_pre_hook(write)

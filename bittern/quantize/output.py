@@ -1,0 +1,130 @@
+"""What a quantization writes: the artifact's tensors from the work folder, its configuration and its manifest."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bittern.artifact import Artifact
+from bittern.calibration import CalibrationTokens
+from bittern.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from bittern.convert.cast import cast_tensors, cast_values
+from bittern.formats.packing import Packing
+from bittern.origin import source_record
+from bittern.quantize.plan import Plan
+from bittern.quantize.preflight import Job
+from bittern.quantize.resume import WorkFolder
+from bittern.quantize.tune import Tuned
+from bittern.report import degraded_notes, degraded_reason, make_manifest
+from bittern.writer import CheckpointWriter, to_json
+
+
+def write_kept(
+    checkpoint: Checkpoint,
+    writer: CheckpointWriter,
+    kept: list[tuple[TensorInfo, str]],
+    changed: dict[str, Tensor],
+    tuned: Tuned | None,
+) -> None:
+    """What is not quantized: as it was, but for what was balanced or trained."""
+    others = {*changed, *(tuned.norms if tuned is not None and tuned.path is not None else ())}
+    for _ in cast_tensors(checkpoint, writer, [entry for entry in kept if entry[0].name not in others]):
+        pass
+    for info, stored in kept:
+        if info.name in others:
+            values = changed.get(info.name)
+            values = checkpoint.read(stored).float() if values is None else values
+            if tuned is not None and info.name in tuned.norms:
+                values = tuned.norm(info.name, values)
+            writer.write(info.name, cast_values(values, info.dtype, info.name)[0])
+
+
+def write_layers(
+    work: WorkFolder, blocks: int, writer: CheckpointWriter, packing: Packing, tuned: Tuned | None
+) -> list[dict[str, Any]]:
+    """Every layer from the work folder into the artifact, a block in memory at a time; their records."""
+    records = []
+    for position in range(blocks):
+        for record, solved in work.load(position):
+            weight = solved if tuned is None else tuned.layer(record["layer"], solved)
+            for name, tensor in packing.pack(record["layer"], weight).items():
+                writer.write(name, tensor)
+            records.append(record)
+    return records
+
+
+def to_gguf(folder: Path, output: Path, overwrite: bool) -> None:
+    """The artifact in ``folder`` as a file; the folder goes."""
+    from bittern.convert.gguf import write_gguf
+
+    with open_checkpoint(folder) as quantized:
+        write_gguf(Artifact(quantized), output, overwrite=overwrite)
+    shutil.rmtree(folder)
+
+
+def describe(
+    job: Job,
+    options: dict[str, Any],
+    tokens: CalibrationTokens | None,
+    records: list[dict[str, Any]],
+    left_out: list[str],
+    seconds: float,
+) -> dict[str, Any]:
+    return make_manifest(
+        source=source_record(job.checkpoint),
+        options=options,
+        calibration=_describe_tokens(tokens),
+        layers=records,
+        kept=job.plan.kept,
+        notes=[
+            *left_out,
+            *(tokens.warnings if tokens else ()),
+            *_notes(records, job.plan),
+            *degraded_notes(degraded_reason(job.checkpoint.config)),
+        ],
+        seconds=seconds,
+    )
+
+
+def _notes(records: list[dict[str, Any]], plan: Plan) -> list[str]:
+    """What a user must be told of the layers, in a sentence each."""
+    notes = []
+    fallbacks = [record for record in records if record["fallback"]]
+    if fallbacks:
+        example = f"{fallbacks[0]['layer']}: {fallbacks[0]['fallback']}"
+        notes.append(f"{len(fallbacks)} of {len(records)} layers needed a fallback ({example})")
+    unasked = {name: why for name, why in plan.kept.items() if not why.startswith("--skip")}
+    if unasked:
+        name, why = next(iter(unasked.items()))
+        notes.append(f"{len(unasked)} layers stay in 16 bits because of their shape ({name}: {why})")
+    return notes
+
+
+def _describe_tokens(tokens: CalibrationTokens | None) -> dict[str, Any] | None:
+    if tokens is None:
+        return None
+    return {key: value for key, value in asdict(tokens).items() if key not in ("ids", "warnings")}
+
+
+def config_files(checkpoint: Checkpoint, quantization: dict[str, Any], dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+    """What the configuration files of the artifact hold, by their names."""
+    config = {key: value for key, value in checkpoint.config.items() if key != "torch_dtype"}
+    files = {"config.json": {**config, "dtype": str(dtype).removeprefix("torch."), **quantization}}
+    found = quantization["quantization_config"]
+    # where GPTQModel and older readers look first
+    return files | ({"quantize_config.json": found} if found.get("quant_method") == "gptq" else {})
+
+
+def finish(
+    writer: CheckpointWriter, checkpoint: Checkpoint, files: dict[str, dict[str, Any]], manifest: dict[str, Any]
+) -> None:
+    checkpoint.copy_side_files(writer.folder)
+    for name, value in files.items():
+        if name != "config.json":
+            writer.write_file(name, to_json(value))
+    writer.commit(files["config.json"], manifest)
