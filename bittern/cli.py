@@ -129,7 +129,7 @@ def convert(source: str, as_json: bool, **options: Any) -> None:
 @json_option
 def quantize(source: str, output: Path, as_json: bool, **options: Any) -> None:
     """Quantize SOURCE with GPTQ, or by rounding to nearest."""
-    from bittern.progress import expected, layer_rows, measured_row, preflight, quantization
+    from bittern.progress import expected, layer_rows, measured_row, point_row, preflight, quantization
     from bittern.quantize.pipeline import quantize as run_pipeline
 
     # What was not given is left to the function, the one place that knows its defaults.
@@ -139,6 +139,7 @@ def quantize(source: str, output: Path, as_json: bool, **options: Any) -> None:
             "on_progress": on_progress,
             "on_note": lambda note: _say(f"note: {note}"),
             "on_measured": measured_row,
+            "on_point": lambda point: _say(point_row(point)),
         }
         found = run_pipeline(source, output, **chosen, on_prediction=lambda prediction: _say(expected(prediction)))
     for note in found["notes"]:

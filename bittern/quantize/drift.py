@@ -66,4 +66,5 @@ class Drift:
         power = torch.stack([part.sum() for part in torch.split(given.square(), list(sizes), 1)])
         alpha = (agree / power.clamp_min(1e-30)).clamp_(0, 1)
         each: Tensor = alpha.repeat_interleave(torch.tensor(sizes, device=alpha.device)).unsqueeze(1)
-        return weight + each * step
+        corrected: Tensor = weight + each * step
+        return corrected

@@ -178,7 +178,11 @@ def quantize(
         quantization = packing.config(grid, _all_layers(model, sources, plan))
         files = config_files(checkpoint, quantization, kept_dtype)
         samples = 0 if method == "rtn" else nsamples if tokens is None else len(tokens.ids)
-        job = Job(*(model, checkpoint, sources, plan, damp_percent, place, packing, kept, samples, seqlen, batch_size))
+        job = Job(
+            *(model, checkpoint, sources, plan, damp_percent, place, packing, kept, samples, seqlen, batch_size),
+            pick_effort(effort),
+            tune_tokens,
+        )
         size = artifact_bytes(job, planned, max_shard_size, files.values()) if chosen != "gguf" else gguf_bytes(job)
         if dry_run:
             found = predict(job, size, started)

@@ -23,6 +23,7 @@ from bittern.checkpoint import Checkpoint, TensorInfo
 from bittern.formats.gguf import BLOCK, BLOCK_BYTES, kind_for
 from bittern.formats.packing import Packing
 from bittern.model import Matrix, Piece
+from bittern.quantize.effort import Effort
 from bittern.quantize.plan import Plan
 from bittern.quantize.rehearsal import (
     BLOCK_FLOPS,
@@ -37,6 +38,7 @@ from bittern.quantize.rehearsal import (
 )
 from bittern.quantize.resume import stored_bytes
 from bittern.quantize.solve import trim_heap
+from bittern.quantize.tune import HELD_OUT, MICRO
 from bittern.report import peak_memory
 from bittern.weight import QuantSpec, round_to_nearest
 from bittern.writer import planned_bytes, to_json
@@ -51,6 +53,8 @@ ERRORS = {"seconds": 0.25, "peak_memory_bytes": 0.15, "bytes": 0.01}
 """How far off a prediction may be on the machine that it was made on, as shares."""
 
 _FP32 = 4
+_BEFORE_LAST = 0.75  # of a block's work: what comes before its last input
+_WHOLE_PRODUCT = 1.5  # times the work of a symmetric one
 _PIECES = 48 * 2**20  # that casting keeps in memory of however large a model
 _SAMPLE_BYTES = 4 * 2**20
 _TRIED = torch.Size((128, 1024))  # weights that are rounded and packed to try; every group size divides its columns
@@ -67,6 +71,8 @@ class Job:
         kept: name, dtype and shape of each tensor that is cast only, and its name in the checkpoint.
         samples, seqlen, batch_size: calibration windows, their tokens, how many run together; no samples
             mean rounding to nearest.
+        effort: its stages.
+        tune_tokens: that scales and norms are trained on, where they are.
     """
 
     model: PreTrainedModel
@@ -80,6 +86,13 @@ class Job:
     samples: int
     seqlen: int
     batch_size: int
+    effort: Effort
+    tune_tokens: int
+
+    @property
+    def exact_samples(self) -> int:
+        """Calibration windows that are walked through the unquantized blocks too."""
+        return min(self.samples, self.effort.exact_batches(-(-self.samples // self.batch_size)) * self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -168,8 +181,11 @@ def predict(job: Job, size: int, started: float) -> Prediction:
         took["writing"] = sum(m.out_features * m.in_features * write[spec].seconds for m, spec in entries)
         for name, value in took.items():
             stages[name] = stages.get(name, 0.0) + value
-        again = took["reading"] + took.get("forward passes, quantized", 0.0)
+        again = took["reading"] + (blocks[position].advance.seconds * job.samples * scale if job.samples else 0.0)
         per_block.append((sum(took.values()), again if job.samples else 0.0))
+    if job.samples and job.effort.tune:
+        stages["training of scales and norms"] = _tuning_seconds(job, blocks, scale)
+        held.append(_tuning_bytes(job))
     stages["start"] = time.monotonic() - started
     stages["everything else"] = 2 * read * sum(_FP32 * info.numel for info, _ in job.kept)
     pieces = min(_PIECES, 3 * sum(job.checkpoint.tensors[stored].nbytes for _, stored in job.kept))
@@ -193,12 +209,53 @@ def _block_seconds(
         for width, members in groups
         for spec in dict.fromkeys(spec for _, spec in members)
     ]
+    forward = block.advance.seconds * job.samples * scale
+    gather = block.gather.fixed + block.gather.each * job.samples * scale
+    share = job.exact_samples / job.samples
+    moments = max(gather - _BEFORE_LAST * forward, 0.0)
+    walked = _is_walked(job, position)
     return {
-        "forward passes, second moments": block.gather.fixed + block.gather.each * job.samples * scale,
+        "forward passes, second moments": gather + (walked and (1 - _BEFORE_LAST) * forward),
+        "full precision": walked and share * (forward + _WHOLE_PRODUCT * moments),
         "factorizing": sum(solver[width, members[0][1]].factorize.seconds for width, members in groups),
         "grids and codes": sum(solves),
-        "forward passes, quantized": 0.0 if last else block.advance.seconds * job.samples * scale,
+        "forward passes, quantized": 0.0 if last or walked else forward,
     }
+
+
+def _is_walked(job: Job, position: int) -> bool:
+    """Whether a block is solved in one pass, stage by stage."""
+    return bool(job.exact_samples) and all(matrix.expert is None for matrix, _ in job.plan.blocks[position])
+
+
+def _walked_bytes(job: Job, position: int, block: BlockCosts, scale: float) -> float:
+    """What batches hold on their way through a block: two hidden states and the widest input; some, all inputs."""
+    if not _is_walked(job, position):
+        return 0.0
+    widths = [width for width, _ in _groups(job, position, block)]
+    hidden = block.held[0] * scale
+    floats = _FP32 * job.seqlen * job.samples * max(widths, default=0)
+    exact = job.exact_samples * (hidden + _FP32 * job.seqlen * sum(widths))
+    return 2 * hidden * job.samples + floats + exact
+
+
+def _tuning_seconds(job: Job, blocks: Sequence[BlockCosts], scale: float) -> float:
+    """Four passes over the text and what measures it; a head costs as blocks of its size do."""
+    window = sum(block.advance.seconds for block in blocks) * scale
+    inside = sum(_parameters(job, position) for position in range(len(blocks)))
+    config = job.model.config.get_text_config(decoder=True)
+    window *= 1 + config.vocab_size * config.hidden_size / inside
+    return window * (4 * job.tune_tokens / job.seqlen + 8 * HELD_OUT)
+
+
+def _tuning_bytes(job: Job) -> float:
+    """Both models, the codes, and what one forward pass leaves for its gradient."""
+    config = job.model.config.get_text_config(decoder=True)
+    inside = [_parameters(job, position) for position in range(len(job.plan.blocks))]
+    widths = sum(m.in_features + m.out_features for block in job.plan.blocks for m, _ in block)
+    solved = sum(m.in_features * m.out_features for block in job.plan.blocks for m, _ in block)
+    whole = sum(inside) + config.vocab_size * config.hidden_size
+    return float(_FP32 * (whole + solved + MICRO * (widths + 3 * config.vocab_size)) + solved)
 
 
 def _block_bytes(
@@ -227,6 +284,7 @@ def _block_bytes(
     )
     codes = stored_bytes([job.plan.blocks[position]])
     hidden, call = block.held
+    stages = (*stages, max(stages[2:]) + _walked_bytes(job, position, block, scale))
     return (job.samples * hidden + 2 * call) * scale + _FP32 * _parameters(job, position) + codes + max(stages)
 
 

@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 Layer = tuple[dict[str, Any], QuantWeight]
 """The manifest's record of a packed layer, and its weight."""
 
+_MMAP_THRESHOLD = -3  # glibc's number of that option
+_LARGE = 2**20  # bytes
+
 NO_TOKENS = "no calibration token reached it: rounded to nearest"
 
 
@@ -86,6 +89,8 @@ class Solver:
             return
         hidden, calls = self._capture(prefix, blocks, batches) if batches else ([], [])
         exact = [state.clone() for state in hidden[: self.effort.exact_batches(len(hidden))]]
+        if exact:
+            keep_large_apart()
         balancer = Balancer(self.model, self.dtype)
         for position in range(missing[-1] + 1) if batches else missing:
             name, block = f"{prefix}.{position}", blocks[position]
@@ -221,6 +226,13 @@ class Solver:
                     matrix, _rows(weight, rows), None if losses is None else losses[:, rows], outcome, began
                 )
                 began = time.monotonic()
+
+
+def keep_large_apart() -> None:
+    """Have every large tensor mapped by itself, where malloc is glibc's: batches that wait in the middle of a block
+    would leave holes of their size all over the heap."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(_MMAP_THRESHOLD, _LARGE)
 
 
 def trim_heap() -> None:
