@@ -1,8 +1,7 @@
 """Any transformers decoder, without a file per architecture.
 
-A model is built with its parameters on the meta device; parameters are then read from a checkpoint
-by piece, so a caller decides how much of the model is in memory. The weights that activations are
-multiplied with are described by :class:`Matrix`, whether the architecture keeps them in
+A model is built with its parameters on the meta device, which are then read from a checkpoint by piece. The weights
+that activations are multiplied with are described by :class:`Matrix`, whether the architecture keeps them in
 ``nn.Linear``, in transformers' ``Conv1D`` or as one expert of a fused three-dimensional parameter.
 """
 
@@ -26,8 +25,7 @@ if TYPE_CHECKING:
     from bittern.checkpoint import Checkpoint
 
 
-# Buffers that old checkpoints hold and that are computed today.
-COMPUTED = re.compile(r"rotary_emb\.inv_freq$|attn\.(masked_)?bias$|attention\.(masked_)?bias$")
+COMPUTED = re.compile(r"rotary_emb\.inv_freq$|attn\.(masked_)?bias$|attention\.(masked_)?bias$")  # in old checkpoints
 
 
 @dataclass(frozen=True)
@@ -76,6 +74,11 @@ class Matrix:
     def label(self) -> str:
         """How messages name it."""
         return self.module if self.expert is None else f"{self.parameter}.{self.expert}"
+
+    def view(self, whole: Tensor) -> Tensor:
+        """Itself in its parameter, or in that one's gradient: (out_features, in_features)."""
+        selected = whole if self.expert is None else whole[self.expert]
+        return selected.T if self.transposed else selected
 
 
 def build(config: dict[str, Any], dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> PreTrainedModel:
@@ -324,13 +327,7 @@ def _experts(
 
 def get_weight(model: nn.Module, matrix: Matrix) -> Tensor:
     """A view of the matrix, (out_features, in_features)."""
-    return view_matrix(model.get_parameter(matrix.parameter), matrix)
-
-
-def view_matrix(parameter: Tensor, matrix: Matrix) -> Tensor:
-    """A view of the matrix in its parameter, or in the parameter's gradient: (out_features, in_features)."""
-    selected = parameter if matrix.expert is None else parameter[matrix.expert]
-    return selected.T if matrix.transposed else selected
+    return matrix.view(model.get_parameter(matrix.parameter))
 
 
 def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -60,6 +60,7 @@ def attempt(source: str, out: Path, options: dict[str, Any], last: int) -> int:
     count = out.with_suffix(".count")
     process = os.fork()
     if process == 0:
+        torch.set_num_threads(torch.get_num_threads())  # a new pool of threads, before two threads ask for it at once
         moments = Moments(last)
         for name in CALLS:
             moments.watch(name)

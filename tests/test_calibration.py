@@ -15,9 +15,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from bittern import calibration
 from bittern.calibration import CalibrationTokens, load_tokens
 from bittern.errors import BitternError
-from bittern.quantize import calibration
 from bittern.tokenizer import encode
 
 BOS, EOS = "<s>", "</s>"

@@ -19,6 +19,7 @@ import bittern
 from bittern.artifact import Artifact
 from bittern.checkpoint import open_checkpoint
 from bittern.errors import BitternError
+from bittern.evaluate import text_windows
 from tests import tiny
 
 SMALL = {"bits": 4, "group_size": 32, "nsamples": 6, "seqlen": 32, "batch_size": 4}
@@ -95,7 +96,8 @@ def test_more_bits_keep_more(bits: int, sym: bool, source: Path, text: Path, tmp
 def test_gptq_keeps_more_than_rounding(source: Path, text: Path, tmp_path: Path) -> None:
     errors = {}
     ids = bittern.load(source, device="cpu")
-    probe = torch.randint(4, 200, (4, 32), generator=torch.Generator().manual_seed(3))
+    with open_checkpoint(source) as checkpoint:
+        probe = text_windows(text, checkpoint.tokenizer(), seqlen=32, windows=8)
     with torch.no_grad():
         expected = ids(probe).logits
         for method in ("gptq", "rtn"):

@@ -161,10 +161,10 @@ def test_an_option_mended_back_goes_on(source: Path, text: Path, tmp_path: Path)
 
 
 def test_options_of_the_writing_alone_go_on(source: Path, text: Path, tmp_path: Path) -> None:
-    run(source, tmp_path / "whole", text, format="awq", bits=4, dtype="bf16")
+    run(source, tmp_path / "whole", text, format="awq", bits=4)
     stopped(15, source, tmp_path / "out", text, bits=4)
     notes: list[str] = []
-    run(source, tmp_path / "out", text, format="awq", bits=4, dtype="bf16", on_note=notes.append)
+    run(source, tmp_path / "out", text, format="awq", bits=4, on_note=notes.append)
     assert notes == ["goes on from block 3 of 4; --no-resume starts over"]
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
 
@@ -280,7 +280,10 @@ def test_a_block_comes_back_as_it_was(tmp_path: Path) -> None:
         record = {"layer": f"l{seed}", "bits": spec.bits, "group_size": spec.group_size, "sym": spec.sym, "loss": 0.1}
         layers.append((record, weight))
     with WorkFolder(tmp_path / "out", {}, 2) as work:
-        work.save(1, layers)
+        changed = {"model.layers.1.input_layernorm.weight": torch.linspace(0.5, 2, 64)}
+        work.save(1, layers, changed)
+        assert all(torch.equal(values, changed[name]) for name, values in work.changed(1).items())
+        assert work.changed(1).keys() == changed.keys()
     with WorkFolder(tmp_path / "out", {}, 2) as work:
         assert work.finished == {1} and work.seconds > 0
         for (record, weight), (found_record, found) in zip(layers, work.load(1), strict=True):

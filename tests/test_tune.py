@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import bittern
 from bittern.checkpoint import open_checkpoint
 from bittern.evaluate import evaluate, text_windows
-from bittern.model import blocks, build, get_weight, load_dense, matrices, view_matrix, weight_map
+from bittern.model import blocks, build, get_weight, load_dense, matrices, weight_map
 from bittern.quantize import tune
 from bittern.quantize.plan import Plan, make_plan
 from bittern.weight import round_to_nearest
@@ -74,7 +74,7 @@ def test_gradients_of_factors_are_those_of_torch(kind: str, tmp_path: Path) -> N
                 whole = piece.weight * (1 + piece.factor)
             else:
                 values = piece.steps * (piece.scales * (1 + piece.factor)).unsqueeze(2)
-                view_matrix(whole, piece.matrix)[piece.rows] = values.flatten(1)
+                piece.matrix.view(whole)[piece.rows] = values.flatten(1)
         dense[name] = whole
     loss = torch.func.functional_call(student, dense, kwargs={"input_ids": ids, "labels": ids}).loss
     expected = torch.autograd.grad(loss, list(factors.values()))

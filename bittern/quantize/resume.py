@@ -40,7 +40,6 @@ WITHOUT_EFFECT = (
     "dataset",
     "format",
     "target",
-    "dtype",
     "max_shard_size",
     "overwrite",
     "revision",

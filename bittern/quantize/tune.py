@@ -64,11 +64,11 @@ class _Scaled:
     def write(self, parameter: Tensor) -> None:
         """Put the weights that the factor gives into their parameter."""
         values = self.steps * (self.scales * (1 + self.factor)).unsqueeze(2)
-        live.view_matrix(parameter, self.matrix)[self.rows].copy_(values.flatten(1))
+        self.matrix.view(parameter)[self.rows].copy_(values.flatten(1))
 
     def read(self, gradient: Tensor) -> None:
         """Add to the factor's gradient what that of the weights says."""
-        dense = live.view_matrix(gradient, self.matrix)[self.rows].reshape(self.steps.shape)
+        dense = self.matrix.view(gradient)[self.rows].reshape(self.steps.shape)
         _add_gradient(self.factor, (dense * self.steps).sum(2).mul_(self.scales))
 
 
