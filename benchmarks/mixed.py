@@ -153,7 +153,9 @@ def record(model: Any, layers: list[Any], ids: Tensor) -> dict[Any, tuple[Tensor
         def hook(layer: Any, args: Any, output: Tensor) -> None:
             if which == 0:
                 inputs[layer].append(same.setdefault(args[0].data_ptr(), args[0].detach()[0]))
-            output.register_hook(lambda gradient: gradients[layer][which].append(gradient.detach()[0].clone()))
+            output.register_hook(  # type: ignore[no-untyped-call]
+                lambda gradient: gradients[layer][which].append(gradient.detach()[0].clone())
+            )
 
         return hook
 
@@ -168,16 +170,18 @@ def record(model: Any, layers: list[Any], ids: Tensor) -> dict[Any, tuple[Tensor
             targets = (
                 torch.multinomial(logits.detach().softmax(1), 1, generator=draws)[:-1, 0] if which == 0 else window[1:]
             )
-            torch.nn.functional.cross_entropy(logits[:-1], targets, reduction="sum").backward()
+            loss = torch.nn.functional.cross_entropy(logits[:-1], targets, reduction="sum")
+            loss.backward()  # type: ignore[no-untyped-call]
             for handle in handles:
                 handle.remove()
         same.clear()
     stacked: dict[tuple[int, ...], Tensor] = {}
-    found = {}
+    found: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}
     for layer in layers:
         key = tuple(each.data_ptr() for each in inputs[layer])
         x = stacked.setdefault(key, torch.stack(inputs[layer]))
-        found[layer] = (x, *(torch.stack(each) for each in gradients[layer]))
+        first, second = (torch.stack(each) for each in gradients[layer])
+        found[layer] = (x, first, second)
     return found
 
 

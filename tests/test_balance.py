@@ -69,8 +69,7 @@ def test_the_block_computes_what_it_did(kind: str, dtype: torch.dtype) -> None:
 def test_shared_value_heads_keep_their_channels() -> None:
     model = tiny.random_model()  # four query heads, two of keys and values
     with torch.no_grad():
-        value = blocks(model)[1][0].self_attn.v_proj  # type: ignore[union-attr]
-        value.weight.mul_(SPREAD[:32].unsqueeze(1))  # type: ignore[operator]
+        model.get_parameter("model.layers.0.self_attn.v_proj.weight").mul_(SPREAD[:32].unsqueeze(1))
     _, rescaled, before, after = balance_first_block(model, torch.float32)
     assert {matrix.module.rpartition(".")[2] for matrix in rescaled} >= {"v_proj", "o_proj"}
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
@@ -110,7 +109,14 @@ def test_an_artifact_passes_verification_against_its_source(
     text: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     source = tiny.save(uneven(tiny.random_model()), tmp_path / "source", tokenizer)
-    options = {"bits": 8, "group_size": 32, "nsamples": 16, "seqlen": 32, "batch_size": 4, "dataset": str(text)}
+    options: dict[str, Any] = {
+        "bits": 8,
+        "group_size": 32,
+        "nsamples": 16,
+        "seqlen": 32,
+        "batch_size": 4,
+        "dataset": str(text),
+    }
     manifest = bittern.quantize(source, tmp_path / "out", **options)
     assert manifest["changed"] and any(layer["rescaled"] for layer in manifest["layers"])
     assert verify(tmp_path / "out", source).passed

@@ -145,7 +145,7 @@ def test_harm_is_the_formula_computed_on_the_whole_model(source: Path) -> None:
     outputs: list[Tensor] = []
     handle = model.get_submodule(name).register_forward_hook(lambda _, __, output: outputs.append(output))
     for index, ids in enumerate(windows):
-        embedded = model.get_input_embeddings()(ids[None]).requires_grad_()  # type: ignore[no-untyped-call]
+        embedded = model.get_input_embeddings()(ids[None]).requires_grad_()
         logits = model(inputs_embeds=embedded, use_cache=False).logits[0]
         draws = torch.Generator().manual_seed(index)
         drawn = torch.multinomial(logits.detach().softmax(1), 1, generator=draws)

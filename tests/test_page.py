@@ -21,9 +21,9 @@ from bittern import cli
 from bittern.errors import BitternError
 from bittern.page import svg as svg_module
 from bittern.page.charts import step_of, steps
-from bittern.page.layers import place, short_names
+from bittern.page.layers import short_names
 from bittern.page.page import make_sections, render, write_page
-from bittern.page.parts import Section, share
+from bittern.page.parts import Section, place, share
 from bittern.report import MANIFEST_FILE
 from bittern.schema import problem
 from bittern.story import change_in_words, duration, size_in_words, tell

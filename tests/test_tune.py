@@ -80,7 +80,7 @@ def test_gradients_of_factors_are_those_of_torch(kind: str, tmp_path: Path) -> N
     expected = torch.autograd.grad(loss, list(factors.values()))
     for (name, factor), gradient in zip(factors.items(), expected, strict=True):
         assert factor.grad is not None and float(gradient.abs().max()) > 0, name
-        torch.testing.assert_close(factor.grad, gradient, rtol=1e-3, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(factor.grad, gradient, rtol=1e-3, atol=1e-6)
 
 
 def quantize(source: Path, out: Path, text: Path, **options: Any) -> dict[str, Any]:

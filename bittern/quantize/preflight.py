@@ -245,7 +245,7 @@ def _tuning_seconds(job: Job, blocks: Sequence[BlockCosts], scale: float) -> flo
     inside = sum(_parameters(job, position) for position in range(len(blocks)))
     config = job.model.config.get_text_config(decoder=True)
     window *= 1 + config.vocab_size * config.hidden_size / inside
-    return window * (4 * job.tune_tokens / job.seqlen + 8 * HELD_OUT)
+    return float(window * (4 * job.tune_tokens / job.seqlen + 8 * HELD_OUT))
 
 
 def _tuning_bytes(job: Job) -> float:
@@ -284,8 +284,8 @@ def _block_bytes(
     )
     codes = stored_bytes([job.plan.blocks[position]])
     hidden, call = block.held
-    stages = (*stages, max(stages[2:]) + _walked_bytes(job, position, block, scale))
-    return (job.samples * hidden + 2 * call) * scale + _FP32 * _parameters(job, position) + codes + max(stages)
+    most = max(*stages, max(stages[2:]) + _walked_bytes(job, position, block, scale))
+    return (job.samples * hidden + 2 * call) * scale + _FP32 * _parameters(job, position) + codes + most
 
 
 def _groups(job: Job, position: int, block: BlockCosts) -> list[tuple[int, list[tuple[Matrix, QuantSpec]]]]:
