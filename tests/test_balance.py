@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import bittern
 from bittern.model import blocks, matrices, weight_map
+from bittern.quantize import balance
 from bittern.quantize.balance import Balancer, choose_factor
 from bittern.quantize.stages import exact_stages
 from bittern.replay import capture
@@ -81,6 +82,26 @@ def test_norms_that_add_one_are_left_alone() -> None:
     changed, rescaled, _, _ = balance_first_block(model, torch.float32)
     assert not changed and not rescaled
     assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
+
+
+def test_what_was_left_alone_in_one_block_is_tried_out_in_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Its down_proj reads the squares of what up_proj gives: no factor of the one's rows is one of the other's columns.
+    model = uneven(tiny.random_model("arcee"))
+    prefix, layers = blocks(model)
+    balancer = Balancer(model, torch.float32)
+    monkeypatch.setattr(balance, "WORTH", 10.0)  # every stage that is looked at is worth it
+    for position, maker in enumerate([lambda *_: None, balance._maker]):
+        monkeypatch.setattr(balance, "_maker", maker)
+        found = matrices(model, f"{prefix}.{position}", weight_map(model, model.state_dict()))
+        state, calls = capture(model, layers, IDS)
+        exact = [state.clone()]
+        stages = exact_stages(model, layers[position], found, exact, [calls[position]])
+        assert stages is not None
+        specs = dict.fromkeys(found, QuantSpec(4, 32))
+        _, rescaled = balancer.balance(layers[position], stages, specs, state, exact[0], calls[position])
+        assert bool(rescaled) is (position == 0)
+        after = calls[position].run(layers[position], state)
+        torch.testing.assert_close(after, exact[0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_factor_lessens_the_error_of_rounding() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,24 @@ def test_what_made_it_worse_is_not_taken(
     assert manifest["tuning"]["refused"] and any("training" in note for note in manifest["notes"])
     fast, best = (load_file(tmp_path / name / "model.safetensors") for name in ("fast", "best"))
     assert all(torch.equal(fast[name], best[name]) for name in fast)
+
+
+def test_a_kill_after_training_loses_nothing_of_it(
+    source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"effort": "best", "tune_tokens": 8_000}
+    quantize(source, tmp_path / "whole", text, **options)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sys.modules["bittern.quantize.pipeline"], "write_layers", killed)
+        quantize(source, tmp_path / "out", text, **options)
+    manifest = quantize(source, tmp_path / "out", text, **options)
+    assert manifest["tuning"]["refused"] is None
+    whole, out = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert all(torch.equal(whole[name], out[name]) for name in whole)
 
 
 def test_the_manifest_tells_it(source: Path, text: Path, tmp_path: Path) -> None:

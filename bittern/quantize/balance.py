@@ -34,7 +34,7 @@ _MAKERS = {"down_proj": "up_proj", "o_proj": "v_proj"}  # whose rows make a matr
 
 
 class Balancer:
-    """Balances the blocks of a model; one kind of block is tried out once.
+    """Balances the blocks of a model; what is done to one kind of block is tried out once.
 
     Args:
         model: the blocks' parameters are changed while they are in memory.
@@ -43,8 +43,7 @@ class Balancer:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self.model, self.dtype = model, dtype
-        self.refused: set[Any] = set()
-        self._trusted: set[Any] = set()
+        self._computes_the_same: dict[Any, bool] = {}
 
     def balance(
         self,
@@ -69,29 +68,27 @@ class Balancer:
             were. Nothing for a kind of block that does not compute the same afterwards: its channels mean something
             else than they seem to.
         """
-        kind = (type(block), tuple(_short(matrix) for stage in stages for matrix in stage.matrices))
-        if kind in self.refused:
-            return {}, set()
         original = {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
         factors: list[Tensor | None] = []
         changed: dict[str, Tensor] = {}
         matrices: set[Matrix] = set()
         with torch.no_grad():
             for stage in stages:
-                factor, made = self._balance_stage(stage, stages, specs)
+                maker = _maker(stage, stages) if stage.norm is None else None
+                factor, made = self._balance_stage(stage, maker, specs)
                 factors.append(factor)
                 changed |= made
                 if factor is not None:
-                    maker = _maker(stage, stages) if stage.norm is None else None
                     matrices |= {*stage.matrices, *([maker] if maker is not None else [])}
-            if kind not in self._trusted and any(factor is not None for factor in factors):
+            # A stage that was not worth it in one block may be wrong to touch in the next.
+            kind = (type(block), tuple(sorted(_short(matrix) for matrix in matrices)))
+            if kind not in self._computes_the_same:
                 error = (call.run(block, before) - after).norm() / (after - before).norm().clamp_min(1e-30)
-                if not float(error) < _TOLERANCE:
-                    self.refused.add(kind)
-                    for name, parameter in block.named_parameters():
-                        parameter.copy_(original[name])
-                    return {}, set()
-                self._trusted.add(kind)
+                self._computes_the_same[kind] = float(error) < _TOLERANCE
+            if not self._computes_the_same[kind]:
+                for name, parameter in block.named_parameters():
+                    parameter.copy_(original[name])
+                return {}, set()
             for stage, factor in zip(stages, factors, strict=True):
                 if factor is not None:
                     for x in stage.exact:
@@ -99,7 +96,7 @@ class Balancer:
         return changed, matrices
 
     def _balance_stage(
-        self, stage: Stage, stages: Sequence[Stage], specs: dict[Matrix, QuantSpec]
+        self, stage: Stage, maker: Matrix | None, specs: dict[Matrix, QuantSpec]
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """The factor of each input channel of a stage, and the parameters beside the matrices that were changed."""
         weights = [live.get_weight(self.model, matrix) for matrix in stage.matrices]
@@ -108,10 +105,9 @@ class Balancer:
         if stage.norm is not None:
             factor = choose_factor(power, torch.cat(weights), columns)
             found = None if factor is None else self._into_norm(stage.norm, factor)
+        elif maker is None:
+            return None, {}
         else:
-            maker = _maker(stage, stages)
-            if maker is None:
-                return None, {}
             repeats = weights[0].shape[1] // maker.out_features
             width = weights[0].shape[1] if repeats == 1 else self._head_dim(maker)
             # Heads that share a value head share its channels too.

@@ -32,14 +32,15 @@ def write_kept(
     tuned: Tuned | None,
 ) -> None:
     """What is not quantized: as it was, but for what was balanced or trained."""
-    others = {*changed, *(tuned.norms if tuned is not None and tuned.path is not None else ())}
+    trained = tuned.norms if tuned is not None else ()
+    others = {*changed, *trained}
     for _ in cast_tensors(checkpoint, writer, [entry for entry in kept if entry[0].name not in others]):
         pass
     for info, stored in kept:
         if info.name in others:
             values = changed.get(info.name)
             values = checkpoint.read(stored).float() if values is None else values
-            if tuned is not None and info.name in tuned.norms:
+            if tuned is not None and info.name in trained:
                 values = tuned.norm(info.name, values)
             writer.write(info.name, cast_values(values, info.dtype, info.name)[0])
 
@@ -75,6 +76,7 @@ def describe(
     left_out: list[str],
     seconds: float,
 ) -> dict[str, Any]:
+    """The manifest, but for what only its caller knows."""
     return make_manifest(
         source=source_record(job.checkpoint),
         options=options,
@@ -123,6 +125,7 @@ def config_files(checkpoint: Checkpoint, quantization: dict[str, Any], dtype: to
 def finish(
     writer: CheckpointWriter, checkpoint: Checkpoint, files: dict[str, dict[str, Any]], manifest: dict[str, Any]
 ) -> None:
+    """Side files and configuration; with the manifest, the artifact appears."""
     checkpoint.copy_side_files(writer.folder)
     for name, value in files.items():
         if name != "config.json":

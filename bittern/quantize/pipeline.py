@@ -131,7 +131,7 @@ def quantize(
     options = {key: value for key, value in locals().items() if key not in _NO_OPTIONS}
     started = time.monotonic()
     _check_options(bits, method, damp_percent, dtype, batch_size)
-    place = live.pick_device(device)
+    place, stages = live.pick_device(device), pick_effort(effort)
     with open_checkpoint(source, revision) as checkpoint:
         refuse_quantized(checkpoint)
         check_output(Path(output), checkpoint.path, overwrite)
@@ -164,14 +164,14 @@ def quantize(
             meter = Sensitivity(model, checkpoint, sources, [], damp_percent, place, seed)
             plan, mixed = _mix(plan_of, meter, tokens.ids, bits, on_measured)
             chosen, packing = _choose_packing(checkpoint, model, plan, chosen, target, damp_percent)
-        solver = Solver(model, checkpoint, sources, plan, damp_percent, place, pick_effort(effort), kept_dtype)
+        solver = Solver(model, checkpoint, sources, plan, damp_percent, place, stages, kept_dtype)
         planned = [info for info, _ in kept] + plan.packed_tensors(packing)
         origin, left_out = carried(checkpoint)
         output_size = planned_size(planned, [info for info, _ in kept], plan.shapes)
         about: dict[str, Any] = {"size": {"source": source_size(Artifact(checkpoint)), "output": output_size}}
         about |= unchanged_cache(checkpoint.config)
-        stages = replace(pick_effort(effort), tune=False)  # blocks that were solved for fast do for best
-        decided = decided_by(checkpoint, {**options, "effort": stages}, tokens.sha256 if tokens else None, place)
+        solving = {**options, "effort": replace(stages, tune=False)}  # blocks that were solved for fast do for best
+        decided = decided_by(checkpoint, solving, tokens.sha256 if tokens else None, place)
         for _ in cast_tensors(checkpoint, None, kept):
             pass  # what the output cannot hold is refused now
         grid = plan.commonest if isinstance(bits, float) else QuantSpec(bits, plan.group_size, sym)
@@ -180,7 +180,7 @@ def quantize(
         samples = 0 if method == "rtn" else nsamples if tokens is None else len(tokens.ids)
         job = Job(
             *(model, checkpoint, sources, plan, damp_percent, place, packing, kept, samples, seqlen, batch_size),
-            pick_effort(effort),
+            stages,
             tune_tokens,
         )
         size = artifact_bytes(job, planned, max_shard_size, files.values()) if chosen != "gguf" else gguf_bytes(job)
@@ -204,7 +204,7 @@ def quantize(
                 for name, values in work.changed(position).items()
             }
             tuned = None
-            if batches and pick_effort(effort).tune:
+            if batches and stages.tune:
                 tuned = tune(
                     *(checkpoint, sources, plan, work),
                     dataset=dataset,
@@ -226,7 +226,7 @@ def quantize(
                 records = write_layers(work, len(plan.blocks), writer, packing, tuned)
                 left_out += tuned.notes if tuned is not None else []
                 manifest = describe(job, options, tokens, records, left_out, spent + time.monotonic() - started)
-                trained = tuned.norms if tuned is not None and tuned.path is not None else ()
+                trained = tuned.norms if tuned is not None else ()
                 about |= {"changed": sorted({*changed, *trained})} if changed or trained else {}
                 manifest["measured"] |= mixed.pop("measured", {}) | ({"resumed_blocks": resumed} if resumed else {})
                 manifest = with_origin(manifest | about | mixed, origin)

@@ -3,7 +3,7 @@
 Each batch stops where the block is about to multiply a new input; when all have stopped there, the
 matrices that read it are solved and replaced, and the batches go on through the quantized ones. So one
 pass over the block gives every matrix the inputs that it will really get, and the block's outputs too.
-What a batch needs to go on is kept meanwhile: roughly four hidden states and one MLP activation a token.
+What a batch needs to go on is kept meanwhile: roughly two hidden states and the widest input a token.
 """
 
 from __future__ import annotations

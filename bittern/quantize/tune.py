@@ -41,7 +41,7 @@ BATCH, MICRO = 1024, 1024
 HELD_OUT = 8
 """Windows that are kept to measure on."""
 
-_STATE, _WINDOWS = "tuned.safetensors", "windows.npy"
+_STATE = "tuned.safetensors"
 
 
 class _Scaled:
@@ -99,7 +99,7 @@ class Tuned:
     Attributes:
         record: for the manifest.
         path: of the trained factors; None where everything stays as it was solved.
-        norms: checkpoint names of the norms that were trained.
+        norms: checkpoint names of the norms that were trained; none without a path.
     """
 
     record: dict[str, Any]
@@ -120,8 +120,9 @@ class Tuned:
         return replace(weight, scales=round_scale(scales).to(weight.scales.dtype))
 
     def norm(self, name: str, weight: Tensor) -> Tensor:
-        """The weight of a norm, trained; fp32."""
-        return weight.float() if self.path is None else weight.float() * (1 + read_tensor(self.path, name))
+        """The weight of one of :attr:`norms`, trained; fp32."""
+        assert self.path is not None
+        return weight.float() * (1 + read_tensor(self.path, name))
 
 
 def tune(
@@ -160,7 +161,9 @@ def tune(
     teacher = live.load_dense(checkpoint, device=device)
     batch = max(1, BATCH // seqlen)
     steps = max(1, tokens // (batch * seqlen))
-    held_out, windows = _text(checkpoint, teacher, work.folder / _WINDOWS, dataset, seqlen, steps * batch, seed)
+    held_out, windows = _text(
+        checkpoint, teacher, work.folder / f"windows-{steps * batch}.npy", dataset, seqlen, steps * batch, seed
+    )
     student = live.build(checkpoint.config)
     pieces = _pieces(teacher, student, sources, plan, work, device)
     factors = {name: piece.factor for found in pieces.values() for name, piece in found.items()}
@@ -185,8 +188,7 @@ def tune(
         story |= {"perplexity": {"converted": solved.perplexity}, "kl": solved.kl}
     why: str | None = None
     try:
-        if story["step"] < steps:
-            train(run, options, on_progress)
+        train(run, options, on_progress)  # of a run that was trained to the end already, the state is loaded
     except Diverged as error:
         why = str(error)
     tuned = evaluate(student, held_out, batch_size=1, against=teacher)
@@ -199,8 +201,10 @@ def tune(
         "curve": story["curve"],
         "refused": why,
     }
+    if why is not None:
+        return Tuned(record, None, ())
     norms = tuple(name for found in pieces.values() for name, piece in found.items() if isinstance(piece, _Norm))
-    return Tuned(record, path if why is None else None, norms)
+    return Tuned(record, path, norms)
 
 
 def _text(
