@@ -285,10 +285,23 @@ def _choose(windows: Tensor, nsamples: int, seed: int) -> Tensor:
     return windows[order[:nsamples].sort().values]
 
 
+def _draw(_: Tensor, scores: Tensor) -> Tensor:
+    """Leave of each row of logits one token, drawn with its probability.
+
+    By inversion: torch.multinomial takes fifteen times as long over a vocabulary of 32000.
+    """
+    mass = scores.float().softmax(-1).cumsum(-1)
+    point = torch.rand(len(mass), 1, device=mass.device) * mass[:, -1:]
+    drawn = torch.searchsorted(mass, point, right=True).clamp_max(mass.shape[1] - 1)
+    return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
+
+
 def _sample(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int, batch: int = 32
 ) -> Tensor:
-    """Text that the model writes, int64 (nsamples, seqlen), each from BOS (EOS for want of one)."""
+    """Text that the model writes at temperature 1, int64 (nsamples, seqlen), each from BOS (EOS for want of one)."""
+    from transformers import LogitsProcessorList
+
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
         raise BitternError("--dataset self: the tokenizer has neither a BOS nor an EOS token to begin with")
@@ -301,10 +314,8 @@ def _sample(
             written = model.generate(  # type: ignore[operator]
                 prompt,
                 attention_mask=torch.ones_like(prompt),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
+                do_sample=False,  # but of one token
+                logits_processor=LogitsProcessorList([_draw]),
                 repetition_penalty=1.0,
                 max_new_tokens=seqlen - 1,
                 eos_token_id=None,

@@ -246,6 +246,13 @@ def uptrain_options(function: Command) -> Command:
             show_default=True,
             help="Share of the positions to learn from at a step: less work where the vocabulary is large.",
         ),
+        click.option(
+            "--hidden-weight",
+            type=click.FloatRange(min=0),
+            default=10.0,
+            show_default=True,
+            help="Of the error of the hidden states after each block, added to the loss.",
+        ),
         click.option("--weight-decay", type=click.FloatRange(min=0), default=0.0, show_default=True),
         click.option(
             "--kl-weight",
@@ -257,8 +264,8 @@ def uptrain_options(function: Command) -> Command:
         click.option(
             "--micro-batch", type=click.IntRange(min=1), default=4, show_default=True, help="Windows at once."
         ),
-        click.option("--batch-size", type=click.IntRange(min=1), default=4, show_default=True, help="Windows a step."),
-        click.option("--lr", type=click.FloatRange(min=0, min_open=True), default=3e-5, show_default=True),
+        click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Windows a step."),
+        click.option("--lr", type=click.FloatRange(min=0, min_open=True), default=1e-4, show_default=True),
         click.option(
             "--train",
             type=click.Choice(["blocks", "all", "attention"]),

@@ -19,11 +19,12 @@ from transformers import PreTrainedTokenizerFast
 
 from bittern.errors import BitternError
 from bittern.training import state
-from bittern.training.loss import distillation_loss
+from bittern.training.loss import distillation_loss, hidden_error
 from bittern.training.text import Windows, read_windows, write_windows
 from bittern.training.train import Training, learning_rate
 from bittern.uptrain.pipeline import uptrain
 from tests import tiny
+from tests.test_calibration import tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS: dict[str, Any] = {"kv_heads": 1, "seqlen": 16, "nsamples": 8, "init": "first", "batch_size": 4, "lr": 1e-3}
@@ -102,7 +103,39 @@ def test_a_part_of_the_windows_is_what_the_source_writes(tmp_path: Path, tokeniz
     plain = windows(1000, 0)  # all that there is
     mixed = windows(1000, 2)
     assert len(mixed) == len(plain) + 2 and (mixed[:-2] == plain).all()
-    assert (mixed[-2:, 0] == tokenizer.bos_token_id).all()  # sampled from BOS
+    assert mixed[-2, 0] == mixed[-1, 4] == tokenizer.bos_token_id  # sampled from BOS, the second from its middle on
+
+
+def test_every_second_window_begins_with_bos(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(adds_bos=True)
+    path, text = tmp_path / "w.npy", tiny.write_text(tmp_path / "text.txt", words=60)
+    stream = tokenizer(text.read_text(), add_special_tokens=False)["input_ids"]
+    bos, seqlen = tokenizer.bos_token_id, 8
+    write_windows(path, str(text), tokenizer, seqlen=seqlen, count=1000, vocab_size=300)
+    rows = read_windows(path, 0).ids
+    assert (rows[::2, 0] == bos).all() and not (rows[1::2] == bos).any()
+    found = [token for token in rows.flatten().tolist() if token != bos]
+    assert found == stream[: len(found)] and len(stream) - len(found) < seqlen - 1  # no text is lost
+    for count in (2, 3):
+        assert write_windows(path, str(text), tokenizer, seqlen=seqlen, count=count, vocab_size=300) == count
+        assert (read_windows(path, 0).ids == rows[:count]).all()
+    model = tiny.random_model("llama")
+    write_windows(path, str(text), tokenizer, seqlen=seqlen, count=1000, vocab_size=300, sampled=4, model=model)
+    assert [row.index(bos) for row in read_windows(path, 0).ids[-4:].tolist()] == [0, seqlen // 2] * 2
+
+
+def test_the_error_of_hidden_states_is_relative_to_each_position() -> None:
+    generator = torch.Generator().manual_seed(0)
+    teacher = [torch.randn(2, 3, 5, generator=generator) for _ in range(2)]
+    teacher[0][:, 0] *= 1000  # an attention sink
+    student = [state + 0.1 * torch.randn(state.shape, generator=generator) for state in teacher]
+    expected = [
+        sum((a - b) ** 2 for a, b in zip(found, wanted, strict=True)) / sum(b * b for b in wanted)
+        for new, old in zip(student, teacher, strict=True)
+        for found, wanted in zip(new.flatten(0, 1).tolist(), old.flatten(0, 1).tolist(), strict=True)
+    ]
+    assert hidden_error(student, teacher).item() == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    assert hidden_error(teacher, teacher) == 0
 
 
 def test_the_learning_rate_warms_up_and_falls() -> None:

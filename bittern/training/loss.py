@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,6 +29,27 @@ def distillation_loss(
     """
     loss, kl, nll = _Distillation.apply(student, teacher, targets, kl_weight)  # type: ignore[no-untyped-call]
     return loss, kl, nll
+
+
+def hidden_error(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Squared distance of hidden states to the teacher's over their squared length, mean over positions and blocks.
+
+    Every block is told what it should have given, at every position and in every dimension; logits say so of the last
+    one only (Romero et al. 2015, FitNets, with a loss of each position's own scale: attention sinks are hundreds of
+    times as long as other positions).
+
+    Args:
+        student, teacher: of each block, (windows, positions, hidden_size).
+
+    Returns:
+        fp32 scalar, which can be differentiated by ``student``.
+    """
+    errors = []
+    for found, wanted in zip(student, teacher, strict=True):
+        wanted = wanted.float()
+        length = wanted.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+        errors.append(((found.float() - wanted).square().sum(-1) / length).mean())
+    return torch.stack(errors).mean()
 
 
 class _Distillation(torch.autograd.Function):

@@ -61,10 +61,13 @@ def write_windows(
 ) -> int:
     """Tokenize a dataset into ``count`` windows, streamed, and put them into a file of NumPy's format.
 
+    Where the tokenizer puts BOS before every text, every second window begins with it and the others begin wherever the
+    text stands: attention that rests on BOS must not forget how to do without (docs/log.md has the figures).
+
     Args:
         path: the file, which appears when it is whole.
         dataset: as in :func:`bittern.calibration.load_tokens`, ``self`` too.
-        tokenizer: the model's own; each window begins with BOS where it puts that before every text.
+        tokenizer: the model's own.
         seqlen: tokens in a window.
         count: windows wanted. Fewer are found in a short text.
         vocab_size: of the model; ids beyond it are an error.
@@ -82,7 +85,9 @@ def write_windows(
     missing = sampled if written else count
     if missing:
         drawn = load_tokens("self", tokenizer, nsamples=missing, seqlen=seqlen, seed=seed, model=model)
-        written.append(drawn.ids.numpy().astype(np.int32))
+        rows = drawn.ids.numpy().astype(np.int32)
+        rows[1::2] = np.roll(rows[1::2], seqlen // 2, axis=1)  # the end of a text, BOS, its beginning
+        written.append(rows)
     ids = np.concatenate(written)
     check_vocabulary(torch.from_numpy(ids), tokenizer, vocab_size)
     partial = path.with_suffix(".partial")
@@ -102,19 +107,28 @@ def _windows(
 ) -> Iterable[np.ndarray[tuple[int, int], np.dtype[np.int32]]]:
     """Windows text by text, as arrays of int32: a Python list of ids takes eight times as much."""
     bos = leading_bos(tokenizer)
-    width = seqlen if bos is None else seqlen - 1
+    rows = 1 if bos is None else 2  # that share a BOS
+    width = rows * seqlen - (bos is not None)
     budget = round(_SPARE * BYTES_PER_TOKEN * count * seqlen)
     rest: list[int] = []
     found = 0
     pieces = max(1, count // _TOGETHER)
+
+    def cut(tokens: list[int], width: int) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
+        array = np.array(tokens, dtype=np.int32).reshape(-1, width)
+        return (array if bos is None else np.insert(array, 0, bos, axis=1)).reshape(-1, seqlen)
+
     for text in read_texts(dataset, budget=budget, pieces=pieces, tokenizer=None, text_column=None):
         rest += encode(tokenizer, text)
-        whole = min(len(rest) // width, count - found)
+        whole = min(len(rest) // width, -(-(count - found) // rows))
         if whole:
-            rows = np.array(rest[: whole * width], dtype=np.int32).reshape(whole, width)
-            yield rows if bos is None else np.insert(rows, 0, bos, axis=1)
-            rest, found = rest[whole * width :], found + whole
+            windows = cut(rest[: whole * width], width)[: count - found]
+            yield windows
+            rest, found = rest[whole * width :], found + len(windows)
         if found == count:
             return
+    if bos is not None and len(rest) >= seqlen - 1:
+        yield cut(rest[: seqlen - 1], seqlen - 1)
+        found += 1
     if not found:
         raise BitternError(f"{dataset}: expected at least one window of {seqlen} tokens, found {len(rest)} tokens")

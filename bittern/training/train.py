@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from bittern import model as live
 from bittern.errors import BitternError
 from bittern.evaluate import evaluate
-from bittern.training.loss import distillation_loss
+from bittern.training.loss import distillation_loss, hidden_error
 from bittern.training.state import load_state, save_state
 from bittern.training.text import Windows
 
@@ -54,6 +54,7 @@ class Training:
         batch_size: windows in a step, over all processes.
         micro_batch: windows that one process computes at once; gradients accumulate over these.
         kl_weight: share of the KL to the teacher in the loss; the rest is next-token loss.
+        hidden_weight: of the error of hidden states (:func:`bittern.training.loss.hidden_error`), added to both.
         trained: "blocks", "all" (embeddings, last norm and head too) or "attention".
         eval_every: steps between evaluations; the state is written then.
         clip: largest norm of the gradient.
@@ -68,6 +69,7 @@ class Training:
     batch_size: int = 4
     micro_batch: int = 4
     kl_weight: float = 0.9
+    hidden_weight: float = 0.0
     trained: str = "blocks"
     eval_every: int = 50
     clip: float = 1.0
@@ -200,12 +202,22 @@ def _step(run: Run, options: Training, step: int) -> Tensor:
     for ids in torch.split(windows, options.micro_batch):
         ids = ids.to(device)
         share = len(ids) / len(windows)
+        call = {
+            "input_ids": ids,
+            "use_cache": False,
+            "logits_to_keep": places,
+            "output_hidden_states": options.hidden_weight > 0,
+        }
         with _precision(run.student):
             with torch.no_grad():
-                teacher = run.teacher(input_ids=ids, use_cache=False, logits_to_keep=places).logits
-            student = run.student(input_ids=ids, use_cache=False, logits_to_keep=places).logits
+                teacher = run.teacher(**call)
+            student = run.student(**call)
             targets = ids[:, places + 1].flatten()
-            loss, kl, nll = distillation_loss(student.flatten(0, 1), teacher.flatten(0, 1), targets, options.kl_weight)
+            logits = student.logits.flatten(0, 1), teacher.logits.flatten(0, 1)
+            loss, kl, nll = distillation_loss(*logits, targets, options.kl_weight)
+            if options.hidden_weight:  # the first are the embeddings
+                hidden = hidden_error(student.hidden_states[1:], teacher.hidden_states[1:])
+                loss = loss + options.hidden_weight * hidden
         (share * loss).backward()  # type: ignore[no-untyped-call]
         sums += share * torch.stack([loss.detach(), kl, nll]).double().cpu()
     if processes > 1:

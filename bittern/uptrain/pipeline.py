@@ -59,10 +59,11 @@ def uptrain(
     sampled: int = 0,
     text: str | os.PathLike[str] | None = None,
     train: str = "blocks",
-    lr: float = 3e-5,
-    batch_size: int = 4,
+    lr: float = 1e-4,
+    batch_size: int = 8,
     micro_batch: int = 4,
     kl_weight: float = 0.9,
+    hidden_weight: float = 10.0,
     weight_decay: float = 0.0,
     logits: float = 1.0,
     eval_every: int | None = None,
@@ -95,7 +96,7 @@ def uptrain(
         sampled: of these, tokens of text that the source writes.
         text: a file to measure perplexity on; without it, windows of the dataset that are not trained on.
         train: ``blocks``, ``all`` or ``attention``: the parameters to train.
-        lr, batch_size, micro_batch, kl_weight, weight_decay, logits, eval_every, recompute: see
+        lr, batch_size, micro_batch, kl_weight, hidden_weight, weight_decay, logits, eval_every, recompute: see
             :class:`bittern.training.train.Training`.
         dtype: ``bf16``, ``fp16`` or ``fp32`` of the result; by default each tensor keeps its own.
         device: ``cpu``, ``cuda`` or ``auto``.
@@ -178,9 +179,11 @@ def _training(given: dict[str, Any]) -> Training:
         raise BitternError(
             f"kl_weight, lr: expected a share and more than 0, found {given['kl_weight']}, {given['lr']}"
         )
-    if not 0 < given["logits"] <= 1 or given["weight_decay"] < 0:
-        found = f"{given['logits']}, {given['weight_decay']}"
-        raise BitternError(f"logits, weight_decay: expected a share and at least 0, found {found}")
+    for name in ("hidden_weight", "weight_decay"):
+        if given[name] < 0:
+            raise BitternError(f"{name}: expected at least 0, found {given[name]}")
+    if not 0 < given["logits"] <= 1:
+        raise BitternError(f"logits: expected a share, found {given['logits']}")
     if given["sampled"] > given["tokens"]:
         raise BitternError(
             f"sampled: expected at most {given['tokens']}, the tokens to train on, found {given['sampled']}"
@@ -197,6 +200,7 @@ def _training(given: dict[str, Any]) -> Training:
         given["batch_size"],
         given["micro_batch"],
         given["kl_weight"],
+        given["hidden_weight"],
         given["train"],
         every,
         weight_decay=given["weight_decay"],
