@@ -214,6 +214,9 @@ def test_the_model_itself_writes(with_bos: PreTrainedTokenizerFast) -> None:
     assert (found.ids[:, :-1] == 1).any()  # it goes on after EOS
     assert load("self", with_bos, model=lambda: model, nsamples=40, seqlen=12, seed=3).sha256 == found.sha256
     assert load("self", with_bos, model=model, nsamples=40, seqlen=12, seed=4).sha256 != found.sha256
+    # settings of the chat, which do not touch what it has learnt
+    model.generation_config.update(do_sample=True, temperature=0.01, top_k=1)  # type: ignore[no-untyped-call]
+    assert load("self", with_bos, model=model, nsamples=40, seqlen=12, seed=3).sha256 == found.sha256
 
 
 def test_a_wrong_tokenizer_is_named(text: Path, plain: PreTrainedTokenizerFast) -> None:

@@ -223,6 +223,7 @@ def test_what_is_called_degraded(perplexity: dict[str, Any], tokens: int, reason
         ({"tokens": -1}, "tokens: expected at least 0"),
         ({"sampled": 5}, "sampled: expected at most 0"),
         ({"kl_weight": 2.0}, "kl_weight"),
+        ({"hidden_weight": -1.0}, "hidden_weight: expected at least 0, found -1.0"),
         ({"dtype": "int8"}, "expected bf16, fp16 or fp32"),
         ({"dataset": "missing.txt"}, "missing.txt"),
         ({"text": "missing.txt"}, "missing.txt"),
