@@ -43,6 +43,8 @@ BYTES_PER_TOKEN = 4
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 """File suffix -> the builder of ``datasets`` that reads it."""
 
+Sampled = Callable[[int, int], None]
+
 _ROWS_AT_ONCE = 1 << 20  # characters
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[^@]+))?(@(?P<split>.+))?")
 
@@ -79,6 +81,7 @@ def load_tokens(
     text_column: str | None = None,
     vocab_size: int | None = None,
     model: PreTrainedModel | Callable[[], PreTrainedModel] | None = None,
+    on_sampled: Sampled | None = None,
 ) -> CalibrationTokens:
     """Token windows to calibrate on; the module's docstring says how they are chosen.
 
@@ -95,6 +98,7 @@ def load_tokens(
         text_column: the column to read; by default ``text``, else the only column of strings.
         vocab_size: of the model; ids beyond it are an error.
         model: for ``self`` alone: the model, or a function that loads it.
+        on_sampled: for ``self`` alone: called with the windows that are written and their number, a few at a time.
 
     Raises:
         BitternError: no file, no dataset, no column, no whole window, a wrong tokenizer.
@@ -109,7 +113,7 @@ def load_tokens(
         if model is None:
             raise BitternError("--dataset self: needs the whole model to write the text, found none")
         live = model if isinstance(model, PreTrainedModel) else model()
-        ids = _sample(live, tokenizer, nsamples, seqlen, seed)
+        ids = _sample(live, tokenizer, nsamples, seqlen, seed, on_sampled)
     else:
         texts = read_texts(
             dataset,
@@ -297,7 +301,13 @@ def _draw(_: Tensor, scores: Tensor) -> Tensor:
 
 
 def _sample(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int, batch: int = 32
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+    on_sampled: Sampled | None,
+    batch: int = 32,
 ) -> Tensor:
     """Text that the model writes at temperature 1, int64 (nsamples, seqlen), each from BOS (EOS for want of one)."""
     from transformers import LogitsProcessorList
@@ -322,4 +332,6 @@ def _sample(
                 pad_token_id=first,
             )
             samples.append(written.cpu())
+            if on_sampled is not None:
+                on_sampled(start + len(written), nsamples)
     return torch.cat(samples)

@@ -129,7 +129,7 @@ def convert(source: str, as_json: bool, **options: Any) -> None:
 @json_option
 def quantize(source: str, output: Path, as_json: bool, **options: Any) -> None:
     """Quantize SOURCE with GPTQ, or by rounding to nearest."""
-    from bittern.progress import expected, layer_rows, measured_row, point_row, preflight, quantization
+    from bittern.progress import expected, layer_rows, measured_row, point_row, preflight, quantization, sampled_row
     from bittern.quantize.pipeline import quantize as run_pipeline
 
     # What was not given is left to the function, the one place that knows its defaults.
@@ -139,6 +139,7 @@ def quantize(source: str, output: Path, as_json: bool, **options: Any) -> None:
             "on_progress": on_progress,
             "on_note": lambda note: _say(f"note: {note}"),
             "on_measured": measured_row,
+            "on_sampled": sampled_row,
             "on_point": lambda point: _say(point_row(point)),
         }
         found = run_pipeline(source, output, **chosen, on_prediction=lambda prediction: _say(expected(prediction)))
@@ -157,12 +158,13 @@ def quantize(source: str, output: Path, as_json: bool, **options: Any) -> None:
 @device_option
 def uptrain(source: str, output: Path, **options: Any) -> None:
     """Give SOURCE fewer key-value heads, and train it back. Runs under torchrun too."""
-    from bittern.progress import block_row, point_row, uptraining
+    from bittern.progress import block_row, point_row, sampled_row, uptraining
     from bittern.uptrain.pipeline import uptrain as run_pipeline
 
     chosen = {name: value for name, value in options.items() if value is not None}
     chosen["on_block"] = lambda event: _say(block_row(event))
     chosen["on_progress"] = lambda event: _say(point_row(event))
+    chosen["on_sampled"] = sampled_row
     manifest = run_pipeline(source, output, **chosen)
     if manifest is None:  # a process of torchrun that only helped
         return

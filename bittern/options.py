@@ -265,7 +265,11 @@ def uptrain_options(function: Command) -> Command:
             "--micro-batch", type=click.IntRange(min=1), default=4, show_default=True, help="Windows at once."
         ),
         click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Windows a step."),
-        click.option("--lr", type=click.FloatRange(min=0, min_open=True), default=1e-4, show_default=True),
+        click.option(
+            "--lr",
+            type=click.FloatRange(min=0, min_open=True),
+            help="The largest.  [default: 5e-5, and 3e-4 with mean or first]",
+        ),
         click.option(
             "--train",
             type=click.Choice(["blocks", "all", "attention"]),
@@ -301,7 +305,7 @@ def uptrain_options(function: Command) -> Command:
         click.option(
             "--passes",
             type=click.IntRange(min=0),
-            help="Of layer-wise distillation over these windows.  [default: 8, and 0 with mean or first]",
+            help="Of layer-wise distillation over these windows.  [default: 12, and 0 with mean or first]",
         ),
         click.option(
             "--group",

@@ -106,6 +106,11 @@ def measured_row(done: int, total: int) -> None:
     print(f"sensitivity: {done}/{total} blocks measured", file=sys.stderr, flush=True)
 
 
+def sampled_row(done: int, total: int) -> None:
+    """Say how much of its own text a model has written."""
+    print(f"text of the source's own: {done}/{total} windows written", file=sys.stderr, flush=True)
+
+
 def block_row(event: dict[str, Any]) -> str:
     """One block whose heads were merged: groups, and the errors of its output after each stage."""
     stages = [(name, event[f"error_{name}"]) for name in ("mean", "aligned", "solved", "distilled")]
@@ -127,6 +132,7 @@ def point_row(event: dict[str, Any]) -> str:
         f"loss {event['loss']:.4f}",
         f"KL {event['kl']:.4f}",
         f"nll {event['nll']:.4f}",
+        *([f"hidden {event['hidden']:.4f}"] if "hidden" in event else []),
         f"lr {event['lr']:.1e}",
         f"perplexity {event['perplexity']:.3f}",
         f"{clock(event['seconds'])} elapsed",

@@ -204,7 +204,10 @@ def test_the_model_itself_writes(with_bos: PreTrainedTokenizerFast) -> None:
         unit = model.model.embed_tokens.weight
         model.lm_head.weight.copy_(40 * (unit.roll(1, 0) + unit.roll(2, 0)) / 32**0.5)
     state = torch.get_rng_state()
-    found = load("self", with_bos, model=model, nsamples=40, seqlen=12, seed=3)
+    written: list[tuple[int, int]] = []
+    report = lambda done, total: written.append((done, total))  # noqa: E731
+    found = load("self", with_bos, model=model, nsamples=40, seqlen=12, seed=3, on_sampled=report)
+    assert written == [(32, 40), (40, 40)]
     assert torch.equal(torch.get_rng_state(), state)  # nobody else's randomness is touched
     assert found.ids.shape == (40, 12)
     assert (found.ids[:, 0] == 0).all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -243,11 +244,17 @@ def test_the_command_shows_blocks_points_and_the_label(
 ) -> None:
     source = make(tmp_path / "source", tokenizer)
     command = ["uptrain", str(source), "-o", str(tmp_path / "out"), "--kv-heads", "1", "--dataset", str(text)]
+    options = ["--batch-size", "4", "--init", "mean"]
     with pytest.raises(SystemExit) as ended:
-        main([*command, "--seqlen", "16", "--nsamples", "8", "--tokens", "0.2k", "--batch-size", "4", "--init", "mean"])
+        main([*command, "--seqlen", "16", "--nsamples", "8", "--tokens", "0.2k", "--sampled", "64", *options])
     shown = capsys.readouterr()
     assert ended.value.code == 0
     assert "1/2  model.layers.0  heads 0+1+2+3  mean 0." in shown.err and "step 4/4  256 tokens" in shown.err
+    assert "text of the source's own: 4/4 windows written" in shown.err
+    point = re.search(r"loss (\S+)  KL (\S+)  nll (\S+)  hidden (\S+)  lr", shown.err)
+    assert point is not None
+    loss, kl, nll, hidden = map(float, point.groups())
+    assert loss == pytest.approx(0.9 * kl + 0.1 * nll + 10 * hidden, rel=1e-3)
     assert "4 -> 1 key-value heads, 512 -> 128 bytes of fp16 cache a token" in shown.out
     with pytest.raises(SystemExit) as ended:
         main([*command, "--tokens", "many"])

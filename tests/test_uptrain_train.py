@@ -178,6 +178,15 @@ def test_training_brings_the_student_nearer(whole: tuple[Path, dict[str, Any]]) 
     assert whole[1]["training"]["tokens"] == 1920
 
 
+@pytest.mark.parametrize(("init", "lr"), [("aligned", 5e-5), ("mean", 3e-4)])
+def test_pooled_heads_are_trained_at_a_higher_rate(
+    source: Path, text: Path, tmp_path: Path, init: str, lr: float
+) -> None:
+    manifest = run(source, tmp_path / "out", text, tokens=64, init=init, lr=None)
+    assert manifest["options"]["lr"] == lr
+    assert manifest["training"]["curve"][0]["lr"] == lr
+
+
 def test_a_killed_run_goes_on_to_the_same_bytes_and_curve(
     source: Path, text: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:

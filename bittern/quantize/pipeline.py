@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bittern import model as live
 from bittern.artifact import Artifact
-from bittern.calibration import CalibrationTokens, load_tokens
+from bittern.calibration import CalibrationTokens, Sampled, load_tokens
 from bittern.checkpoint import Checkpoint, open_checkpoint
 from bittern.consumers import asks_dequantize, cannot_hold, check_target, choose_format, verdicts
 from bittern.convert.cast import DTYPES, cast_tensors, copied_tensors, refuse_quantized
@@ -81,6 +81,7 @@ def quantize(
     on_note: Callable[[str], None] | None = None,
     on_point: Callable[[dict[str, Any]], None] | None = None,
     on_measured: Callable[[int, int], None] | None = None,
+    on_sampled: Sampled | None = None,
 ) -> dict[str, Any]:
     """Quantize a checkpoint and write it in the format that its consumers read.
 
@@ -120,6 +121,7 @@ def quantize(
         on_prediction: called before the work with what it will take: seconds, bytes of memory at most, bytes to write.
         on_note: called with what a user should know before the work, a sentence each.
         on_measured: where an average is asked for, called with the blocks whose sensitivity is known and their number.
+        on_sampled: where the model writes its own text, see :func:`~bittern.calibration.load_tokens`.
 
     Returns:
         The manifest, which the artifact also holds; for a dry run, what it will take (see
@@ -157,7 +159,7 @@ def quantize(
         kept = copied_tensors(model, checkpoint, sources, solved, kept_dtype)
         tokens = None
         if method == "gptq" and not (dry_run and not Path(dataset).exists()):
-            tokens = _calibration(checkpoint, model, dataset, nsamples, seqlen, seed, chat_template)
+            tokens = _calibration(checkpoint, model, dataset, nsamples, seqlen, seed, chat_template, on_sampled)
         batches = [] if tokens is None else list(torch.split(tokens.ids, batch_size))
         mixed: dict[str, Any] = {}
         if isinstance(bits, float) and tokens is not None and not dry_run:
@@ -213,6 +215,7 @@ def quantize(
                     seed=seed,
                     device=place,
                     on_progress=on_point,
+                    on_sampled=on_sampled,
                 )
                 about |= {"tuning": tuned.record}
             with CheckpointWriter(
@@ -247,6 +250,7 @@ _NO_OPTIONS = (
     "on_note",
     "on_point",
     "on_measured",
+    "on_sampled",
 )
 """Arguments that do not shape the artifact."""
 
@@ -347,6 +351,7 @@ def _calibration(
     seqlen: int,
     seed: int,
     chat_template: bool,
+    on_sampled: Sampled | None,
 ) -> CalibrationTokens:
     context = context_length(model.config)
     if context is not None and seqlen > context:
@@ -360,6 +365,7 @@ def _calibration(
         chat_template=chat_template,
         vocab_size=model.config.get_text_config(decoder=True).vocab_size,
         model=lambda: live.load_dense(checkpoint),
+        on_sampled=on_sampled,
     )
 
 

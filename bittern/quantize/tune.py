@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bittern import model as live
+from bittern.calibration import Sampled
 from bittern.checkpoint import Checkpoint
 from bittern.errors import BitternError
 from bittern.evaluate import evaluate
@@ -137,6 +138,7 @@ def tune(
     seed: int,
     device: torch.device,
     on_progress: Callable[[dict[str, Any]], None] | None = None,
+    on_sampled: Sampled | None = None,
 ) -> Tuned:
     """Train the scales of the blocks in a work folder, and the model's norms.
 
@@ -154,6 +156,7 @@ def tune(
         seed: of the order of the windows.
         device: where to train.
         on_progress: called with each point of the curve.
+        on_sampled: see :func:`bittern.calibration.load_tokens`.
 
     Raises:
         BitternError: when the text has no two windows.
@@ -162,7 +165,14 @@ def tune(
     batch = max(1, BATCH // seqlen)
     steps = max(1, tokens // (batch * seqlen))
     held_out, windows = _text(
-        checkpoint, teacher, work.folder / f"windows-{steps * batch}.npy", dataset, seqlen, steps * batch, seed
+        checkpoint,
+        teacher,
+        work.folder / f"windows-{steps * batch}.npy",
+        dataset,
+        seqlen,
+        steps * batch,
+        seed,
+        on_sampled,
     )
     student = live.build(checkpoint.config)
     pieces = _pieces(teacher, student, sources, plan, work, device)
@@ -208,7 +218,14 @@ def tune(
 
 
 def _text(
-    checkpoint: Checkpoint, teacher: PreTrainedModel, path: Path, dataset: str, seqlen: int, count: int, seed: int
+    checkpoint: Checkpoint,
+    teacher: PreTrainedModel,
+    path: Path,
+    dataset: str,
+    seqlen: int,
+    count: int,
+    seed: int,
+    on_sampled: Sampled | None,
 ) -> tuple[Tensor, Windows]:
     """Windows to measure on, spread over the text, and those to train on."""
     if not path.exists():
@@ -222,6 +239,7 @@ def _text(
             vocab_size=vocabulary,
             model=teacher,
             seed=seed,
+            on_sampled=on_sampled,
         )
     windows = read_windows(path, seed)
     found = len(windows.ids)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bittern.calibration import BYTES_PER_TOKEN, load_tokens, read_texts
+from bittern.calibration import BYTES_PER_TOKEN, Sampled, load_tokens, read_texts
 from bittern.errors import BitternError
 from bittern.tokenizer import check_vocabulary, encode, leading_bos
 
@@ -58,6 +58,7 @@ def write_windows(
     sampled: int = 0,
     model: PreTrainedModel | None = None,
     seed: int = 0,
+    on_sampled: Sampled | None = None,
 ) -> int:
     """Tokenize a dataset into ``count`` windows, streamed, and put them into a file of NumPy's format.
 
@@ -74,6 +75,7 @@ def write_windows(
         sampled: of ``count``, windows that ``model`` writes, at temperature 1; the dataset gives the others.
         model: the source.
         seed: of the sampling.
+        on_sampled: called with the windows that the source has written and their number.
 
     Returns:
         The number of windows found.
@@ -84,7 +86,9 @@ def write_windows(
     written = [] if dataset == "self" else list(_windows(dataset, tokenizer, seqlen, count - sampled))
     missing = sampled if written else count
     if missing:
-        drawn = load_tokens("self", tokenizer, nsamples=missing, seqlen=seqlen, seed=seed, model=model)
+        drawn = load_tokens(
+            "self", tokenizer, nsamples=missing, seqlen=seqlen, seed=seed, model=model, on_sampled=on_sampled
+        )
         rows = drawn.ids.numpy().astype(np.int32)
         rows[1::2] = np.roll(rows[1::2], seqlen // 2, axis=1)  # the end of a text, BOS, its beginning
         written.append(rows)

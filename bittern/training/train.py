@@ -117,8 +117,8 @@ def shard(model: PreTrainedModel) -> None:
 def train(run: Run, options: Training, on_progress: Callable[[dict[str, Any]], None] | None = None) -> None:
     """Train from the state's step to the last one; the student's parameters are what comes of it.
 
-    ``run.story["curve"]`` gets a point per evaluation: step, tokens, loss, kl and nll as means of the steps since the
-    last point, lr, and perplexity on the held-out windows.
+    ``run.story["curve"]`` gets a point per evaluation: step, tokens, lr, perplexity on the held-out windows; and as
+    means since the last point the loss and its terms: kl, nll, and hidden where that has a weight.
 
     Args:
         run: see there; when ``story["step"]`` is not 0, the state is loaded first.
@@ -136,7 +136,7 @@ def train(run: Run, options: Training, on_progress: Callable[[dict[str, Any]], N
         for block in live.blocks(run.student)[1]:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     began, first = time.monotonic(), int(story["step"])
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = torch.zeros(4, dtype=torch.float64)
     seqlen = run.windows.ids.shape[1]
     for step in range(first, options.steps):
         lr = learning_rate(step, options)
@@ -150,7 +150,7 @@ def train(run: Run, options: Training, on_progress: Callable[[dict[str, Any]], N
         if done % options.eval_every and done != options.steps:
             continue
         since = done - (story["curve"][-1]["step"] if story["curve"] else 0)
-        loss, kl, nll = (sums / since).tolist()
+        loss, kl, nll, hidden = (sums / since).tolist()
         sums.zero_()
         perplexity = held_out_perplexity(run)
         _check(loss, perplexity, run, done, options)
@@ -160,9 +160,10 @@ def train(run: Run, options: Training, on_progress: Callable[[dict[str, Any]], N
             "loss": loss,
             "kl": kl,
             "nll": nll,
+            **({"hidden": hidden} if options.hidden_weight else {}),
             "lr": lr,
+            "perplexity": perplexity,
         }
-        point["perplexity"] = perplexity
         story["curve"].append(point)
         story["step"] = done
         save_state(run.path, run.parameters, optimizer, story, write=world()[0] == 0)
@@ -192,13 +193,13 @@ def cosine(share: float) -> float:
 
 
 def _step(run: Run, options: Training, step: int) -> Tensor:
-    """Gradients of one batch; loss, kl and nll over all processes, fp64 (3,)."""
+    """Gradients of one batch; loss, KL, nll and error of hidden states over all processes, fp64 (4,)."""
     rank, processes = world()
     start = run.first + step * options.batch_size
     windows = run.windows.take(start, start + options.batch_size)[rank::processes]
     device = next(iter(run.parameters.values())).device
     places = _places(windows.shape[1] - 1, options.logits, run.windows.seed + step).to(device)
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = torch.zeros(4, dtype=torch.float64)
     for ids in torch.split(windows, options.micro_batch):
         ids = ids.to(device)
         share = len(ids) / len(windows)
@@ -215,11 +216,12 @@ def _step(run: Run, options: Training, step: int) -> Tensor:
             targets = ids[:, places + 1].flatten()
             logits = student.logits.flatten(0, 1), teacher.logits.flatten(0, 1)
             loss, kl, nll = distillation_loss(*logits, targets, options.kl_weight)
+            hidden = loss.new_zeros(())
             if options.hidden_weight:  # the first are the embeddings
                 hidden = hidden_error(student.hidden_states[1:], teacher.hidden_states[1:])
                 loss = loss + options.hidden_weight * hidden
         (share * loss).backward()  # type: ignore[no-untyped-call]
-        sums += share * torch.stack([loss.detach(), kl, nll]).double().cpu()
+        sums += share * torch.stack([loss, kl, nll, hidden]).detach().double().cpu()
     if processes > 1:
         total = sums.to(device)
         dist.all_reduce(total)

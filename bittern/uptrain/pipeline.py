@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bittern import model as live
+from bittern.calibration import Sampled
 from bittern.checkpoint import Checkpoint, open_checkpoint
 from bittern.convert.cast import DTYPES, refuse_quantized
 from bittern.errors import BitternError
@@ -41,6 +42,7 @@ Report = Callable[[dict[str, Any]], None]
 
 
 _STATE, _WINDOWS, _LOCK = "state.safetensors", "windows.npy", ".lock"
+_LR, _LR_POOLED = 5e-5, 3e-4  # docs/log.md has what others gave
 _WAIT = timedelta(days=2)  # for the process that converts
 
 
@@ -59,7 +61,7 @@ def uptrain(
     sampled: int = 0,
     text: str | os.PathLike[str] | None = None,
     train: str = "blocks",
-    lr: float = 1e-4,
+    lr: float | None = None,
     batch_size: int = 8,
     micro_batch: int = 4,
     kl_weight: float = 0.9,
@@ -77,6 +79,7 @@ def uptrain(
     revision: str | None = None,
     on_block: Report | None = None,
     on_progress: Report | None = None,
+    on_sampled: Sampled | None = None,
 ) -> dict[str, Any] | None:
     """Turn multi-head or grouped-query attention into one with fewer key-value heads, and train the model back.
 
@@ -89,14 +92,15 @@ def uptrain(
         group: heads that share are ``similar`` or each other's ``neighbour``; by default similar, and neighbours where
             ``init`` only pools.
         init: ``aligned`` (merged in closed form, see :mod:`bittern.uptrain.merge`), ``mean`` or ``first``.
-        passes: of layer-wise distillation over the calibration windows; by default 8, and 0 where ``init`` only pools.
+        passes: of layer-wise distillation over the calibration windows; by default 12, and 0 where ``init`` only pools.
         dataset: text to calibrate and train on, see :func:`bittern.calibration.load_tokens`.
         nsamples, seqlen: calibration windows and their tokens.
         tokens: to train on, end to end; 0 only converts. Text that is shorter is shown again, in another order.
         sampled: of these, tokens of text that the source writes.
         text: a file to measure perplexity on; without it, windows of the dataset that are not trained on.
         train: ``blocks``, ``all`` or ``attention``: the parameters to train.
-        lr, batch_size, micro_batch, kl_weight, hidden_weight, weight_decay, logits, eval_every, recompute: see
+        lr: the largest; by default 5e-5, and 3e-4 where ``init`` only pools: that starts farther away.
+        batch_size, micro_batch, kl_weight, hidden_weight, weight_decay, logits, eval_every, recompute: see
             :class:`bittern.training.train.Training`.
         dtype: ``bf16``, ``fp16`` or ``fp32`` of the result; by default each tensor keeps its own.
         device: ``cpu``, ``cuda`` or ``auto``.
@@ -107,6 +111,7 @@ def uptrain(
         revision: of a Hub id.
         on_block: called with the record of each block, with ``index`` and ``total``.
         on_progress: called with each point of the curve.
+        on_sampled: called with the windows that the source has written and their number.
 
     Returns:
         The manifest, which the output also holds; None in all processes of torchrun but the first.
@@ -115,9 +120,11 @@ def uptrain(
         BitternError: for anything that a user can mend; before any work wherever it can be known.
     """
     given = {
-        key: value for key, value in locals().items() if key not in ("source", "output", "on_block", "on_progress")
+        key: value for key, value in locals().items() if key not in ("source", "output") and not key.startswith("on_")
     }
     started = time.monotonic()
+    if lr is None:
+        given["lr"] = _LR if init == "aligned" else _LR_POOLED
     recipe = _recipe(init, group, passes, seed)
     options = _training(given)
     with _processes(device) as (place, rank), open_checkpoint(source, revision) as checkpoint:
@@ -130,7 +137,19 @@ def uptrain(
         with _training_folder(Path(output), rank) as folder:
             settings = _settings(given, checkpoint)
             run = _prepare(
-                folder, checkpoint, counts, kv_heads, recipe, options, given, settings, held_out, place, rank, on_block
+                folder,
+                checkpoint,
+                counts,
+                kv_heads,
+                recipe,
+                options,
+                given,
+                settings,
+                held_out,
+                place,
+                rank,
+                on_block,
+                on_sampled,
             )
             if options.steps > run.story["step"]:
                 _train(run, options, on_progress if rank == 0 else None)
@@ -278,6 +297,7 @@ def _prepare(
     place: torch.device,
     rank: int,
     on_block: Report | None,
+    on_sampled: Sampled | None,
 ) -> Run:
     """Windows and a converted student, from the state of an earlier run or made now by the first process."""
     state = folder / _STATE
@@ -287,7 +307,7 @@ def _prepare(
     student = make_student(teacher, checkpoint.config, kv_heads)
     parameters = trained_parameters(student, options.trained if options.steps else "attention")
     if rank == 0 and not state.exists():
-        story = _convert(folder, checkpoint, teacher, student, counts, recipe, given, text, on_block)
+        story = _convert(folder, checkpoint, teacher, student, counts, recipe, given, text, on_block, on_sampled)
         # Frozen parameters are the teacher's own tensors; what is trained gets memory of its own.
         save_state(state, parameters, None, {**story, "settings": settings, "step": 0, "curve": []})
     if world()[1] > 1:
@@ -326,6 +346,7 @@ def _convert(
     given: dict[str, Any],
     text: Tensor | None,
     on_block: Report | None,
+    on_sampled: Sampled | None,
 ) -> dict[str, Any]:
     """Read the text, regroup the student's heads; what is to be known of both."""
     seqlen, wanted = given["seqlen"], given["nsamples"] + -(-given["tokens"] // given["seqlen"])
@@ -341,6 +362,7 @@ def _convert(
         sampled=given["sampled"] // seqlen,
         model=teacher,
         seed=given["seed"],
+        on_sampled=on_sampled,
     )
     windows, held_out = _split(read_windows(folder / _WINDOWS, given["seed"]), text, given)
     calibration = windows.take(0, min(given["nsamples"], len(windows.ids)))
