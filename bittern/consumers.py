@@ -262,7 +262,8 @@ def _vllm(layout: Layout) -> tuple[bool, str]:
     if layout.format == "compressed-tensors":
         marlin = layout.bits <= {4, 8} and layout.groups <= set(_MARLIN_GROUPS) and (layout.sym or layout.bits == {4})
         condition = _MARLIN if marlin else "on CUDA, by its Humming kernels"
-        return _answer(_wrong_group(layout, _HUMMING_GROUPS) or _split_fused(layout), condition)
+        head = "its Humming kernels take no packed lm_head" if "lm_head" in layout.packed and not marlin else None
+        return _answer(_wrong_group(layout, _HUMMING_GROUPS) or head or _split_fused(layout), condition)
     return _served(layout)
 
 
@@ -273,6 +274,8 @@ def _sglang(layout: Layout) -> tuple[bool, str]:
         refusal = _wrong_bits(layout, (4, 8), "its compressed-tensors")
         if not layout.sym:
             refusal = refusal or _wrong_bits(layout, (4,), "its asymmetric compressed-tensors")
+        if "lm_head" in layout.packed:
+            refusal = refusal or "silently wrong logits from a packed lm_head, which it leaves empty"
         return _answer(refusal or _wrong_group(layout, _MARLIN_GROUPS) or _split_fused(layout), _MARLIN)
     if layout.experts and layout.mixed and layout.format in (V1, V2):
         return False, "layers of different grids: it reads those of experts from no `dynamic`"

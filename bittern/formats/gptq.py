@@ -222,9 +222,10 @@ def config(
         "pack_dtype": "int32",
         "meta": {"quantizer": [f"bittern:{__version__}"]},
     }
-    inner = {name: grid for name, grid in layers.items() if re.search(r"\.\d+\.", name)}  # without the head
-    if any(grid != spec for grid in inner.values()):
-        result["dynamic"] = _dynamic(spec, inner)
+    inner = {name: grid for name, grid in layers.items() if re.search(r"\.\d+\.", name)}
+    told = inner | kept  # a head only where it is packed
+    if any(grid != spec for grid in told.values()):
+        result["dynamic"] = _dynamic(spec, told)
         result["modules_in_block_to_quantize"] = [_kept_modules(inner)]
     return result
 

@@ -28,6 +28,7 @@ from bittern.model import Piece
 from bittern.quantize.effort import pick_effort
 from bittern.quantize.mixed import PlanOf, alternating, check_average, free_matrices, mix
 from bittern.quantize.output import config_files, describe, finish, to_gguf, write_kept, write_layers
+from bittern.quantize.outside import check_embedding, outside_matrices, write_outside
 from bittern.quantize.plan import Plan, make_plan
 from bittern.quantize.preflight import Job, artifact_bytes, gguf_bytes, predict
 from bittern.quantize.resume import WorkFolder, decided_by, stored_bytes
@@ -67,6 +68,8 @@ def quantize(
     damp_percent: float = 0.01,
     layers: Sequence[tuple[str, int]] = (),
     skip: Sequence[str] = (),
+    embed_bits: int | None = None,
+    lm_head_bits: int | None = None,
     dtype: str | None = None,
     device: str = "auto",
     batch_size: int = 8,
@@ -107,6 +110,7 @@ def quantize(
         damp_percent: damping of the Hessian as a share of its mean diagonal, in (0, 1).
         layers: (regular expression, bits) for layers of other bits.
         skip: regular expressions of layers to leave in 16 bits.
+        embed_bits, lm_head_bits: 8 packs the embedding, and a head of its own; None leaves them in 16 bits.
         dtype: ``bf16``, ``fp16`` or ``fp32`` for what is not quantized. By default the source's, and
             fp16 for an fp32 source.
         device: ``cpu``, ``cuda`` or ``auto``.
@@ -136,18 +140,23 @@ def quantize(
     place, stages = live.pick_device(device), pick_effort(effort)
     with open_checkpoint(source, revision) as checkpoint:
         refuse_quantized(checkpoint)
-        check_output(Path(output), checkpoint.path, overwrite)
+        if not is_gguf(output):  # of a file, check_gguf is the judge
+            check_output(Path(output), checkpoint.path, overwrite)
         model = live.build(checkpoint.config)
         sources = live.weight_map(model, checkpoint.tensors)
         prefix, blocks = live.blocks(model)
         matrices = [live.matrices(model, f"{prefix}.{position}", sources) for position in range(len(blocks))]
-        plan_of = partial(make_plan, matrices, group_size=group_size, sym=sym, layer_bits=layers, skip=skip)
+        outside = outside_matrices(model, sources, embed_bits, lm_head_bits)
+        plan_of = partial(
+            make_plan, matrices, outside=outside, group_size=group_size, sym=sym, layer_bits=layers, skip=skip
+        )
         if isinstance(bits, float):
             check_average(plan_of, bits)
         plan = plan_of(alternating(matrices) if isinstance(bits, float) else bits)
         wanted = "gguf" if format is None and target is None and is_gguf(output) else format
         chosen, packing = _choose_packing(checkpoint, model, plan, wanted, target, damp_percent)
         check_name(output, chosen)
+        check_embedding(embed_bits, chosen)
         folder = Path(output)
         if chosen == "gguf":
             from bittern.convert.gguf import check_gguf
@@ -155,7 +164,7 @@ def quantize(
             check_gguf(checkpoint, plan.layers, Path(output), overwrite)
             folder = Path(output).with_name(f".{Path(output).name}.quantized")
         kept_dtype = _kept_dtype(checkpoint, dtype)
-        solved = {matrix.parameter for block in plan.blocks for matrix, _ in block}
+        solved = {matrix.parameter for block in (*plan.blocks, plan.outside) for matrix, _ in block}
         kept = copied_tensors(model, checkpoint, sources, solved, kept_dtype)
         tokens = None
         if method == "gptq" and not (dry_run and not Path(dataset).exists()):
@@ -227,6 +236,7 @@ def quantize(
             ) as writer:
                 write_kept(checkpoint, writer, kept, changed, tuned)
                 records = write_layers(work, len(plan.blocks), writer, packing, tuned)
+                records += write_outside(checkpoint, sources, plan, writer, packing, on_progress)
                 left_out += tuned.notes if tuned is not None else []
                 manifest = describe(job, options, tokens, records, left_out, spent + time.monotonic() - started)
                 trained = tuned.norms if tuned is not None else ()
@@ -326,9 +336,9 @@ def _choose_packing(
 def _all_layers(
     model: PreTrainedModel, sources: dict[str, tuple[Piece, ...]], plan: Plan
 ) -> dict[str, QuantSpec | None]:
-    """The grid of every matrix; an output head of its own stays floats."""
+    """The grid of every matrix, of an output head of its own too."""
     head = sources.get(f"{live.output_head(model)}.weight", ())
-    return {**plan.layers, **{piece.name.removesuffix(".weight"): None for piece in head}}
+    return {piece.name.removesuffix(".weight"): None for piece in head} | plan.layers
 
 
 def _kept_dtype(checkpoint: Checkpoint, asked: str | None) -> torch.dtype:
@@ -373,7 +383,7 @@ def _solve(
     solver: Solver, batches: list[Tensor], work: WorkFolder, on_progress: Callable[[dict[str, Any]], None] | None
 ) -> None:
     """Every block into the work folder, and a word of every layer that was solved for it."""
-    total = sum(grid is not None for grid in solver.plan.layers.values())
+    total = len(solver.plan.shapes)
     index = sum(len(matrix.parts) for position in work.finished for matrix, _ in solver.plan.blocks[position])
     for record in solver.solve(batches, work):
         if on_progress is not None:

@@ -30,11 +30,13 @@ class Plan:
         blocks: for every block, its quantized matrices and their grids.
         layers: grid of every layer of the blocks by checkpoint name; None where it is kept in 16 bits.
         kept: why, for those that are kept.
+        outside: embedding and head, where they are packed (see :mod:`bittern.quantize.outside`).
     """
 
     blocks: list[list[tuple[Matrix, QuantSpec]]] = field(default_factory=list)
     layers: dict[str, QuantSpec | None] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
+    outside: list[tuple[Matrix, QuantSpec]] = field(default_factory=list)
 
     @property
     def group_size(self) -> int:
@@ -51,14 +53,14 @@ class Plan:
         """(out_features, in_features) of every quantized layer."""
         return {
             name: (stop - start, matrix.in_features)
-            for block in self.blocks
+            for block in (*self.blocks, self.outside)
             for matrix, _ in block
             for name, start, stop in matrix.parts
         }
 
     def packed_tensors(self, packing: Packing) -> list[TensorInfo]:
         """The tensors that the quantized layers become."""
-        grids = {name: spec for block in self.blocks for matrix, spec in block for name, _, _ in matrix.parts}
+        grids = {name: spec for name, spec in self.layers.items() if spec is not None}
         return [info for name, shape in self.shapes.items() for info in packing.plan(name, *shape, grids[name])]
 
     @property
@@ -74,6 +76,7 @@ def make_plan(
     sym: bool,
     layer_bits: Sequence[tuple[str, int]] = (),
     skip: Sequence[str] = (),
+    outside: Sequence[tuple[Matrix, int]] = (),
 ) -> Plan:
     """Choose the grid of every matrix.
 
@@ -83,6 +86,7 @@ def make_plan(
         group_size: a size, -1, or ``auto``: the largest of 128, 64 and 32 that divides every layer.
         layer_bits: (regular expression, bits): the last one found in a layer's name holds.
         skip: regular expressions; layers with one of them found in their name are kept.
+        outside: matrices outside of the blocks, and their bits.
 
     Raises:
         BitternError: for a pattern that matches nothing, a group size that does not fit, or a model
@@ -106,11 +110,17 @@ def make_plan(
     matrices_left = [matrix for block in chosen for matrix, _ in block]
     if not matrices_left:
         raise BitternError("nothing to quantize: every layer is skipped or has a shape that 32 does not divide")
-    size = _fit_group_size(group_size, matrices_left)
+    for matrix, _ in outside:
+        reason = _why_kept(matrix, [])
+        if reason is not None:
+            raise BitternError(f"{matrix.parts[0][0]}: {reason}; leave it in 16 bits")
+    size = _fit_group_size(group_size, [*matrices_left, *(matrix for matrix, _ in outside)])
     for block in chosen:
         entries = [(matrix, QuantSpec(layer, size, sym)) for matrix, layer in block]
         plan.blocks.append(entries)
         plan.layers.update({part: spec for matrix, spec in entries for part, _, _ in matrix.parts})
+    plan.outside.extend((matrix, QuantSpec(layer, size)) for matrix, layer in outside)
+    plan.layers.update({part: spec for matrix, spec in plan.outside for part, _, _ in matrix.parts})
     return plan
 
 

@@ -156,7 +156,7 @@ def predict(job: Job, size: int, started: float) -> Prediction:
         started: when it began, by ``time.monotonic``; what was done since counts, finding out all this too.
     """
     grids = {(matrix.in_features, spec) for block in job.plan.blocks for matrix, spec in block}
-    specs = {spec for _, spec in grids}
+    specs = {spec for _, spec in (*grids, *job.plan.outside)}
     read, write = _read_rate(job), {spec: _write_rate(job.packing, spec) for spec in specs}
     rounding = {} if job.samples else {spec: _rounding_rate(spec) for spec in specs}
     if job.samples:
@@ -186,6 +186,11 @@ def predict(job: Job, size: int, started: float) -> Prediction:
     if job.samples and job.effort.tune:
         stages["training of scales and norms"] = _tuning_seconds(job, blocks, scale)
         held.append(_tuning_bytes(job))
+    for matrix, spec in job.plan.outside:
+        count = matrix.out_features * matrix.in_features
+        took_each = _FP32 * read + _rounding_rate(spec) + write[spec].seconds
+        stages["embedding and head"] = stages.get("embedding and head", 0.0) + count * took_each
+        held.append(count * (_FP32 + write[spec].bytes))
     stages["start"] = time.monotonic() - started
     stages["everything else"] = 2 * read * sum(_FP32 * info.numel for info, _ in job.kept)
     pieces = min(_PIECES, 3 * sum(job.checkpoint.tensors[stored].nbytes for _, stored in job.kept))

@@ -191,7 +191,7 @@ class Solver:
         outcome = {"method": "rtn", "damp": None, "tokens": 0, "fallback": None}
         for matrix, spec in entries.items():
             began = time.monotonic()
-            yield from _layers(
+            yield from layers_of(
                 matrix, round_to_nearest(live.get_weight(self.model, matrix), spec), None, outcome, began
             )
 
@@ -222,7 +222,7 @@ class Solver:
                 rows = slice(start, start + matrix.out_features)
                 start = rows.stop
                 live.get_weight(self.model, matrix).copy_(_rows(weight, rows).dequantize())
-                yield from _layers(
+                yield from layers_of(
                     matrix, _rows(weight, rows), None if losses is None else losses[:, rows], outcome, began
                 )
                 began = time.monotonic()
@@ -269,7 +269,7 @@ def _rows(weight: QuantWeight, rows: slice) -> QuantWeight:
     return QuantWeight(weight.codes[rows], weight.scales[rows], weight.zeros[rows], weight.spec)
 
 
-def _layers(
+def layers_of(
     matrix: Matrix, weight: QuantWeight, loss: Tensor | None, outcome: dict[str, Any], began: float
 ) -> Iterator[Layer]:
     """The checkpoint layers that a matrix is made of.
