@@ -174,6 +174,17 @@ def with_origin(manifest: dict[str, Any], origin: dict[str, Any] | None) -> dict
     return {**manifest, "origin": before, "measured": {**manifest["measured"], "origin": origin.get("measured")}}
 
 
+def changed_names(manifest: Any) -> set[str]:
+    """The tensors and packed layers that a manifest, or one in its chain of origins, says were changed on purpose."""
+    found: set[str] = set()
+    while isinstance(manifest, dict):
+        found |= {str(name) for name in manifest.get("changed") or ()}
+        layers = [layer for layer in manifest.get("layers") or () if isinstance(layer, dict)]
+        found |= {str(layer["layer"]) for layer in layers if layer.get("rescaled")}
+        manifest = manifest.get("origin")
+    return found
+
+
 def runs(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     """Every run of a manifest that keeps to the schema, the first one first, each with its own ``measured``.
 

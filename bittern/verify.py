@@ -21,7 +21,7 @@ from torch import Tensor
 from bittern.checkpoint import Checkpoint, contained, open_checkpoint, read_json
 from bittern.compare import Comparison, View
 from bittern.errors import BitternError, first_line
-from bittern.report import MANIFEST_FILE, file_record, runs
+from bittern.report import MANIFEST_FILE, changed_names, file_record, runs
 from bittern.runtime.load import load
 from bittern.schema import problem
 from bittern.tokenizer import check_vocabulary, context_length
@@ -135,7 +135,7 @@ def verify(
                 source = View(base)
                 checks.append(_config(view, source))
                 inexact = _allows_inexact(folder)
-                changed = _changed(folder)
+                changed = _changed(view.artifact.checkpoint)
                 comparison = Comparison(
                     view, source, inexact, changed, lambda done, total: step("source values", done, total)
                 )
@@ -300,16 +300,12 @@ def _allows_inexact(folder: Path) -> bool:
     return isinstance(options, dict) and options.get("allow_inexact") is True
 
 
-def _changed(folder: Path) -> set[str]:
-    """What the manifest of this artifact, or of what it was made of, says was changed on purpose."""
-    path = folder / MANIFEST_FILE
-    manifest = read_json(path) if path.is_file() else None
-    found: set[str] = set()
-    while isinstance(manifest, dict):
-        found |= {str(name) for name in manifest.get("changed") or ()}
-        found |= {str(layer["layer"]) for layer in manifest.get("layers") or () if layer.get("rescaled")}
-        manifest = manifest.get("origin")
-    return found
+def _changed(checkpoint: Checkpoint) -> set[str]:
+    """What was changed on purpose: a GGUF file says so itself, of other artifacts the manifest does."""
+    if checkpoint.gguf is not None:
+        return set(checkpoint.gguf.changed)
+    path = checkpoint.path / MANIFEST_FILE
+    return changed_names(read_json(path)) if path.is_file() else set()
 
 
 def _source_tensors(comparison: Comparison) -> Check:
@@ -333,7 +329,7 @@ def _source_values(comparison: Comparison) -> Check:
         steps = f" within {comparison.steps:.2g} steps" if comparison.steps else ""
         found.append(f"{len(comparison.layers)} packed layers equal{steps}, {len(comparison.same_codes)} in codes too")
     if comparison.changed:
-        found.append(f"{len(comparison.changed)} tensors rescaled or trained as the manifest says: the logits tell")
+        found.append(f"{len(comparison.changed)} tensors rescaled or trained as the artifact says: the logits tell")
     if comparison.errors:
         worst = ", ".join(f"{name} {error:.4f}" for name, error in comparison.worst)
         found.append(f"{len(comparison.errors)} layers quantized, largest relative errors: {worst}")

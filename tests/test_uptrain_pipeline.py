@@ -24,7 +24,8 @@ from bittern.schema import read_manifest
 from bittern.uptrain.heads import Counts
 from bittern.uptrain.output import degraded
 from bittern.uptrain.pipeline import uptrain
-from bittern.uptrain.regroup import Recipe, regroup
+from bittern.replay import BlockCall
+from bittern.uptrain.regroup import Recipe, Stream, block_error, regroup
 from bittern.uptrain.student import make_student
 from tests import tiny
 
@@ -188,6 +189,16 @@ def test_each_stage_brings_a_block_nearer_to_the_source() -> None:
         assert stages == sorted(stages, reverse=True) and stages[3] < 0.9 * stages[1]
     assert [record["layer"] for record in records] == ["model.layers.0", "model.layers.1"]
     assert live.blocks(student)[1][0].self_attn.k_proj.out_features == 16  # type: ignore[union-attr]
+
+
+def test_an_attention_sink_counts_as_any_other_position() -> None:
+    generator = torch.Generator().manual_seed(0)
+    block = torch.nn.Linear(8, 8, bias=False)
+    stream = Stream([BlockCall((), {})], *([torch.randn(2, 5, 8, generator=generator)] for _ in range(3)))
+    error = block_error(block, stream)
+    for states in (stream.source, stream.target, stream.state):
+        states[0][:, 0] *= 1000
+    assert block_error(block, stream) == pytest.approx(error, rel=1e-5)
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path, text: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -355,6 +355,15 @@ def test_a_gguf_file_against_what_it_was_and_back(source: Path, packed: Path, tm
     assert verify(tmp_path / "plain.gguf", source, text=words).passed
 
 
+def test_a_gguf_file_says_what_was_rescaled(source: Path, text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    file = tmp_path / "out.gguf"
+    bittern.quantize(source, file, **{**SMALL, "method": "gptq", "dataset": str(text)})
+    found = verify(file, source, text=" ".join(tiny.WORDS))
+    assert "rescaled or trained as the artifact says" in check(found, "source values").detail
+    assert found.passed, [(each.name, each.detail) for each in found.checks]
+
+
 def test_another_gguf_file_of_the_same_shape_is_found(source: Path, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     other = tiny.save(tiny.random_model(seed=1), tmp_path / "other")

@@ -28,10 +28,10 @@ from bittern.convert.gguf_tensors import PlannedTensor, pieces, plan_tensors
 from bittern.convert.gguf_vocabulary import Vocabulary, read_vocabulary
 from bittern.errors import BitternError
 from bittern.formats.gguf import BLOCK_BYTES, refuse
-from bittern.formats.gguf_file import GRIDS_KEY
+from bittern.formats.gguf_file import CHANGED_KEY, GRIDS_KEY
 from bittern.formats.packing import check_name
 from bittern.origin import LICENCE_KEYS, checkpoint_card
-from bittern.report import MANIFEST_FILE
+from bittern.report import MANIFEST_FILE, changed_names
 from bittern.shards import write_elements
 from bittern.weight import QuantSpec
 from bittern.writer import explained, fsync
@@ -264,6 +264,9 @@ def _write_origin(writer: Any, artifact: Artifact) -> None:
     source = {"name": checkpoint.source, "revision": checkpoint.revision}
     if checkpoint.gguf is None and path.is_file():
         manifest = read_json(path)
+        changed = changed_names(manifest)
+        if changed:
+            writer.add_array(CHANGED_KEY, sorted(changed))
         while isinstance(manifest.get("origin"), dict):  # of what was repacked
             manifest = manifest["origin"]
         source = manifest.get("source") or source

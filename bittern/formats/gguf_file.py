@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 Processor = Any  # transformers' TensorProcessor, which has no annotations
 
 GRIDS_KEY = "bittern.grids"
+CHANGED_KEY = "bittern.changed"
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class GgufFile:
         layers: the layers whose blocks are grids of bittern's own, which :meth:`read_packed` reads.
         nbytes: tensor -> the bytes that it takes in the file.
         card: what its metadata say of licence and language, by the names that a model card has for it.
+        changed: tensors and layers that bittern has rescaled or trained on purpose.
     """
 
     def __init__(
@@ -64,9 +66,11 @@ class GgufFile:
         infos: Mapping[str, TensorInfo],
         packed: Mapping[str, _Stored],
         card: Mapping[str, Any],
+        changed: Iterable[str],
     ) -> None:
         self.path = path
         self.card = dict(card)
+        self.changed = tuple(changed)
         self._parts = parts
         self._names = names
         self._processor = processor
@@ -167,7 +171,7 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo], GgufFi
     infos = {name: TensorInfo(name, torch.float32, state[name]) for name in parts}
     packed = _packed_layers(parts, names, processor, model, _grids(path, reader))
     card = {name: found for name, key in _CARD.items() if (found := _field(reader, key)) is not None}
-    return config, infos, GgufFile(path, parts, names, processor, infos, packed, card)
+    return config, infos, GgufFile(path, parts, names, processor, infos, packed, card, _changed(path, reader))
 
 
 _CARD = {
@@ -227,6 +231,14 @@ def _grids(path: Path, reader: GGUFReader) -> dict[str, Any] | None:
         return {"default": QuantSpec(**found["default"]), "layers": grids}
     except (ValueError, TypeError, KeyError, AttributeError, BitternError) as error:
         raise BitternError(f"{path}: {GRIDS_KEY}: expected a default grid and those of layers: {error}") from error
+
+
+def _changed(path: Path, reader: GGUFReader) -> list[str]:
+    """What bittern wrote of the tensors that are not meant to be the source's."""
+    found = _field(reader, CHANGED_KEY) or []
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise BitternError(f"{path}: {CHANGED_KEY}: expected names, found {found!r}")
+    return found
 
 
 def _packed_layers(

@@ -88,6 +88,14 @@ class Stream:
     target: list[Tensor]
     state: list[Tensor]
 
+    def weights(self, index: int) -> Tensor:
+        """What a squared error at each position of a batch counts, (windows, positions, 1).
+
+        Hidden states are normalized before they are used, so an error matters by their length, and attention sinks are
+        hundreds of times as long as other positions.
+        """
+        return 1 / self.target[index].square().mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+
 
 def regroup(
     teacher: PreTrainedModel, student: PreTrainedModel, batches: Sequence[Tensor], recipe: Recipe, counts: Counts
@@ -265,12 +273,14 @@ def _rotary(
 
 @torch.no_grad()
 def block_error(block: nn.Module, stream: Stream) -> float:
-    """The error of the new block's output over what the source's block adds to its input, on the first batches."""
+    """The error of the new block's output over what the source's block adds to its input, on the first batches; each
+    position counts as :meth:`Stream.weights` says."""
     wrong = whole = 0.0
     for index in range(min(_JUDGED, len(stream.calls))):
         output = stream.calls[index].run(block, stream.state[index])
-        wrong += float((output - stream.target[index]).double().square().sum())
-        whole += float((stream.target[index] - stream.source[index]).double().square().sum())
+        root = stream.weights(index).sqrt()
+        wrong += float(((output - stream.target[index]) * root).double().square().sum())
+        whole += float(((stream.target[index] - stream.source[index]) * root).double().square().sum())
     return math.sqrt(wrong / whole) if whole > 0 else math.sqrt(wrong)
 
 
@@ -307,12 +317,13 @@ def lesson(block: nn.Module, attention: str, stream: Stream, outputs: Sequence[T
     calls: list[BlockCall] = []
     inputs: list[Tensor] = []
     try:
-        for call, state, *targets in zip(stream.calls, stream.state, outputs, drifted, strict=True):
+        for index, (call, state, *targets) in enumerate(zip(stream.calls, stream.state, outputs, drifted, strict=True)):
             call.run(block, state)
             rows = features.pop().flatten(0, -2)
-            gram += (rows.T @ rows).double()
+            weighted = (rows * stream.weights(index).flatten(0, -2)).T
+            gram += (weighted @ rows).double()
             for total, target in zip(sums, targets, strict=True):
-                total += (rows.T @ (target - bias).flatten(0, -2)).double()
+                total += (weighted @ (target - bias).flatten(0, -2)).double()
             args, kwargs = found.pop()
             kwargs = dict(kwargs)
             inputs.append(args[0] if args else kwargs.pop("hidden_states"))
@@ -350,7 +361,7 @@ def distill(block: nn.Module, attention: str, stream: Stream, lesson: Lesson, re
         for step, index in enumerate(order):
             optimizer.param_groups[0]["lr"] = recipe.lr * min(1.0, (step + 1) / _WARMUP) * cosine(step / len(order))
             output = lesson.calls[index].run(module, lesson.inputs[index])
-            loss = (output - lesson.targets[index]).square().mean()
+            loss = ((output - lesson.targets[index]).square() * stream.weights(index)).mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
