@@ -19,12 +19,12 @@ from bittern import model as live
 from bittern.cli import main
 from bittern.errors import BitternError
 from bittern.page.page import write_page
+from bittern.replay import BlockCall
 from bittern.report import runs
 from bittern.schema import read_manifest
 from bittern.uptrain.heads import Counts
 from bittern.uptrain.output import degraded
 from bittern.uptrain.pipeline import uptrain
-from bittern.replay import BlockCall
 from bittern.uptrain.regroup import Recipe, Stream, block_error, regroup
 from bittern.uptrain.student import make_student
 from tests import tiny
