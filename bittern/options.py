@@ -12,7 +12,6 @@ Command = Callable[..., int | None]
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 DTYPE = click.Choice(["bf16", "fp16", "fp32"])
-EIGHT = click.IntRange(8, 8)  # bits of what stands outside of the blocks
 NEW_TOKENS = 256  # that are written at most when no number is given
 
 
@@ -127,9 +126,9 @@ def quantize_options(function: Command) -> Command:
             help="Other bits for layers whose name matches.",
         ),
         click.option(
-            "--embed-bits", type=EIGHT, metavar="8", help="Pack the embedding too (gguf, mlx); a tied head with it."
+            "--embed-bits", type=click.Choice([8]), help="Pack the embedding too (gguf, mlx); a tied head with it."
         ),
-        click.option("--lm-head-bits", type=EIGHT, metavar="8", help="Pack an output head of its own too."),
+        click.option("--lm-head-bits", type=click.Choice([8]), help="Pack an output head of its own too."),
         click.option(
             "--damp-percent", type=float, default=0.01, show_default=True, help="Damping over the mean diagonal of H."
         ),
