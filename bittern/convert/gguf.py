@@ -258,7 +258,7 @@ def _write_header(
 
 
 def _write_origin(writer: Any, artifact: Artifact) -> None:
-    """Names: of the model, of what it was made from where that is known, its licence, and who quantized it."""
+    """Names of model and source, where that is known; what was changed on purpose, the licence, who quantized it."""
     checkpoint = artifact.checkpoint
     path = checkpoint.folder / MANIFEST_FILE
     source = {"name": checkpoint.source, "revision": checkpoint.revision}

@@ -28,7 +28,8 @@ class Plan:
 
     Attributes:
         blocks: for every block, its quantized matrices and their grids.
-        layers: grid of every layer of the blocks by checkpoint name; None where it is kept in 16 bits.
+        layers: grid of every layer of the blocks by checkpoint name, None where it is kept in 16 bits; and of those
+            outside that are packed.
         kept: why, for those that are kept.
         outside: embedding and head, where they are packed (see :mod:`bittern.quantize.outside`).
     """

@@ -158,7 +158,8 @@ def predict(job: Job, size: int, started: float) -> Prediction:
     grids = {(matrix.in_features, spec) for block in job.plan.blocks for matrix, spec in block}
     specs = {spec for _, spec in (*grids, *job.plan.outside)}
     read, write = _read_rate(job), {spec: _write_rate(job.packing, spec) for spec in specs}
-    rounding = {} if job.samples else {spec: _rounding_rate(spec) for spec in specs}
+    rounded = {spec for _, spec in job.plan.outside} if job.samples else specs
+    rounding = {spec: _rounding_rate(spec) for spec in rounded}
     if job.samples:
         samples, positions = _tried(job)
         blocks = rehearse_blocks(job.model, job.sources, job.plan, job.device, samples, positions)
@@ -188,8 +189,8 @@ def predict(job: Job, size: int, started: float) -> Prediction:
         held.append(_tuning_bytes(job))
     for matrix, spec in job.plan.outside:
         count = matrix.out_features * matrix.in_features
-        took_each = _FP32 * read + _rounding_rate(spec) + write[spec].seconds
-        stages["embedding and head"] = stages.get("embedding and head", 0.0) + count * took_each
+        each = _FP32 * read + rounding[spec] + write[spec].seconds
+        stages["embedding and head"] = stages.get("embedding and head", 0.0) + count * each
         held.append(count * (_FP32 + write[spec].bytes))
     stages["start"] = time.monotonic() - started
     stages["everything else"] = 2 * read * sum(_FP32 * info.numel for info, _ in job.kept)

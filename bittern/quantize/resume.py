@@ -36,8 +36,6 @@ from bittern.weight import QuantSpec, QuantWeight
 from bittern.writer import explained, fsync, lock_folder, replace_file
 
 WITHOUT_EFFECT = (
-    "embed_bits",
-    "lm_head_bits",
     "tune_tokens",
     "dataset",
     "format",
