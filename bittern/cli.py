@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bittern import __version__
-from bittern.errors import BitternError, describe, notes_of, printable
+from bittern.errors import AlsoFailed, BitternError, describe, notes_of, printable
 from bittern.options import (
     DTYPE,
     FORMATS,
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if state["verbose"]:
             traceback.print_exc()
-        code = _fail(describe(error), FAILED)
+        code = FAILED if isinstance(error, AlsoFailed) else _fail(describe(error), FAILED)
     sys.exit(code or DONE)
 
 
@@ -128,7 +128,7 @@ def convert(source: str, as_json: bool, **options: Any) -> None:
 @device_option
 @json_option
 def quantize(source: str, output: Path, as_json: bool, **options: Any) -> None:
-    """Quantize SOURCE with GPTQ, or by rounding to nearest."""
+    """Quantize SOURCE with GPTQ, or by rounding to nearest. Runs under torchrun too."""
     from bittern.progress import expected, layer_rows, measured_row, point_row, preflight, quantization, sampled_row
     from bittern.quantize.pipeline import quantize as run_pipeline
 
@@ -143,6 +143,8 @@ def quantize(source: str, output: Path, as_json: bool, **options: Any) -> None:
             "on_point": lambda point: _say(point_row(point)),
         }
         found = run_pipeline(source, output, **chosen, on_prediction=lambda prediction: _say(expected(prediction)))
+    if not found:  # a process of torchrun that only helped
+        return
     for note in found["notes"]:
         _say(f"note: {note}")
     if as_json:

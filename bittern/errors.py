@@ -19,6 +19,10 @@ class BitternError(Exception):
         super().__init__(printable(message))
 
 
+class AlsoFailed(BitternError):
+    """Raised in a process of torchrun when another has failed and says why: the command line says nothing then."""
+
+
 def printable(text: str, whole: bool = False) -> str:
     """A text that a terminal shows as one line and that cannot command the terminal; cut short unless ``whole``."""
     if len(text) > _MAX_CHARACTERS and not whole:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import time
@@ -46,7 +47,7 @@ def layer_rows() -> Iterator[Callable[[dict[str, Any]], None]]:
         row = f"{layer_row(event)}  {elapsed} elapsed  {left(event)} left  {size(peak_memory())} peak"
         print(row, file=sys.stderr, flush=True)
 
-    if not console.is_terminal:
+    if not console.is_terminal or os.environ.get("RANK", "0") != "0":  # helpers of torchrun have no rows
         yield plain
         return
     columns = (

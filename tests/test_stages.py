@@ -100,7 +100,7 @@ def test_a_batch_that_misses_a_stage_is_an_error() -> None:
 
 
 def drift_of(given: Tensor, exact: Tensor, batches: int = 4) -> Drift:
-    drift = Drift([chunk.unsqueeze(0) for chunk in exact.chunk(batches)])
+    drift = Drift([chunk.unsqueeze(0) for chunk in exact.chunk(batches)], learned=batches - 1)
     for chunk in given.chunk(batches):
         drift.add(chunk.unsqueeze(0))
     return drift
@@ -115,7 +115,7 @@ def test_what_follows_from_the_input_is_made_up_for() -> None:
     given = torch.randn(4000, 24, generator=generator)
     mixing = torch.eye(24) + 0.2 * torch.randn(24, 24, generator=generator)
     weight = torch.randn(10, 24, generator=generator)
-    corrected = drift_of(given[:2000], given[:2000] @ mixing).corrected(weight, moments(given[:2000]), [4, 6])
+    corrected = drift_of(given[:2000], given[:2000] @ mixing).corrected(torch.split(weight, [4, 6]), moments(given[:2000]))
     fresh = given[2000:]
     wanted = fresh @ mixing @ weight.T
     before, after = (fresh @ weight.T - wanted).square().mean(), (fresh @ corrected.T - wanted).square().mean()
@@ -127,7 +127,7 @@ def test_noise_is_not_followed() -> None:
     given = torch.randn(400, 64, generator=generator)
     exact = given + torch.randn(400, 64, generator=generator)
     weight = torch.randn(8, 64, generator=generator)
-    corrected = drift_of(given, exact).corrected(weight, moments(given), [8])
+    corrected = drift_of(given, exact).corrected([weight], moments(given))
     # An unguarded step would be about a fifth of the weight's length here.
     assert float((corrected - weight).norm() / weight.norm()) < 0.05
 
@@ -135,4 +135,4 @@ def test_noise_is_not_followed() -> None:
 def test_one_batch_cannot_be_learned_from_and_held_out() -> None:
     x = torch.randn(50, 8, generator=torch.Generator().manual_seed(4))
     weight = torch.ones(3, 8)
-    assert torch.equal(drift_of(x, 2 * x, 1).corrected(weight, moments(x), [3]), weight)
+    assert torch.equal(drift_of(x, 2 * x, 1).corrected([weight], moments(x)), weight)

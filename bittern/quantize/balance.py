@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from bittern import model as live
 from bittern.model import Matrix
+from bittern.processes import add_up
 from bittern.quantize.stages import Stage
 from bittern.replay import BlockCall
 from bittern.weight import QuantSpec
@@ -83,8 +84,10 @@ class Balancer:
             # A stage that was not worth it in one block may be wrong to touch in the next.
             kind = (type(block), tuple(sorted(_short(matrix) for matrix in matrices)))
             if kind not in self._computes_the_same:
-                error = (call.run(block, before) - after).norm() / (after - before).norm().clamp_min(1e-30)
-                self._computes_the_same[kind] = float(error) < _TOLERANCE
+                squares = torch.stack([(call.run(block, before) - after).norm(), (after - before).norm()]).square_()
+                add_up(squares)
+                error, size = squares.sqrt().tolist()
+                self._computes_the_same[kind] = error < _TOLERANCE * max(size, 1e-30)
             if not self._computes_the_same[kind]:
                 for name, parameter in block.named_parameters():
                     parameter.copy_(original[name])
@@ -100,7 +103,8 @@ class Balancer:
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """The factor of each input channel of a stage, and the parameters beside the matrices that were changed."""
         weights = [live.get_weight(self.model, matrix) for matrix in stage.matrices]
-        power = sum((x.flatten(0, -2).square().mean(0) for x in stage.exact), torch.zeros((), device=weights[0].device))
+        power = sum((x.flatten(0, -2).square().sum(0) for x in stage.exact), torch.zeros((), device=weights[0].device))
+        add_up(power)
         columns = specs[stage.matrices[0]].columns_per_group(weights[0].shape[1])
         if stage.norm is not None:
             factor = choose_factor(power, torch.cat(weights), columns)
@@ -158,7 +162,7 @@ def choose_factor(
     """The factor of each channel; None where it is not worth it.
 
     Args:
-        power: fp32 (in_features,), mean squares of the channels.
+        power: fp32 (in_features,), squares of the channels, summed.
         weight: fp32 (out_features, in_features), all that reads them.
         columns: in a group.
         shared: (heads, repeats, width) of channels that the repeats have in common.

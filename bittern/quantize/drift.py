@@ -5,7 +5,7 @@ A layer that gets x~ in the place of x should still give W x. The least-squares 
     W* = W + alpha W E[(x - x~) x~'] (E[x~ x~'] + lambda)^-1,
 
 solved in the place of W (Arai & Ichikawa 2025, QEP; Zhang et al. 2025, Qronos; Li et al. 2025, GPTAQ). How
-much of it holds on tokens that it was not made from is measured on a batch that is kept for that: alpha.
+much of it holds on tokens that it was not made from is measured on windows that are kept for that: alpha.
 """
 
 from __future__ import annotations
@@ -15,25 +15,39 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bittern.processes import add_up
+
 DAMPING = 0.3
 """Of the mean diagonal of the second moment: much more than the solver's, for what the calibration text hardly shows
 is not to be changed by what it shows of it."""
 
 
+HELD_OUT = 8
+"""Windows that alpha is measured on, where there are four times as many; a fourth of them where there are fewer."""
+
+
+def learned_from(exact: int) -> int:
+    """How many of the first ``exact`` windows the correction is learned from; the others are held out."""
+    return exact - min(HELD_OUT, max(1, exact // 4)) if exact > 1 else exact
+
+
 class Drift:
     """Moments of how far a quantized path has moved a layer's input.
 
+    Under torchrun each process adds its own batches, and all get the correction that all of them give.
+
     Args:
-        exact: the input in full precision, (batch, positions, in_features), per batch; the last batch is held out.
+        exact: the input in full precision, (batch, positions, in_features), per batch.
             Taken out of the list one by one, for they are large.
+        learned: the first so many batches are learned from, the others are held out.
     """
 
-    def __init__(self, exact: list[Tensor]) -> None:
+    def __init__(self, exact: list[Tensor], learned: int) -> None:
         features = exact[0].shape[-1]
-        self._exact = exact
+        self._exact, self._learned = exact, learned
         self._total = torch.zeros(features, features, device=exact[0].device)
         self._tokens = 0
-        self._held: tuple[Tensor, Tensor] | None = None
+        self._held: list[tuple[Tensor, Tensor]] = []
 
     def add(self, x: Tensor) -> None:
         """Add a batch of the quantized path, in the order of the exact ones; batches after those count nothing."""
@@ -41,29 +55,36 @@ class Drift:
             return
         x = x.flatten(0, -2)
         moved = self._exact.pop(0).flatten(0, -2) - x
-        if self._exact:
+        if self._learned:
+            self._learned -= 1
             self._total.addmm_(moved.T, x)
             self._tokens += len(x)
         else:
-            self._held = moved, x.clone()
+            self._held.append((moved, x.clone()))
 
-    def corrected(self, weight: Tensor, hessian: Tensor, sizes: Sequence[int]) -> Tensor:
-        """W* of stacked matrices; W where there was nothing to learn from.
+    def corrected(self, weights: Sequence[Tensor], hessian: Tensor) -> Tensor:
+        """W* of matrices that read the input, stacked; W where there was nothing to learn from. To be asked for once.
 
         Args:
-            weight: fp32 (out_features, in_features).
-            hessian: E[x~ x~'], fp32 (in_features, in_features).
-            sizes: the rows of each matrix: each has an alpha of its own.
+            weights: fp32 (out_features, in_features) each; each has an alpha of its own.
+            hessian: E[x~ x~'] over all processes, fp32 (in_features, in_features).
         """
-        if not self._tokens or self._held is None:
+        weight, sizes = torch.cat(list(weights)), [len(each) for each in weights]
+        counts = torch.tensor([self._tokens, len(self._held)], device=weight.device)
+        add_up(counts)
+        tokens, held = counts.tolist()
+        if not tokens or not held:
             return weight
-        moved, x = self._held
+        add_up(self._total)
         damping = DAMPING * float(hessian.diagonal().mean()) or 1.0
         damped = hessian + damping * torch.eye(len(hessian), device=hessian.device)
-        step = torch.linalg.solve(damped, weight @ (self._total / self._tokens), left=False)
-        wanted, given = moved @ weight.T, x @ step.T
-        agree = torch.stack([part.sum() for part in torch.split(wanted * given, list(sizes), 1)])
-        power = torch.stack([part.sum() for part in torch.split(given.square(), list(sizes), 1)])
+        step = torch.linalg.solve(damped, weight @ (self._total / tokens), left=False)
+        agree, power = torch.zeros(2, len(sizes), device=weight.device)
+        for moved, x in self._held:
+            wanted, given = moved @ weight.T, x @ step.T
+            agree += torch.stack([part.sum() for part in torch.split(wanted * given, sizes, 1)])
+            power += torch.stack([part.sum() for part in torch.split(given.square(), sizes, 1)])
+        add_up(agree, power)
         alpha = (agree / power.clamp_min(1e-30)).clamp_(0, 1)
         each: Tensor = alpha.repeat_interleave(torch.tensor(sizes, device=alpha.device)).unsqueeze(1)
         corrected: Tensor = weight + each * step

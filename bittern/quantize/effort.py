@@ -14,7 +14,7 @@ class Effort:
     Attributes:
         search: grids are searched; else they cover the whole range of their group.
         act_order: columns are solved by falling activity (inside the solver alone).
-        exact_share: of the calibration batches, walked through the unquantized blocks too. Where it is not 0, blocks
+        exact_share: of the calibration windows, walked through the unquantized blocks too. Where it is not 0, blocks
             are solved stage by stage, and towards what the full-precision model computes.
         balance: channels are evened out first, see :mod:`bittern.quantize.balance`; needs an exact share.
         tune: scales and norms are trained at the end, see :mod:`bittern.quantize.tune`.
@@ -26,9 +26,9 @@ class Effort:
     balance: bool = False
     tune: bool = False
 
-    def exact_batches(self, batches: int) -> int:
-        """How many of the calibration batches are walked through the unquantized blocks."""
-        return min(batches, -int(-self.exact_share * batches // 1))
+    def exact_windows(self, windows: int) -> int:
+        """How many of the calibration windows, the first ones, are walked through the unquantized blocks."""
+        return min(windows, -int(-self.exact_share * windows // 1))
 
 
 EFFORTS = {

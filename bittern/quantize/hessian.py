@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from bittern.errors import BitternError
 from bittern.model import Matrix
+from bittern.processes import add_up, check_same, number_of, world
 from bittern.replay import BlockCall
 
 SYRK_PANEL = 512
@@ -55,6 +56,12 @@ class Accumulator:
             self.total[panel, start:].addmm_(x[:, panel].T, x[:, start:])
         self.tokens += x.shape[0]
 
+    def add_up(self) -> None:
+        """Make it the sum over all processes."""
+        count = torch.tensor(self.tokens, device=self.total.device)
+        add_up(self.total, count)
+        self.tokens = int(count)
+
     def mean(self) -> Tensor:
         """E[x x'], whole and symmetric."""
         mean = self.total.triu_().div_(max(self.tokens, 1))
@@ -76,6 +83,8 @@ def collect(
         matrices: those to gather; the block's others are left alone.
         hidden: per batch, fp32 (batch, positions, hidden_size).
         calls: per batch, how to call the block.
+
+    Under torchrun every process brings its own batches, and all get what all of them have seen.
 
     Returns:
         One entry per distinct input, in the order in which the block reads them. Matrices that no
@@ -110,6 +119,7 @@ class _Recorder(TorchFunctionMode):
             (m.parameter, m.expert): m for m in matrices if m.expert is not None
         }
         self.expert_of = fused_experts(model, matrices)
+        self.device = next((model.get_parameter(m.parameter).device for m in matrices), torch.device("cpu"))
         self.leaders: dict[str, list[Matrix]] = {}
         self.followers: set[str] = set()
         self.sums: dict[str | tuple[str, int], Accumulator] = {}
@@ -164,10 +174,23 @@ class _Recorder(TorchFunctionMode):
             handle.remove()
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
+    def totals(self) -> dict[str | tuple[str, int], Accumulator]:
+        """What all processes have seen together, experts in the order of the model."""
+        own = sum(isinstance(key, str) for key in self.sums)
+        if self.experts and world()[1] > 1:
+            for expert, matrix in self.experts.items():  # one may have had tokens in another process alone
+                self.sums.setdefault(expert, Accumulator(matrix.in_features, self.device))
+        order: list[str | tuple[str, int]] = [key for key in self.sums if isinstance(key, str)]
+        order += [key for key in self.experts if key in self.sums]
+        check_same(own, "inputs of the block's matrices; a matrix that tokens reach in some processes only?")
+        for key in order:
+            self.sums[key].add_up()
+        return {key: self.sums[key] for key in order if self.sums[key].tokens}
+
     def inputs(self) -> list[Inputs]:
         """Everything seen, then what no token reached."""
         found = []
-        for key, accumulator in self.sums.items():
+        for key, accumulator in self.totals().items():
             readers = self.leaders[key] if isinstance(key, str) else [self.experts[key]]
             found.append(Inputs(readers, accumulator.mean(), accumulator.tokens))
         reached = {matrix for inputs in found for matrix in inputs.matrices}
@@ -182,7 +205,7 @@ def check_inputs(moments: Accumulator, x: Tensor, matrix: Matrix, first: int, sa
     Args:
         moments: with ``x`` added.
         x: the batch's inputs of ``matrix``, (samples, ..., in_features), or those of an expert, (rows, in_features).
-        first: number of the batch's first calibration sample.
+        first: number of the batch's first calibration sample, among those of this process.
         samples: in the batch; by default as many as ``x`` has.
 
     Raises:
@@ -191,11 +214,11 @@ def check_inputs(moments: Accumulator, x: Tensor, matrix: Matrix, first: int, sa
     if bool(torch.isfinite(moments.total.diagonal()).all()):
         return
     samples = len(x) if samples is None else samples
-    where = f"samples {first} to {first + samples - 1}"
+    where = f"samples {number_of(first)} to {number_of(first + samples - 1)}"
     if x.ndim > 2 and x.shape[0] == samples:
         bad = (~torch.isfinite(x.flatten(1)).all(1)).nonzero().flatten()
         # The sum of squares may overflow where no single activation does.
-        where = f"sample {first + int(bad[0])}" if len(bad) else where
+        where = f"sample {number_of(first + int(bad[0]))}" if len(bad) else where
     raise BitternError(f"{matrix.label}: NaN or infinite input activations in calibration {where}")
 
 

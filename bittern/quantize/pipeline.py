@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from bittern.formats.gptq import V1, V2
 from bittern.formats.packing import Packing, check_name, is_gguf
 from bittern.layout import planned_layout
 from bittern.model import Piece
+from bittern.processes import alone, check_same, share_of, together, world
 from bittern.quantize.effort import pick_effort
 from bittern.quantize.mixed import PlanOf, alternating, check_average, free_matrices, mix
 from bittern.quantize.output import config_files, describe, finish, to_gguf, write_kept, write_layers
@@ -33,7 +35,7 @@ from bittern.quantize.plan import Plan, make_plan
 from bittern.quantize.preflight import Job, artifact_bytes, gguf_bytes, predict
 from bittern.quantize.resume import WorkFolder, decided_by, stored_bytes
 from bittern.quantize.sensitivity import BITS, TOKENS, Sensitivity
-from bittern.quantize.solve import Solver
+from bittern.quantize.solve import Solver, Windows, batch_windows
 from bittern.quantize.tune import tune
 from bittern.report import with_origin
 from bittern.schema import carried
@@ -88,6 +90,9 @@ def quantize(
 ) -> dict[str, Any]:
     """Quantize a checkpoint and write it in the format that its consumers read.
 
+    Under torchrun every process walks its share of the calibration windows through the blocks; the first one does the
+    rest, and writes.
+
     Every finished block is kept beside the output until that stands (see :mod:`bittern.quantize.resume`): after a
     kill at any moment the same call goes on from there, and ends in the same weights.
 
@@ -128,17 +133,19 @@ def quantize(
         on_sampled: where the model writes its own text, see :func:`~bittern.calibration.load_tokens`.
 
     Returns:
-        The manifest, which the artifact also holds; for a dry run, what it will take (see
-        :meth:`bittern.quantize.preflight.Prediction.to_dict`) and who would load it.
+        The manifest, which the artifact also holds; empty in a process of torchrun that only helped. For a dry run,
+        what it will take (:meth:`bittern.quantize.preflight.Prediction.to_dict`) and who would load it.
 
     Raises:
         BitternError: for anything that a user can mend, before hours are spent wherever it can be known.
     """
     options = {key: value for key, value in locals().items() if key not in _NO_OPTIONS}
     started = time.monotonic()
-    _check_options(bits, method, damp_percent, dtype, batch_size)
-    place, stages = live.pick_device(device), pick_effort(effort)
-    with open_checkpoint(source, revision) as checkpoint:
+    with together(device) as place, ExitStack() as stack:
+        rank, processes = world()
+        _check_options(bits, method, damp_percent, dtype, batch_size)
+        stages = pick_effort(effort)
+        checkpoint = stack.enter_context(open_checkpoint(source, revision))
         refuse_quantized(checkpoint)
         if not is_gguf(output):  # of a file, check_gguf is the judge
             check_output(Path(output), checkpoint.path, overwrite)
@@ -168,14 +175,19 @@ def quantize(
         kept = copied_tensors(model, checkpoint, sources, solved, kept_dtype)
         tokens = None
         if method == "gptq" and not (dry_run and not Path(dataset).exists()):
-            tokens = _calibration(checkpoint, model, dataset, nsamples, seqlen, seed, chat_template, on_sampled)
-        batches = [] if tokens is None else list(torch.split(tokens.ids, batch_size))
+            told = None if rank else on_sampled
+            tokens = _calibration(checkpoint, model, dataset, nsamples, seqlen, seed, chat_template, told)
+        windows = Windows() if tokens is None else batch_windows(tokens.ids, batch_size, stages)
         mixed: dict[str, Any] = {}
         if isinstance(bits, float) and tokens is not None and not dry_run:
             meter = Sensitivity(model, checkpoint, sources, [], damp_percent, place, seed)
-            plan, mixed = _mix(plan_of, meter, tokens.ids, bits, on_measured)
+            plan, mixed = _mix(plan_of, meter, tokens.ids, bits, None if rank else on_measured)
             chosen, packing = _choose_packing(checkpoint, model, plan, chosen, target, damp_percent)
         solver = Solver(model, checkpoint, sources, plan, damp_percent, place, stages, kept_dtype)
+        if rank:  # the first process writes and tells, the others help it
+            if not dry_run and tokens is not None:
+                solver.help(windows)
+            return {}
         planned = [info for info, _ in kept] + plan.packed_tensors(packing)
         origin, left_out = carried(checkpoint)
         output_size = planned_size(planned, [info for info, _ in kept], plan.shapes)
@@ -188,7 +200,7 @@ def quantize(
         grid = plan.commonest if isinstance(bits, float) else QuantSpec(bits, plan.group_size, sym)
         quantization = packing.config(grid, _all_layers(model, sources, plan))
         files = config_files(checkpoint, quantization, kept_dtype)
-        samples = 0 if method == "rtn" else nsamples if tokens is None else len(tokens.ids)
+        samples = 0 if method == "rtn" else share_of(nsamples if tokens is None else len(tokens.ids))
         job = Job(
             *(model, checkpoint, sources, plan, damp_percent, place, packing, kept, samples, seqlen, batch_size),
             stages,
@@ -208,24 +220,25 @@ def quantize(
             if on_note is not None:
                 for note in (*work.notes, *notes):
                     on_note(note)
-            _solve(solver, batches, work, on_progress)
+            _solve(solver, windows, work, on_progress)
             changed = {
                 sources[name][0].name: values
                 for position in range(len(plan.blocks))
                 for name, values in work.changed(position).items()
             }
             tuned = None
-            if batches and stages.tune:
-                tuned = tune(
-                    *(checkpoint, sources, plan, work),
-                    dataset=dataset,
-                    tokens=tune_tokens,
-                    seqlen=seqlen,
-                    seed=seed,
-                    device=place,
-                    on_progress=on_point,
-                    on_sampled=on_sampled,
-                )
+            if tokens is not None and stages.tune:
+                with alone():
+                    tuned = tune(
+                        *(checkpoint, sources, plan, work),
+                        dataset=dataset,
+                        tokens=tune_tokens,
+                        seqlen=seqlen,
+                        seed=seed,
+                        device=place,
+                        on_progress=on_point,
+                        on_sampled=on_sampled,
+                    )
                 about |= {"tuning": tuned.record}
             with CheckpointWriter(
                 folder,
@@ -241,7 +254,8 @@ def quantize(
                 manifest = describe(job, options, tokens, records, left_out, spent + time.monotonic() - started)
                 trained = tuned.norms if tuned is not None else ()
                 about |= {"changed": sorted({*changed, *trained})} if changed or trained else {}
-                manifest["measured"] |= mixed.pop("measured", {}) | ({"resumed_blocks": resumed} if resumed else {})
+                manifest["measured"] |= {"processes": processes} | mixed.pop("measured", {})
+                manifest["measured"] |= {"resumed_blocks": resumed} if resumed else {}
                 manifest = with_origin(manifest | about | mixed, origin)
                 finish(writer, checkpoint, files, manifest)
             if chosen == "gguf":
@@ -292,7 +306,7 @@ def _mix(
         ids: all calibration windows; a few spread evenly over them decide.
     """
     began = time.monotonic()
-    count = min(len(ids), max(4, TOKENS // ids.shape[1]))
+    count = min(len(ids), max(4, world()[1], TOKENS // ids.shape[1]))
     windows = ids[torch.arange(count) * len(ids) // count]
     free = free_matrices(plan_of)
     meter.blocks = [[(m, spec) for m, spec in block if free[m]] for block in plan_of(BITS[0]).blocks]
@@ -366,7 +380,7 @@ def _calibration(
     context = context_length(model.config)
     if context is not None and seqlen > context:
         raise BitternError(f"seqlen {seqlen}: this model's context is {context} tokens")
-    return load_tokens(
+    tokens = load_tokens(
         dataset,
         checkpoint.tokenizer(),
         nsamples=nsamples,
@@ -377,15 +391,17 @@ def _calibration(
         model=lambda: live.load_dense(checkpoint),
         on_sampled=on_sampled,
     )
+    check_same(int(tokens.sha256[:12], 16), "as the start of the calibration tokens' hash")
+    return tokens
 
 
 def _solve(
-    solver: Solver, batches: list[Tensor], work: WorkFolder, on_progress: Callable[[dict[str, Any]], None] | None
+    solver: Solver, windows: Windows, work: WorkFolder, on_progress: Callable[[dict[str, Any]], None] | None
 ) -> None:
     """Every block into the work folder, and a word of every layer that was solved for it."""
     total = len(solver.plan.shapes)
     index = sum(len(matrix.parts) for position in work.finished for matrix, _ in solver.plan.blocks[position])
-    for record in solver.solve(batches, work):
+    for record in solver.solve(windows, work):
         if on_progress is not None:
             on_progress({**record, "index": index, "total": total})
         index += 1
@@ -400,7 +416,8 @@ def _foresee(
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """What the manifest says of the prediction, and a note where there is none: that must not end a run."""
     try:
-        found = predict(job, size, started)
+        with alone():
+            found = predict(job, size, started)
     except Exception as error:  # of an architecture that does not take made-up weights, whatever comes
         return None, [f"how long this takes could not be predicted: {first_line(error)}"]
     if on_prediction is not None:

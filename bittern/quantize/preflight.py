@@ -92,7 +92,7 @@ class Job:
     @property
     def exact_samples(self) -> int:
         """Calibration windows that are walked through the unquantized blocks too."""
-        return min(self.samples, self.effort.exact_batches(-(-self.samples // self.batch_size)) * self.batch_size)
+        return self.effort.exact_windows(self.samples)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ import bittern
 from bittern.checkpoint import Checkpoint
 from bittern.errors import BitternError
 from bittern.model import Matrix
+from bittern.processes import world
 from bittern.quantize.solve import Layer
 from bittern.shards import Stored, TensorInfo, header_bytes, read_elements, read_header, write_elements
 from bittern.weight import QuantSpec, QuantWeight
@@ -79,6 +80,7 @@ def decided_by(
         "transformers": version("transformers"),
         "device": f"{device.type} {processor}",
         "threads": str(torch.get_num_threads()),
+        "processes": str(world()[1]),
     }
 
 

@@ -27,6 +27,7 @@ from bittern import model as live
 from bittern.checkpoint import Checkpoint
 from bittern.errors import BitternError
 from bittern.model import Matrix, Piece
+from bittern.processes import add_up, number_of, share
 from bittern.quantize.gptq import factorize, gptq
 from bittern.quantize.hessian import Inputs, collect, fused_experts
 from bittern.replay import BlockCall, capture, logits_after, share_equal
@@ -91,7 +92,7 @@ class Sensitivity:
         """The groups of all blocks, in the order in which the model reads them.
 
         Args:
-            windows: calibration ids, int64 (windows, positions).
+            windows: calibration ids, int64 (windows, positions); under torchrun every process takes its share.
             on_block: called with the blocks that are done and their number.
         """
         prefix, blocks = live.blocks(self.model)
@@ -124,7 +125,7 @@ class Sensitivity:
         live.move_buffers(self.model, self.device)
         states: list[list[Tensor]] = [[]]
         calls: list[list[BlockCall]] = []
-        rows = [ids[None].to(self.device) for ids in windows]
+        rows = [ids[None].to(self.device) for ids in share(windows)]
         for ids in rows:
             hidden, recorded = capture(self.model, blocks, ids)
             states[0].append(hidden.clone())
@@ -138,7 +139,7 @@ class Sensitivity:
             live.drop_tensors(self.model, names)
         gradients = []
         for index, (ids, hidden) in enumerate(zip(rows, states.pop(), strict=True)):
-            draws = torch.Generator().manual_seed(self.seed + index)
+            draws = torch.Generator().manual_seed(self.seed + number_of(index))
             gradients.append(_loss_gradient(self.model, blocks, ids, hidden, draws))
         live.drop_tensors(self.model, outside)
         self.model.tie_weights()
@@ -190,11 +191,13 @@ def _backward(
     Args:
         gradients: by window, of the loss by the block's output; those by its input take their place.
     """
-    with _OutputGradients(model, matrices) as outputs:
+    outputs = _OutputGradients(model, matrices)
+    with outputs:
         for index, (state, call) in enumerate(zip(states, calls, strict=True)):
             hidden = state.detach().requires_grad_()
             gradients[index] = torch.autograd.grad(call.run(block, hidden), hidden, gradients[index])[0]
-        found: dict[Matrix, Tensor] = outputs.squares
+    found: dict[Matrix, Tensor] = outputs.squares
+    add_up(*found.values())
     return found
 
 

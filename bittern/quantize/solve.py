@@ -13,8 +13,9 @@ from __future__ import annotations
 import ctypes
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,8 +25,9 @@ from bittern import model as live
 from bittern.checkpoint import Checkpoint
 from bittern.errors import BitternError
 from bittern.model import Matrix, Piece
+from bittern.processes import check_same, from_first, number_of, share, share_of, world
 from bittern.quantize.balance import Balancer
-from bittern.quantize.drift import Drift
+from bittern.quantize.drift import Drift, learned_from
 from bittern.quantize.effort import Effort
 from bittern.quantize.gptq import factorize, gptq
 from bittern.quantize.grid import search_grid
@@ -45,6 +47,44 @@ Layer = tuple[dict[str, Any], QuantWeight]
 
 _MMAP_THRESHOLD = -3  # glibc's number of that option
 _LARGE = 2**20  # bytes
+
+
+@dataclass(frozen=True)
+class Windows:
+    """This process's calibration windows.
+
+    Attributes:
+        batches: ids, int64 (samples, positions) each; none at all means rounding to nearest.
+        exact: the first so many batches are walked through the unquantized blocks too,
+        learned: and the drift's correction is learned from the first so many of these.
+    """
+
+    batches: Sequence[Tensor] = ()
+    exact: int = 0
+    learned: int = 0
+
+
+def batch_windows(ids: Tensor, batch_size: int, effort: Effort) -> Windows:
+    """This process's share of all calibration windows, in batches.
+
+    Args:
+        ids: int64 (windows, positions), the same in every process.
+        batch_size: windows in a batch at most.
+        effort: decides how many of the windows are walked in full precision too.
+
+    Raises:
+        BitternError: when a process would have none of these, or no windows at all.
+    """
+    exact, size = effort.exact_windows(len(ids)), world()[1]
+    if 0 < exact < size or len(ids) < size:
+        what = f"windows, {exact} of them for full precision too" if exact else "windows"
+        raise BitternError(f"nsamples: expected one for each of the {size} processes at least, found {len(ids)} {what}")
+    own = share(ids)
+    ends = [0, share_of(learned_from(exact)), share_of(exact), len(own)]
+    parts = [list(torch.split(own[start:stop], batch_size)) if stop > start else [] for start, stop in pairwise(ends)]
+    learned, held, others = parts
+    return Windows([*learned, *held, *others], len(learned) + len(held), len(learned))
+
 
 NO_TOKENS = "no calibration token reached it: rounded to nearest"
 
@@ -73,22 +113,27 @@ class Solver:
     effort: Effort
     dtype: torch.dtype = torch.float32
 
-    def solve(self, batches: list[Tensor], work: WorkFolder) -> Iterator[dict[str, Any]]:
+    def solve(self, windows: Windows, work: WorkFolder | None) -> Iterator[dict[str, Any]]:
         """Quantize every planned matrix that the work folder lacks, and keep each block there when it is done.
 
+        Under torchrun all processes walk their windows through the blocks; the first one solves, and gives the others
+        what came of it.
+
         Args:
-            batches: calibration ids, int64 (samples, positions) each; none at all means rounding to nearest.
-            work: open.
+            windows: of this process.
+            work: open; None in every process but the first.
 
         Yields:
-            The record of every layer that was solved, block by block.
+            The record of every layer that was solved, block by block; in the first process only.
         """
         prefix, blocks = live.blocks(self.model)
-        missing = [position for position in range(len(blocks)) if position not in work.finished]
+        finished = _finished(work, len(blocks), self.device)
+        missing = [position for position in range(len(blocks)) if position not in finished]
         if not missing:
             return
+        batches = windows.batches
         hidden, calls = self._capture(prefix, blocks, batches) if batches else ([], [])
-        exact = [state.clone() for state in hidden[: self.effort.exact_batches(len(hidden))]]
+        exact = [state.clone() for state in hidden[: windows.exact]]
         if exact:
             keep_large_apart()
         balancer = Balancer(self.model, self.dtype)
@@ -100,10 +145,13 @@ class Solver:
             block_calls = [batch_calls[position] for batch_calls in calls]
             before = exact[0].clone() if exact and self.effort.balance else None
             stages = exact_stages(self.model, block, list(entries), exact, block_calls[: len(exact)])
+            check_same(0 if stages is None else len(stages), f"stages of {name}")
             if stages is None:
                 exact.clear()  # it has not come through this block
-            if position in work.finished:
-                self._restore(position, work)
+            if position in finished:
+                if work is not None:
+                    self._restore(position, work)
+                from_first(*block.parameters())
                 stages = None
             else:
                 changed: dict[str, Tensor] = {}
@@ -112,22 +160,29 @@ class Solver:
                     changed, found = balancer.balance(block, stages, entries, before, exact[0], block_calls[0])
                     rescaled = {part for matrix in found for part, _, _ in matrix.parts}
                 solved = []
-                for record, weight in self._solve_block(block, entries, stages, hidden, block_calls):
+                for record, weight in self._solve_block(block, entries, stages, windows.learned, hidden, block_calls):
                     record["rescaled"] = record["layer"] in rescaled
                     solved.append((record, weight))
                     yield record
-                work.save(position, solved, changed)
+                if work is not None:
+                    work.save(position, solved, changed)
             if stages is None and position < missing[-1]:
                 _advance(block, hidden, block_calls)
             _check_finite(name, hidden)
             live.drop_tensors(self.model, inside)
             trim_heap()
 
+    def help(self, windows: Windows) -> None:
+        """What every process of torchrun but the first does while that one solves."""
+        for _ in self.solve(windows, None):
+            pass
+
     def _solve_block(
         self,
         block: nn.Module,
         entries: dict[Matrix, QuantSpec],
         stages: list[Stage] | None,
+        learned: int,
         hidden: list[Tensor],
         calls: list[BlockCall],
     ) -> Iterator[Layer]:
@@ -140,19 +195,20 @@ class Solver:
         else:
             with Walks(self.model, block, stages, hidden, calls) as walks:
                 for stage in stages:
-                    yield from self._solve_together(*self._moments(walks, stage), entries)
+                    yield from self._solve_together(*self._moments(walks, stage, learned), entries)
                 walks.finish()
 
-    def _moments(self, walks: Walks, stage: Stage) -> tuple[Inputs, Drift]:
+    def _moments(self, walks: Walks, stage: Stage, learned: int) -> tuple[Inputs, Drift]:
         """What the matrices of a stage read, and how far that is from what they read in full precision."""
         moments = Accumulator(stage.matrices[0].in_features, self.device)
-        drift = Drift(stage.exact)
+        drift = Drift(stage.exact, learned)
         first = 0
         for x in walks.inputs(stage):
             moments.add(x)
             check_inputs(moments, x, stage.matrices[0], first)
             drift.add(x)
             first += len(x)
+        moments.add_up()
         return Inputs(stage.matrices, moments.mean(), moments.tokens), drift
 
     def _restore(self, position: int, work: WorkFolder) -> None:
@@ -166,7 +222,7 @@ class Solver:
             self.model.get_parameter(name).copy_(values)
 
     def _capture(
-        self, prefix: str, blocks: nn.ModuleList, batches: list[Tensor]
+        self, prefix: str, blocks: nn.ModuleList, batches: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[list[BlockCall]]]:
         """Per batch, the hidden states before the first block and how each block is called."""
         head = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
@@ -197,6 +253,18 @@ class Solver:
 
     def _solve_together(self, inputs: Inputs, drift: Drift | None, specs: dict[Matrix, QuantSpec]) -> Iterator[Layer]:
         """Solve the matrices that share an input, and put the results into the block."""
+        weights = [live.get_weight(self.model, matrix) for matrix in inputs.matrices]
+        wanted = torch.cat(weights) if drift is None else drift.corrected(weights, inputs.hessian)
+        if world()[0] == 0:
+            yield from self._solve(inputs, wanted, specs)
+        from_first(*weights)
+
+    def _solve(self, inputs: Inputs, wanted: Tensor, specs: dict[Matrix, QuantSpec]) -> Iterator[Layer]:
+        """The first process's part of :meth:`_solve_together`.
+
+        Args:
+            wanted: what the stacked matrices should be, fp32 (rows of all, in_features).
+        """
         began = time.monotonic()
         unseen = inputs.tokens == 0 and inputs.prior == 0
         factor = None if unseen else factorize(inputs.hessian, self.damp_percent, self.effort.act_order)
@@ -205,6 +273,9 @@ class Solver:
             outcome |= {"method": "rtn", "damp": None, "fallback": NO_TOKENS}
         elif factor.fallback:
             outcome["fallback"] = "; ".join(filter(None, (factor.fallback, _fallback(inputs))))
+        targets = dict(
+            zip(inputs.matrices, torch.split(wanted, [m.out_features for m in inputs.matrices]), strict=True)
+        )
         for spec in dict.fromkeys(specs[matrix] for matrix in inputs.matrices):
             members = [matrix for matrix in inputs.matrices if specs[matrix] == spec]
             stacked = torch.cat([live.get_weight(self.model, matrix) for matrix in members])
@@ -213,9 +284,8 @@ class Solver:
             else:
                 searched = self.effort.search
                 grid = search_grid(stacked, spec, factor.diagonal) if searched else min_max_grid(stacked, spec)
-                if drift is not None:
-                    stacked = drift.corrected(stacked, inputs.hessian, [matrix.out_features for matrix in members])
-                solution = gptq(stacked, factor, spec, grid=grid)
+                target = wanted if len(members) == len(targets) else torch.cat([targets[matrix] for matrix in members])
+                solution = gptq(target, factor, spec, grid=grid)
                 weight, losses = solution.weight, torch.stack((solution.loss, solution.norm))
             start = 0
             for matrix in members:
@@ -242,6 +312,15 @@ def trim_heap() -> None:
         trim(0)
 
 
+def _finished(work: WorkFolder | None, blocks: int, device: torch.device) -> set[int]:
+    """The blocks that the first process has solved already, in every process."""
+    marks = torch.zeros(blocks, dtype=torch.uint8, device=device)
+    if work is not None:
+        marks[list(work.finished)] = 1
+    from_first(marks)
+    return set(marks.nonzero().flatten().tolist())
+
+
 def _advance(block: nn.Module, hidden: list[Tensor], calls: list[BlockCall]) -> None:
     """Replace the hidden states by the block's outputs."""
     with torch.no_grad():
@@ -255,7 +334,7 @@ def _check_finite(name: str, hidden: list[Tensor]) -> None:
     for state in hidden:
         if not bool(torch.isfinite(state).all()):
             bad = int((~torch.isfinite(state.flatten(1)).all(1)).nonzero()[0])
-            raise BitternError(f"{name}: NaN or infinite output for calibration sample {first + bad}")
+            raise BitternError(f"{name}: NaN or infinite output for calibration sample {number_of(first + bad)}")
         first += state.shape[0]
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
@@ -25,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from bittern import model as live
 from bittern.errors import BitternError
 from bittern.evaluate import evaluate
+from bittern.processes import add_up, world
 from bittern.training.loss import distillation_loss, hidden_error
 from bittern.training.state import load_state, save_state
 from bittern.training.text import Windows
@@ -100,11 +100,6 @@ class Run:
     held_out: Tensor
     path: Path
     story: dict[str, Any]
-
-
-def world() -> tuple[int, int]:
-    """The number of this process, and of all of them."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def shard(model: PreTrainedModel) -> None:
@@ -224,7 +219,7 @@ def _step(run: Run, options: Training, step: int) -> Tensor:
         sums += share * torch.stack([loss, kl, nll, hidden]).detach().double().cpu()
     if processes > 1:
         total = sums.to(device)
-        dist.all_reduce(total)
+        add_up(total)
         sums = total.cpu() / processes
     return sums
 

@@ -9,7 +9,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +22,12 @@ from bittern.checkpoint import Checkpoint, open_checkpoint
 from bittern.convert.cast import DTYPES, refuse_quantized
 from bittern.errors import BitternError
 from bittern.evaluate import check_fit, evaluate, text_windows
+from bittern.processes import together, world
 from bittern.quantize.pipeline import DEFAULT_DATASET
 from bittern.tokenizer import context_length
 from bittern.training.state import load_state, read_story, save_state
 from bittern.training.text import HELD_OUT, Windows, read_windows, write_windows
-from bittern.training.train import Run, Training, shard, world
+from bittern.training.train import Run, Training, shard
 from bittern.training.train import train as run_training
 from bittern.uptrain.heads import Counts, attention_prefixes
 from bittern.uptrain.output import make_manifest, write_output
@@ -43,7 +43,6 @@ Report = Callable[[dict[str, Any]], None]
 
 _STATE, _WINDOWS, _LOCK = "state.safetensors", "windows.npy", ".lock"
 _LR, _LR_POOLED = 5e-5, 3e-4  # docs/log.md has what others gave
-_WAIT = timedelta(days=2)  # for the process that converts
 
 
 def uptrain(
@@ -127,7 +126,8 @@ def uptrain(
         given["lr"] = _LR if init == "aligned" else _LR_POOLED
     recipe = _recipe(init, group, passes, seed)
     options = _training(given)
-    with _processes(device) as (place, rank), open_checkpoint(source, revision) as checkpoint:
+    with together(device) as place, open_checkpoint(source, revision) as checkpoint:
+        rank = world()[0]
         refuse_quantized(checkpoint)
         check_output(Path(output), checkpoint.path, overwrite)
         model = live.build(checkpoint.config)
@@ -232,23 +232,6 @@ def _check_length(model: PreTrainedModel, seqlen: int) -> None:
     context = context_length(model.config)
     if context is not None and seqlen > context:
         raise BitternError(f"seqlen {seqlen}: this model's context is {context} tokens")
-
-
-@contextmanager
-def _processes(device: str) -> Iterator[tuple[torch.device, int]]:
-    """The device of this process, and its number among those that torchrun has started."""
-    place = live.pick_device(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield place, 0
-        return
-    if place.type == "cuda":
-        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(place)
-    dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=_WAIT)
-    try:
-        yield place, dist.get_rank()
-    finally:
-        dist.destroy_process_group()
 
 
 @contextmanager
