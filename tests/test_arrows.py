@@ -51,7 +51,7 @@ ALLOWED = {
         "size",
     },
     "calibration": {"errors", "tokenizer"},
-    "training": {"errors", "tokenizer", "calibration", "model", "evaluate", "writer"},
+    "training": {"errors", "tokenizer", "calibration", "model", "processes", "evaluate", "writer"},
     "quantize": {
         "calibration",
         "evaluate",

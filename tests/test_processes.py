@@ -180,5 +180,7 @@ def test_the_shares_of_all_processes_are_all_windows(
 
 def test_too_few_windows_for_the_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(solve, "world", lambda: (0, 3))
-    with pytest.raises(BitternError, match=r"each of the 3 processes at least, found 8 .* 2 of them for full precision"):
+    with pytest.raises(
+        BitternError, match=r"each of the 3 processes at least, found 8 .* 2 of them for full precision"
+    ):
         batch_windows(torch.zeros(8, 4, dtype=torch.int64), 8, pick_effort("fast"))

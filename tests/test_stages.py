@@ -115,7 +115,9 @@ def test_what_follows_from_the_input_is_made_up_for() -> None:
     given = torch.randn(4000, 24, generator=generator)
     mixing = torch.eye(24) + 0.2 * torch.randn(24, 24, generator=generator)
     weight = torch.randn(10, 24, generator=generator)
-    corrected = drift_of(given[:2000], given[:2000] @ mixing).corrected(torch.split(weight, [4, 6]), moments(given[:2000]))
+    corrected = drift_of(given[:2000], given[:2000] @ mixing).corrected(
+        torch.split(weight, [4, 6]), moments(given[:2000])
+    )
     fresh = given[2000:]
     wanted = fresh @ mixing @ weight.T
     before, after = (fresh @ weight.T - wanted).square().mean(), (fresh @ corrected.T - wanted).square().mean()

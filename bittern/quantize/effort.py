@@ -14,6 +14,7 @@ class Effort:
     Attributes:
         search: grids are searched; else they cover the whole range of their group.
         act_order: columns are solved by falling activity (inside the solver alone).
+        polish: scales and codes are fitted to each other afterwards, see :mod:`bittern.quantize.polish`.
         exact_share: of the calibration windows, walked through the unquantized blocks too. Where it is not 0, blocks
             are solved stage by stage, and towards what the full-precision model computes.
         balance: channels are evened out first, see :mod:`bittern.quantize.balance`; needs an exact share.
@@ -22,6 +23,7 @@ class Effort:
 
     search: bool = True
     act_order: bool = True
+    polish: bool = True
     exact_share: float = 0.0
     balance: bool = False
     tune: bool = False
@@ -32,7 +34,7 @@ class Effort:
 
 
 EFFORTS = {
-    "plain": Effort(search=False, act_order=False),
+    "plain": Effort(search=False, act_order=False, polish=False),
     "fast": Effort(exact_share=0.25, balance=True),
     "best": Effort(exact_share=0.25, balance=True, tune=True),
 }

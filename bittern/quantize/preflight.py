@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,7 +164,8 @@ def predict(job: Job, size: int, started: float) -> Prediction:
     if job.samples:
         samples, positions = _tried(job)
         blocks = rehearse_blocks(job.model, job.sources, job.plan, job.device, samples, positions)
-        solver = {grid: rehearse_solver(*grid, _most_rows(job.plan), job.damp_percent, job.device) for grid in grids}
+        rehearsed = partial(rehearse_solver, rows=_most_rows(job.plan), damp_percent=job.damp_percent)
+        solver = {grid: rehearsed(*grid, device=job.device, polished=job.effort.polish) for grid in grids}
         scale = job.seqlen / positions
     trim_heap()
     base = resident_memory()  # after the libraries have done all that they will be asked for

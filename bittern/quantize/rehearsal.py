@@ -23,10 +23,11 @@ from torch.utils._pytree import tree_leaves
 
 from bittern import model as live
 from bittern.model import Matrix, Piece
-from bittern.quantize.gptq import factorize, gptq
+from bittern.quantize.gptq import Factor, factorize, gptq
 from bittern.quantize.grid import CHUNK
 from bittern.quantize.hessian import collect
 from bittern.quantize.plan import Plan
+from bittern.quantize.polish import polish
 from bittern.replay import BlockCall, capture
 from bittern.weight import QuantSpec
 
@@ -164,46 +165,58 @@ def _rehearse_block(
     )
 
 
-def rehearse_solver(width: int, spec: QuantSpec, rows: int, damp_percent: float, device: torch.device) -> SolveCosts:
+def rehearse_solver(
+    width: int, spec: QuantSpec, rows: int, damp_percent: float, device: torch.device, polished: bool
+) -> SolveCosts:
     """What solving matrices of ``width`` columns takes, the largest of which has ``rows`` rows."""
     tried = min(width, WIDEST)
-    factor, cost = _factor(tried, damp_percent, device)
-    solve = _solve_line(factor, tried, spec, rows, device)
+    solve_line = partial(_solve_line, spec=spec, rows=rows, device=device, polished=polished)
+    hessian, factor, cost = _factor(tried, damp_percent, device)
+    solve = solve_line(hessian, factor)
     if tried < width:
         # Each column has a cost of its own; each row one that grows with the columns, and with their square.
-        half = _solve_line(_factor(tried // 2, damp_percent, device)[0], tried // 2, spec, rows, device)
+        half = solve_line(*_factor(tried // 2, damp_percent, device)[:2])
         square = max(solve.each - 2 * half.each, 0.0) * 2 / tried**2
         linear = solve.each / tried - square * tried
         solve = Line(solve.fixed * width / tried, linear * width + square * width**2)
         cost = Cost(cost.seconds * (width / tried) ** 3, cost.bytes * (width / tried) ** 2)
-    return SolveCosts(cost, solve, width * _weight_bytes(spec, device))
+    return SolveCosts(cost, solve, width * _weight_bytes(spec, device, polished))
 
 
-def _factor(width: int, damp_percent: float, device: torch.device) -> tuple[Any, Cost]:
+def _factor(width: int, damp_percent: float, device: torch.device) -> tuple[Tensor, Factor, Cost]:
     hessian = torch.eye(width, device=device).add_(_NUMBER)
-    return factorize(hessian, damp_percent), measured(lambda: factorize(hessian, damp_percent), device)
+    return hessian, factorize(hessian, damp_percent), measured(lambda: factorize(hessian, damp_percent), device)
 
 
-def _solve_line(factor: Any, width: int, spec: QuantSpec, rows: int, device: torch.device) -> Line:
+def _solve_line(
+    hessian: Tensor, factor: Factor, spec: QuantSpec, rows: int, device: torch.device, polished: bool
+) -> Line:
     large = min(max(rows, 2), _ROWS[1])
     small = min(_ROWS[0], large // 2)
-    weight = _random((large, width), device)
-    one, other = (seconds(partial(gptq, weight[:n], factor, spec), device) for n in (small, large))
+    weight = _random((large, len(hessian)), device)
+    solve = partial(_solve, hessian=hessian, factor=factor, spec=spec, polished=polished)
+    one, other = (seconds(partial(solve, weight[:n]), device) for n in (small, large))
     each = max(other - one, 0.0) / (large - small)
     return Line(max(one - each * small, 0.0), each)
 
 
+def _solve(weight: Tensor, hessian: Tensor, factor: Factor, spec: QuantSpec, polished: bool) -> None:
+    solution = gptq(weight, factor, spec)
+    if polished:
+        polish(weight, hessian, factor.damping, solution.weight)
+
+
 @lru_cache
-def _weight_bytes(spec: QuantSpec, device: torch.device) -> float:
+def _weight_bytes(spec: QuantSpec, device: torch.device, polished: bool) -> float:
     """What solving holds for each weight: from a narrow matrix, since watching every operation is slow."""
     width = max(128, spec.group_size)
-    factor = _factor(width, 0.01, device)[0]
+    hessian, factor, _ = _factor(width, 0.01, device)
     few = CHUNK.get(device.type, 1 << 18) // width  # the grid search holds one chunk, however many there are
     peaks = []
     for rows in (few, 2 * few):
         weight = _random((rows, width), device)
         with Live() as tensors:
-            gptq(weight, factor, spec)
+            _solve(weight, hessian, factor, spec, polished)
         peaks.append(tensors.peak)
     return float(peaks[1] - peaks[0]) / float(few * width)
 

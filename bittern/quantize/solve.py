@@ -33,6 +33,7 @@ from bittern.quantize.gptq import factorize, gptq
 from bittern.quantize.grid import search_grid
 from bittern.quantize.hessian import Accumulator, Inputs, check_inputs, collect
 from bittern.quantize.plan import Plan
+from bittern.quantize.polish import polish
 from bittern.quantize.stages import Stage, Walks, exact_stages
 from bittern.replay import BlockCall, capture, share_equal
 from bittern.weight import QuantSpec, QuantWeight, min_max_grid, round_to_nearest
@@ -286,7 +287,10 @@ class Solver:
                 grid = search_grid(stacked, spec, factor.diagonal) if searched else min_max_grid(stacked, spec)
                 target = wanted if len(members) == len(targets) else torch.cat([targets[matrix] for matrix in members])
                 solution = gptq(target, factor, spec, grid=grid)
-                weight, losses = solution.weight, torch.stack((solution.loss, solution.norm))
+                weight, loss = solution.weight, solution.loss
+                if self.effort.polish:
+                    weight, loss = polish(target, inputs.hessian, factor.damping, weight)
+                losses = torch.stack((loss, solution.norm))
             start = 0
             for matrix in members:
                 rows = slice(start, start + matrix.out_features)
