@@ -35,7 +35,7 @@ from bittern.quantize.plan import Plan, make_plan
 from bittern.quantize.preflight import Job, artifact_bytes, gguf_bytes, predict
 from bittern.quantize.resume import WorkFolder, decided_by, stored_bytes
 from bittern.quantize.sensitivity import BITS, TOKENS, Sensitivity
-from bittern.quantize.solve import Solver, Windows, batch_windows
+from bittern.quantize.solve import OwnWindows, Solver, batch_windows
 from bittern.quantize.tune import tune
 from bittern.report import with_origin
 from bittern.schema import carried
@@ -177,7 +177,7 @@ def quantize(
         if method == "gptq" and not (dry_run and not Path(dataset).exists()):
             told = None if rank else on_sampled
             tokens = _calibration(checkpoint, model, dataset, nsamples, seqlen, seed, chat_template, told)
-        windows = Windows() if tokens is None else batch_windows(tokens.ids, batch_size, stages)
+        windows = OwnWindows() if tokens is None else batch_windows(tokens.ids, batch_size, stages)
         mixed: dict[str, Any] = {}
         if isinstance(bits, float) and tokens is not None and not dry_run:
             meter = Sensitivity(model, checkpoint, sources, [], damp_percent, place, seed)
@@ -396,7 +396,7 @@ def _calibration(
 
 
 def _solve(
-    solver: Solver, windows: Windows, work: WorkFolder, on_progress: Callable[[dict[str, Any]], None] | None
+    solver: Solver, windows: OwnWindows, work: WorkFolder, on_progress: Callable[[dict[str, Any]], None] | None
 ) -> None:
     """Every block into the work folder, and a word of every layer that was solved for it."""
     total = len(solver.plan.shapes)

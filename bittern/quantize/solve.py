@@ -49,9 +49,11 @@ Layer = tuple[dict[str, Any], QuantWeight]
 _MMAP_THRESHOLD = -3  # glibc's number of that option
 _LARGE = 2**20  # bytes
 
+NO_TOKENS = "no calibration token reached it: rounded to nearest"
+
 
 @dataclass(frozen=True)
-class Windows:
+class OwnWindows:
     """This process's calibration windows.
 
     Attributes:
@@ -65,7 +67,7 @@ class Windows:
     learned: int = 0
 
 
-def batch_windows(ids: Tensor, batch_size: int, effort: Effort) -> Windows:
+def batch_windows(ids: Tensor, batch_size: int, effort: Effort) -> OwnWindows:
     """This process's share of all calibration windows, in batches.
 
     Args:
@@ -84,10 +86,7 @@ def batch_windows(ids: Tensor, batch_size: int, effort: Effort) -> Windows:
     ends = [0, share_of(learned_from(exact)), share_of(exact), len(own)]
     parts = [list(torch.split(own[start:stop], batch_size)) if stop > start else [] for start, stop in pairwise(ends)]
     learned, held, others = parts
-    return Windows([*learned, *held, *others], len(learned) + len(held), len(learned))
-
-
-NO_TOKENS = "no calibration token reached it: rounded to nearest"
+    return OwnWindows([*learned, *held, *others], len(learned) + len(held), len(learned))
 
 
 @dataclass
@@ -114,7 +113,7 @@ class Solver:
     effort: Effort
     dtype: torch.dtype = torch.float32
 
-    def solve(self, windows: Windows, work: WorkFolder | None) -> Iterator[dict[str, Any]]:
+    def solve(self, windows: OwnWindows, work: WorkFolder | None) -> Iterator[dict[str, Any]]:
         """Quantize every planned matrix that the work folder lacks, and keep each block there when it is done.
 
         Under torchrun all processes walk their windows through the blocks; the first one solves, and gives the others
@@ -173,7 +172,7 @@ class Solver:
             live.drop_tensors(self.model, inside)
             trim_heap()
 
-    def help(self, windows: Windows) -> None:
+    def help(self, windows: OwnWindows) -> None:
         """What every process of torchrun but the first does while that one solves."""
         for _ in self.solve(windows, None):
             pass
