@@ -54,7 +54,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedToken
 def launch(launcher: list[str], *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [*launcher, "quantize", *map(str, arguments), *OPTIONS]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=600)
 
 
 def kill_all(word: str) -> None:
@@ -129,6 +129,15 @@ def test_the_first_process_trains_scales_alone(sources: dict[str, Path], letters
     assert done.returncode == 0, done.stderr
     manifest = json.loads((out / "bittern_manifest.json").read_text())
     assert manifest["tuning"]["tokens"] == 1024 and manifest["measured"]["processes"] == 2
+
+
+def test_rounding_to_nearest_needs_no_help(sources: dict[str, Path], tmp_path: Path) -> None:
+    outputs = [tmp_path / "1", tmp_path / "2"]
+    for out, launcher in zip(outputs, ([sys.executable, "-m", "bittern"], TORCHRUN), strict=True):
+        done = launch(launcher, sources["dense"], "-o", out, "--method", "rtn")
+        assert done.returncode == 0 and done.stdout.count("layers quantized") == 1, done.stderr
+    one, two = ((out / "model.safetensors").read_bytes() for out in outputs)
+    assert one == two
 
 
 def test_blocks_of_a_killed_run_are_given_to_all(sources: dict[str, Path], letters: Path, tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ def quantize(
             chosen, packing = _choose_packing(checkpoint, model, plan, chosen, target, damp_percent)
         solver = Solver(model, checkpoint, sources, plan, damp_percent, place, stages, kept_dtype)
         if rank:  # the first process writes and tells, the others help it
-            if not dry_run and tokens is not None:
+            if not dry_run:
                 solver.help(windows)
             return {}
         planned = [info for info, _ in kept] + plan.packed_tensors(packing)
