@@ -111,7 +111,7 @@ def quantize_options(function: Command) -> Command:
         click.option("--dry-run", is_flag=True, help="Say what it would take and who would load it; writes nothing."),
         click.option("--chat-template", is_flag=True, help="Render the dataset's messages with the model's template."),
         click.option(
-            "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Windows at a time."
+            "--batch-size", type=click.IntRange(min=1), help="Windows at a time.  [default: what suits the device]"
         ),
         click.option("--dtype", type=DTYPE, help="Dtype of what is not quantized."),
         click.option(

@@ -35,7 +35,7 @@ def uneven(model: PreTrainedModel) -> PreTrainedModel:
 
 def balance_first_block(
     model: PreTrainedModel, dtype: torch.dtype
-) -> tuple[dict[str, Tensor], set[Any], Tensor, Tensor]:
+) -> tuple[dict[str, Tensor], dict[Any, float | None], Tensor, Tensor]:
     """What was changed, and the block's outputs before and after."""
     prefix, layers = blocks(model)
     found = matrices(model, f"{prefix}.0", weight_map(model, model.state_dict()))
@@ -108,8 +108,8 @@ def test_a_factor_lessens_the_error_of_rounding() -> None:
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(96, 64, generator=generator) * SPREAD
     x = torch.randn(500, 64, generator=generator) / SPREAD
-    factor = choose_factor(x.square().mean(0), weight, 32)
-    assert factor is not None
+    factor, left = choose_factor(x.square().mean(0), weight, 32)
+    assert factor is not None and 0 < left < 0.5
 
     def error(scaled: Tensor, inputs: Tensor) -> float:
         scales, _ = min_max_grid(scaled, QuantSpec(4, 32))
@@ -123,7 +123,7 @@ def test_a_factor_lessens_the_error_of_rounding() -> None:
 def test_even_channels_are_not_touched() -> None:
     generator = torch.Generator().manual_seed(1)
     weight, x = torch.randn(512, 64, generator=generator), torch.randn(4000, 64, generator=generator)
-    assert choose_factor(x.square().mean(0), weight, 32) is None
+    assert choose_factor(x.square().mean(0), weight, 32) == (None, 1.0)
 
 
 def test_an_artifact_passes_verification_against_its_source(

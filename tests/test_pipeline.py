@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from bittern.artifact import Artifact
 from bittern.checkpoint import open_checkpoint
 from bittern.errors import BitternError
 from bittern.evaluate import text_windows
+from bittern.quantize.solve import default_batch
 from tests import tiny
 
 SMALL = {"bits": 4, "group_size": 32, "nsamples": 6, "seqlen": 32, "batch_size": 4}
@@ -360,3 +362,28 @@ def test_gguf_is_written_in_one_go_and_leaves_nothing_else(source: Path, tmp_pat
         bittern.quantize(source, tmp_path / "two.gguf", format="gguf", dataset="/nonexistent", group_size=32)
     with pytest.raises(BitternError, match=r"expected the name of a \.gguf file"):
         bittern.quantize(source, tmp_path / "folder", format="gguf", dataset="/nonexistent", group_size=32)
+
+
+@pytest.mark.parametrize(("device", "seqlen", "windows"), [("cpu", 512, 2), ("cpu", 4096, 1), ("cuda", 512, 8)])
+def test_windows_that_run_together_suit_the_device(device: str, seqlen: int, windows: int) -> None:
+    assert default_batch(seqlen, torch.device(device)) == windows
+
+
+def test_the_manifest_says_how_many_windows_ran_together(source: Path, text: Path, tmp_path: Path) -> None:
+    asked = run(source, tmp_path / "asked", text)
+    by_default = bittern.quantize(
+        source, tmp_path / "out", bits=4, group_size=32, nsamples=2, seqlen=32, dataset=str(text)
+    )
+    found = [manifest["options"]["batch_size"] for manifest in (asked, by_default)]
+    assert found == [4, default_batch(32, torch.device("cpu"))]
+
+
+def test_the_manifest_says_what_each_stage_brought(source: Path, text: Path, tmp_path: Path) -> None:
+    manifest = run(source, tmp_path / "fast", text, bits=3)
+    for stage in ("drift", "polish"):
+        shares = [layer["left"][stage] for layer in manifest["layers"] if stage in layer["left"]]
+        assert manifest["stages"][stage]["layers"] == len(shares) > 0
+        assert manifest["stages"][stage]["left"] == pytest.approx(math.prod(shares) ** (1 / len(shares)))
+    assert manifest["stages"]["polish"]["left"] < 1
+    plain = run(source, tmp_path / "plain", text, bits=3, effort="plain")
+    assert plain["stages"] == {} and all(layer["left"] == {} for layer in plain["layers"])

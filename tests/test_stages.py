@@ -115,13 +115,18 @@ def test_what_follows_from_the_input_is_made_up_for() -> None:
     given = torch.randn(4000, 24, generator=generator)
     mixing = torch.eye(24) + 0.2 * torch.randn(24, 24, generator=generator)
     weight = torch.randn(10, 24, generator=generator)
-    corrected = drift_of(given[:2000], given[:2000] @ mixing).corrected(
+    corrected, left = drift_of(given[:2000], given[:2000] @ mixing).corrected(
         torch.split(weight, [4, 6]), moments(given[:2000])
     )
     fresh = given[2000:]
     wanted = fresh @ mixing @ weight.T
     before, after = (fresh @ weight.T - wanted).square().mean(), (fresh @ corrected.T - wanted).square().mean()
     assert after < 0.15 * before
+    fourth = slice(1500, 2000)  # what was held out
+    for rows, share in zip((slice(0, 4), slice(4, 10)), left, strict=True):
+        aim = given[fourth] @ mixing @ weight[rows].T
+        errors = [(given[fourth] @ found[rows].T - aim).square().sum() for found in (corrected, weight)]
+        assert share == pytest.approx(float(errors[0] / errors[1]), rel=1e-3)
 
 
 def test_noise_is_not_followed() -> None:
@@ -129,7 +134,7 @@ def test_noise_is_not_followed() -> None:
     given = torch.randn(400, 64, generator=generator)
     exact = given + torch.randn(400, 64, generator=generator)
     weight = torch.randn(8, 64, generator=generator)
-    corrected = drift_of(given, exact).corrected([weight], moments(given))
+    corrected, _ = drift_of(given, exact).corrected([weight], moments(given))
     # An unguarded step would be about a fifth of the weight's length here.
     assert float((corrected - weight).norm() / weight.norm()) < 0.05
 
@@ -137,4 +142,5 @@ def test_noise_is_not_followed() -> None:
 def test_one_batch_cannot_be_learned_from_and_held_out() -> None:
     x = torch.randn(50, 8, generator=torch.Generator().manual_seed(4))
     weight = torch.ones(3, 8)
-    assert torch.equal(drift_of(x, 2 * x, 1).corrected([weight], moments(x)), weight)
+    corrected, left = drift_of(x, 2 * x, 1).corrected([weight], moments(x))
+    assert torch.equal(corrected, weight) and left == [None]

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from gptqmodel import GPTQModel, QuantizeConfig
 from gptqmodel.quantization.config import GPTAQConfig
 
@@ -28,6 +29,7 @@ def main() -> None:
     parser.add_argument("--desc-act", action="store_true")
     parser.add_argument("--mse", type=float, help="search the scale; the power of the error, 2.4 in its documentation")
     parser.add_argument("--damp-percent", type=float)
+    parser.add_argument("--dtype", default="auto", help="of the model while it is calibrated (%(default)s)")
     parser.add_argument("--gptaq", type=float, metavar="ALPHA", help="GPTAQ, 0.25 in its documentation")
     arguments = parser.parse_args()
 
@@ -48,7 +50,8 @@ def main() -> None:
 
     started = time.perf_counter()
     config = QuantizeConfig(bits=arguments.bits, group_size=arguments.group_size, **options)
-    model = GPTQModel.load(checkpoint, config, device="cpu")
+    dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    model = GPTQModel.load(checkpoint, config, device="cpu", dtype=dtype)
     loaded = time.perf_counter()
     model.quantize(calibration)
     quantized = time.perf_counter()

@@ -54,7 +54,7 @@ class Balancer:
         before: Tensor,
         after: Tensor,
         call: BlockCall,
-    ) -> tuple[dict[str, Tensor], set[Matrix]]:
+    ) -> tuple[dict[str, Tensor], dict[Matrix, float | None]]:
         """Balance one block, and the full-precision inputs that its stages hold.
 
         Args:
@@ -66,21 +66,23 @@ class Balancer:
 
         Returns:
             The parameters that are no matrices of a stage and were changed, by their live names; and the matrices that
-            were. Nothing for a kind of block that does not compute the same afterwards: its channels mean something
-            else than they seem to.
+            were, with what is left of the expected noise of those whose columns were. Nothing for a kind of block that
+            does not compute the same afterwards: its channels mean something else than they seem to.
         """
         original = {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
         factors: list[Tensor | None] = []
         changed: dict[str, Tensor] = {}
-        matrices: set[Matrix] = set()
+        matrices: dict[Matrix, float | None] = {}
         with torch.no_grad():
             for stage in stages:
                 maker = _maker(stage, stages) if stage.norm is None else None
-                factor, made = self._balance_stage(stage, maker, specs)
+                factor, made, left = self._balance_stage(stage, maker, specs)
                 factors.append(factor)
                 changed |= made
                 if factor is not None:
-                    matrices |= {*stage.matrices, *([maker] if maker is not None else [])}
+                    matrices |= dict.fromkeys(stage.matrices, left)
+                    if maker is not None:
+                        matrices.setdefault(maker)
             # A stage that was not worth it in one block may be wrong to touch in the next.
             kind = (type(block), tuple(sorted(_short(matrix) for matrix in matrices)))
             if kind not in self._computes_the_same:
@@ -91,7 +93,7 @@ class Balancer:
             if not self._computes_the_same[kind]:
                 for name, parameter in block.named_parameters():
                     parameter.copy_(original[name])
-                return {}, set()
+                return {}, {}
             for stage, factor in zip(stages, factors, strict=True):
                 if factor is not None:
                     for x in stage.exact:
@@ -100,31 +102,33 @@ class Balancer:
 
     def _balance_stage(
         self, stage: Stage, maker: Matrix | None, specs: dict[Matrix, QuantSpec]
-    ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """The factor of each input channel of a stage, and the parameters beside the matrices that were changed."""
+    ) -> tuple[Tensor | None, dict[str, Tensor], float]:
+        """The factor of each input channel of a stage, the parameters that were changed beside the matrices, and the
+        share that is left of the expected noise.
+        """
         weights = [live.get_weight(self.model, matrix) for matrix in stage.matrices]
         power = sum((x.flatten(0, -2).square().sum(0) for x in stage.exact), torch.zeros((), device=weights[0].device))
         add_up(power)
         columns = specs[stage.matrices[0]].columns_per_group(weights[0].shape[1])
         if stage.norm is not None:
-            factor = choose_factor(power, torch.cat(weights), columns)
+            factor, left = choose_factor(power, torch.cat(weights), columns)
             found = None if factor is None else self._into_norm(stage.norm, factor)
         elif maker is None:
-            return None, {}
+            return None, {}, 1.0
         else:
             repeats = weights[0].shape[1] // maker.out_features
             width = weights[0].shape[1] if repeats == 1 else self._head_dim(maker)
             # Heads that share a value head share its channels too.
             shape = (-1, repeats, width)
             shared = power.view(shape).mean(1, keepdim=True).expand(-1, repeats, -1).flatten()
-            factor = choose_factor(shared, torch.cat(weights), columns, shape)
+            factor, left = choose_factor(shared, torch.cat(weights), columns, shape)
             found = None if factor is None else self._into_rows(maker, factor, shape)
         if found is None:
-            return None, {}
+            return None, {}, 1.0
         factor, changed = found
         for weight in weights:
             weight.mul_(factor)
-        return factor, changed
+        return factor, changed, left
 
     def _into_norm(self, norm: str, factor: Tensor) -> tuple[Tensor, dict[str, Tensor]] | None:
         module = self.model.get_submodule(norm)
@@ -158,8 +162,8 @@ class Balancer:
 
 def choose_factor(
     power: Tensor, weight: Tensor, columns: int, shared: tuple[int, int, int] | None = None
-) -> Tensor | None:
-    """The factor of each channel; None where it is not worth it.
+) -> tuple[Tensor | None, float]:
+    """The factor of each channel, None where it is not worth it; and what is left of the expected noise, a share.
 
     Args:
         power: fp32 (in_features,), squares of the channels, summed.
@@ -172,14 +176,15 @@ def choose_factor(
     if shared is not None:
         size = size.view(shared).mean(1, keepdim=True).expand(-1, shared[1], -1).flatten()
     ratio = power / size.clamp_min(1e-6 * float(size.mean()) or 1.0)
-    least, best = WORTH * _noise(power, weight, torch.ones_like(power), columns), None
+    before = _noise(power, weight, torch.ones_like(power), columns)
+    least, best = WORTH * before, None
     for gamma in GAMMAS:
         factor = ratio.pow(gamma / 4)
         factor /= factor.log().mean().exp()
         noise = _noise(power, weight, factor, columns)
         if noise < least:
             least, best = noise, factor
-    return best
+    return best, 1.0 if best is None else least / before
 
 
 def _noise(power: Tensor, weight: Tensor, factor: Tensor, columns: int) -> float:

@@ -10,6 +10,7 @@ much of it holds on tokens that it was not made from is measured on windows that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -62,8 +63,11 @@ class Drift:
         else:
             self._held.append((moved, x.clone()))
 
-    def corrected(self, weights: Sequence[Tensor], hessian: Tensor) -> Tensor:
+    def corrected(self, weights: Sequence[Tensor], hessian: Tensor) -> tuple[Tensor, list[float | None]]:
         """W* of matrices that read the input, stacked; W where there was nothing to learn from. To be asked for once.
+
+        With it, for each, the share that is left of the squared error that the drift makes of its output in the windows
+        that were held out; None where that is not known.
 
         Args:
             weights: fp32 (out_features, in_features) each; each has an alpha of its own.
@@ -74,18 +78,20 @@ class Drift:
         add_up(counts)
         tokens, held = counts.tolist()
         if not tokens or not held:
-            return weight
+            return weight, [None] * len(sizes)
         add_up(self._total)
         damping = DAMPING * float(hessian.diagonal().mean()) or 1.0
         damped = hessian + damping * torch.eye(len(hessian), device=hessian.device)
         step = torch.linalg.solve(damped, weight @ (self._total / tokens), left=False)
-        agree, power = torch.zeros(2, len(sizes), device=weight.device)
+        agree, power, whole = torch.zeros(3, len(sizes), device=weight.device)
         for moved, x in self._held:
             wanted, given = moved @ weight.T, x @ step.T
             agree += torch.stack([part.sum() for part in torch.split(wanted * given, sizes, 1)])
             power += torch.stack([part.sum() for part in torch.split(given.square(), sizes, 1)])
-        add_up(agree, power)
+            whole += torch.stack([part.sum() for part in torch.split(wanted.square(), sizes, 1)])
+        add_up(agree, power, whole)
         alpha = (agree / power.clamp_min(1e-30)).clamp_(0, 1)
         each: Tensor = alpha.repeat_interleave(torch.tensor(sizes, device=alpha.device)).unsqueeze(1)
         corrected: Tensor = weight + each * step
-        return corrected
+        left = 1 + alpha * (alpha * power - 2 * agree) / whole
+        return corrected, [share if math.isfinite(share) else None for share in left.clamp_min(0).tolist()]

@@ -20,8 +20,8 @@ from bittern.model import Matrix
 from bittern.processes import add_up, check_same, number_of, world
 from bittern.replay import BlockCall
 
-SYRK_PANEL = 512
-"""Columns per product of the symmetric update; a matrix this wide is still one efficient GEMM."""
+SYRK_PANEL = 256
+"""Columns per product of the symmetric update: narrower ones leave out more of the lower triangle, and run slower."""
 
 
 @dataclass

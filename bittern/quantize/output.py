@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+import statistics
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -77,7 +79,7 @@ def describe(
     seconds: float,
 ) -> dict[str, Any]:
     """The manifest, but for what only its caller knows."""
-    return make_manifest(
+    manifest = make_manifest(
         source=source_record(job.checkpoint),
         options=options,
         calibration=_describe_tokens(tokens),
@@ -91,6 +93,19 @@ def describe(
         ],
         seconds=seconds,
     )
+    return manifest | {"stages": _stages(records)}
+
+
+def _stages(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What every stage of the effort has left of what it lessens: layers, and the geometric mean over them."""
+    shares: dict[str, list[float]] = {}
+    for record in records:
+        for stage, share in record["left"].items():
+            shares.setdefault(stage, []).append(share)
+    return {
+        stage: {"layers": len(found), "left": math.exp(statistics.fmean(math.log(max(share, 1e-9)) for share in found))}
+        for stage, found in shares.items()
+    }
 
 
 def _notes(records: list[dict[str, Any]], plan: Plan) -> list[str]:

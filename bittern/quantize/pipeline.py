@@ -35,7 +35,7 @@ from bittern.quantize.plan import Plan, make_plan
 from bittern.quantize.preflight import Job, artifact_bytes, gguf_bytes, predict
 from bittern.quantize.resume import WorkFolder, decided_by, stored_bytes
 from bittern.quantize.sensitivity import BITS, TOKENS, Sensitivity
-from bittern.quantize.solve import OwnWindows, Solver, batch_windows
+from bittern.quantize.solve import OwnWindows, Solver, batch_windows, default_batch
 from bittern.quantize.tune import tune
 from bittern.report import with_origin
 from bittern.schema import carried
@@ -74,7 +74,7 @@ def quantize(
     lm_head_bits: int | None = None,
     dtype: str | None = None,
     device: str = "auto",
-    batch_size: int = 8,
+    batch_size: int | None = None,
     chat_template: bool = False,
     max_shard_size: int = MAX_SHARD_SIZE,
     overwrite: bool = False,
@@ -119,7 +119,7 @@ def quantize(
         dtype: ``bf16``, ``fp16`` or ``fp32`` for what is not quantized. By default the source's, and
             fp16 for an fp32 source.
         device: ``cpu``, ``cuda`` or ``auto``.
-        batch_size: calibration samples run together.
+        batch_size: calibration samples run together; by default what suits the device.
         max_shard_size: bytes.
         overwrite: replace an artifact at ``output``.
         revision: of a Hub id.
@@ -143,6 +143,7 @@ def quantize(
     started = time.monotonic()
     with together(device) as place, ExitStack() as stack:
         rank, processes = world()
+        options["batch_size"] = batch_size = default_batch(seqlen, place) if batch_size is None else batch_size
         _check_options(bits, method, damp_percent, dtype, batch_size)
         stages = pick_effort(effort)
         checkpoint = stack.enter_context(open_checkpoint(source, revision))

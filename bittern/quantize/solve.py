@@ -11,6 +11,7 @@ run, once, so that what comes after them is what it would have been.
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -49,6 +50,10 @@ Layer = tuple[dict[str, Any], QuantWeight]
 _MMAP_THRESHOLD = -3  # glibc's number of that option
 _LARGE = 2**20  # bytes
 
+BATCH_TOKENS = {"cpu": 1024, "cuda": 4096}
+"""Tokens run together. On a CPU what stands between two products is to stay in its caches, and one product of so many
+rows is as fast as one of more; it also is what a block needs beside the batches that wait."""
+
 NO_TOKENS = "no calibration token reached it: rounded to nearest"
 
 
@@ -65,6 +70,11 @@ class OwnWindows:
     batches: Sequence[Tensor] = ()
     exact: int = 0
     learned: int = 0
+
+
+def default_batch(seqlen: int, device: torch.device) -> int:
+    """How many windows of so many tokens to run together."""
+    return max(1, BATCH_TOKENS.get(device.type, 4096) // max(seqlen, 1))
 
 
 def batch_windows(ids: Tensor, batch_size: int, effort: Effort) -> OwnWindows:
@@ -155,13 +165,14 @@ class Solver:
                 stages = None
             else:
                 changed: dict[str, Tensor] = {}
-                rescaled: set[str] = set()
+                rescaled: dict[str, float | None] = {}
                 if stages is not None and before is not None:
                     changed, found = balancer.balance(block, stages, entries, before, exact[0], block_calls[0])
-                    rescaled = {part for matrix in found for part, _, _ in matrix.parts}
+                    rescaled = {part: left for matrix, left in found.items() for part, _, _ in matrix.parts}
                 solved = []
                 for record, weight in self._solve_block(block, entries, stages, windows.learned, hidden, block_calls):
                     record["rescaled"] = record["layer"] in rescaled
+                    record["left"] = _known(balance=rescaled.get(record["layer"])) | record["left"]
                     solved.append((record, weight))
                     yield record
                 if work is not None:
@@ -254,16 +265,23 @@ class Solver:
     def _solve_together(self, inputs: Inputs, drift: Drift | None, specs: dict[Matrix, QuantSpec]) -> Iterator[Layer]:
         """Solve the matrices that share an input, and put the results into the block."""
         weights = [live.get_weight(self.model, matrix) for matrix in inputs.matrices]
-        wanted = torch.cat(weights) if drift is None else drift.corrected(weights, inputs.hessian)
+        left: list[float | None] = [None] * len(weights)
+        if drift is None:
+            wanted = torch.cat(weights)
+        else:
+            wanted, left = drift.corrected(weights, inputs.hessian)
         if world()[0] == 0:
-            yield from self._solve(inputs, wanted, specs)
+            yield from self._solve(inputs, wanted, specs, dict(zip(inputs.matrices, left, strict=True)))
         from_first(*weights)
 
-    def _solve(self, inputs: Inputs, wanted: Tensor, specs: dict[Matrix, QuantSpec]) -> Iterator[Layer]:
+    def _solve(
+        self, inputs: Inputs, wanted: Tensor, specs: dict[Matrix, QuantSpec], drift: dict[Matrix, float | None]
+    ) -> Iterator[Layer]:
         """The first process's part of :meth:`_solve_together`.
 
         Args:
             wanted: what the stacked matrices should be, fp32 (rows of all, in_features).
+            drift: what is left of the drift's error, for the record.
         """
         began = time.monotonic()
         unseen = inputs.tokens == 0 and inputs.prior == 0
@@ -289,15 +307,16 @@ class Solver:
                 weight, loss = solution.weight, solution.loss
                 if self.effort.polish:
                     weight, loss = polish(target, inputs.hessian, factor.damping, weight)
-                losses = torch.stack((loss, solution.norm))
+                losses = torch.stack((loss, solution.norm, solution.loss))
             start = 0
             for matrix in members:
                 rows = slice(start, start + matrix.out_features)
                 start = rows.stop
                 live.get_weight(self.model, matrix).copy_(_rows(weight, rows).dequantize())
-                yield from layers_of(
-                    matrix, _rows(weight, rows), None if losses is None else losses[:, rows], outcome, began
-                )
+                found = None if losses is None else losses[:, rows]
+                for record, part in layers_of(matrix, _rows(weight, rows), found, outcome, began):
+                    record["left"] = _known(drift=drift[matrix]) | record["left"]
+                    yield record, part
                 began = time.monotonic()
 
 
@@ -335,7 +354,7 @@ def _advance(block: nn.Module, hidden: list[Tensor], calls: list[BlockCall]) -> 
 def _check_finite(name: str, hidden: list[Tensor]) -> None:
     first = 0
     for state in hidden:
-        if not bool(torch.isfinite(state).all()):
+        if not math.isfinite(float(state.sum())) and not bool(torch.isfinite(state).all()):
             bad = int((~torch.isfinite(state.flatten(1)).all(1)).nonzero()[0])
             raise BitternError(f"{name}: NaN or infinite output for calibration sample {number_of(first + bad)}")
         first += state.shape[0]
@@ -345,6 +364,10 @@ def _fallback(inputs: Inputs) -> str | None:
     if inputs.prior <= 0.5:
         return None
     return f"{inputs.tokens} tokens reached it: {inputs.prior:.0%} of its Hessian is the other experts'"
+
+
+def _known(**shares: float | None) -> dict[str, float]:
+    return {stage: share for stage, share in shares.items() if share is not None}
 
 
 def _rows(weight: QuantWeight, rows: slice) -> QuantWeight:
@@ -357,14 +380,14 @@ def layers_of(
     """The checkpoint layers that a matrix is made of.
 
     Args:
-        loss: (2, out_features), squared output error and squared output of each row; the record holds
-            the ratio of their sums.
+        loss: (3, out_features), squared output error and squared output of each row, and the error before it was
+            polished; the record holds ratios of their sums.
         outcome: method, damping, tokens and fallback.
         began: when work on it began, by ``time.monotonic``.
     """
     seconds = (time.monotonic() - began) / len(matrix.parts)
     for name, start, stop in matrix.parts:
-        error, norm = (0.0, 0.0) if loss is None else loss[:, start:stop].sum(1).tolist()
+        error, norm, solved = (0.0, 0.0, 0.0) if loss is None else loss[:, start:stop].sum(1).tolist()
         record = {
             "layer": name,
             "shape": [stop - start, matrix.in_features],
@@ -372,6 +395,7 @@ def layers_of(
             "group_size": weight.spec.group_size,
             "sym": weight.spec.sym,
             "loss": None if loss is None else error / norm if norm > 0 else 0.0,
+            "left": {"polish": error / solved} if solved > 0 and error != solved else {},
             **outcome,
             "seconds": seconds,
         }
