@@ -40,7 +40,7 @@ _COMPRESSOR = ("llmcompressor", "llmcompressor_quantize.py")
 REFERENCE = "GPTQModel"
 """The label of the tool that ratios are to."""
 
-# Its own choice on a CPU is bfloat16, of which a processor without instructions for that makes ten times the work.
+# Its own choice on a CPU is bfloat16, which takes four times as long on a processor without instructions for it.
 _FP32 = ("--dtype", "float32")
 
 # What their documentation offers for quality, alone and together: what is best for a model only a run can say.
@@ -48,14 +48,7 @@ TOOLS: Mapping[str, Tool] = {
     "bittern": Tool("bittern", None, ""),
     "rtn": Tool("round to nearest", None, "", ("--method", "rtn"), calibrated=False),
     "gptqmodel": Tool(REFERENCE, *_GPTQMODEL, _FP32),
-    "gptqmodel-actorder": Tool(
-        "GPTQModel desc_act",
-        *_GPTQMODEL,
-        (
-            *_FP32,
-            "--desc-act",
-        ),
-    ),
+    "gptqmodel-actorder": Tool("GPTQModel desc_act", *_GPTQMODEL, (*_FP32, "--desc-act")),
     "gptqmodel-mse": Tool("GPTQModel mse", *_GPTQMODEL, (*_FP32, "--mse", "2.4")),
     "gptqmodel-damp": Tool("GPTQModel damp .01", *_GPTQMODEL, (*_FP32, "--damp-percent", "0.01")),
     "gptqmodel-gptaq": Tool("GPTQModel GPTAQ", *_GPTQMODEL, (*_FP32, "--gptaq", "0.25")),

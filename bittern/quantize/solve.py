@@ -51,8 +51,7 @@ _MMAP_THRESHOLD = -3  # glibc's number of that option
 _LARGE = 2**20  # bytes
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 4096}
-"""Tokens run together. On a CPU what stands between two products is to stay in its caches, and one product of so many
-rows is as fast as one of more; it also is what a block needs beside the batches that wait."""
+"""Tokens run together: on a CPU one product of so many rows is as fast as one of more, and holds less memory."""
 
 NO_TOKENS = "no calibration token reached it: rounded to nearest"
 
@@ -74,7 +73,7 @@ class OwnWindows:
 
 def default_batch(seqlen: int, device: torch.device) -> int:
     """How many windows of so many tokens to run together."""
-    return max(1, BATCH_TOKENS.get(device.type, 4096) // max(seqlen, 1))
+    return max(1, BATCH_TOKENS[device.type] // max(seqlen, 1))
 
 
 def batch_windows(ids: Tensor, batch_size: int, effort: Effort) -> OwnWindows:
