@@ -17,7 +17,7 @@ from bittern import model as live
 from bittern.checkpoint import TensorInfo, open_checkpoint
 from bittern.errors import BitternError
 from bittern.quantize import pipeline, preflight, rehearsal
-from bittern.quantize.effort import Effort
+from bittern.quantize.effort import pick_effort
 from bittern.quantize.plan import make_plan
 from bittern.quantize.preflight import Prediction
 from bittern.quantize.rehearsal import Line, Live, rehearse_blocks, rehearse_solver
@@ -124,16 +124,17 @@ def test_twice_the_windows_take_twice_the_passes(source: Path, text: Path, tmp_p
         matrices = [live.matrices(model, f"{prefix}.{position}", sources) for position in range(len(blocks))]
         plan = make_plan(matrices, 4, 32, True)
         cpu = torch.device("cpu")
-        costs = rehearse_blocks(model, sources, plan, cpu, 2, 32)
+        plain = pick_effort("plain")
+        costs = rehearse_blocks(model, sources, plan, cpu, 2, 32, plain)
         assert not any(tensor.device.type != "meta" for tensor in model.state_dict().values())
         solver = {
-            (width, QuantSpec(4, 32)): rehearse_solver(width, QuantSpec(4, 32), 96, 0.01, cpu, True)
+            (width, QuantSpec(4, 32)): rehearse_solver(width, QuantSpec(4, 32), 96, 0.01, cpu, plain)
             for width in (64, 96)
         }
         for samples in (100, 200):
             job = preflight.Job(
                 *(model, checkpoint, sources, plan, 0.01, cpu, None, []),  # type: ignore[arg-type]
-                *(samples, 32, 8, Effort(), 0),
+                *(samples, 32, 8, plain, 0),
             )
             taken.append(preflight._block_seconds(job, 0, costs[0], solver, 1.0, False))
         assert preflight._block_seconds(job, 2, costs[2], solver, 1.0, True)["forward passes, quantized"] == 0
@@ -144,6 +145,23 @@ def test_twice_the_windows_take_twice_the_passes(source: Path, text: Path, tmp_p
     assert two["forward passes, quantized"] == pytest.approx(2 * one["forward passes, quantized"])
     assert two["grids and codes"] == one["grids and codes"] > 0
     assert two["factorizing"] == one["factorizing"] > 0
+
+
+def test_what_waits_in_a_block_is_counted_stage_by_stage(source: Path) -> None:
+    """Llama, 8 positions: by hand, in fp32 numbers a position."""
+    with open_checkpoint(source) as checkpoint:
+        model = live.build(checkpoint.config)
+        sources = live.weight_map(model, checkpoint.tensors)
+        plan = make_plan([live.matrices(model, f"model.layers.{number}", sources) for number in range(3)], 4, 32, True)
+        costs = rehearse_blocks(model, sources, plan, torch.device("cpu"), 2, 8, pick_effort("fast"))
+    walk = costs[0].walk
+    assert walk is not None and walk.samples.each > 0 and walk.balance > 0
+    hidden, value, wide = 64, 32, 96
+    state, queries, key_and_value = hidden, hidden, 2 * value
+    waiting = [state + hidden, state + queries + key_and_value + hidden, hidden + hidden, hidden + wide]
+    exact = [hidden + sum((hidden, hidden, hidden, wide)[stage:]) for stage in range(4)]
+    assert walk.waiting == [4 * 8 * each for each in waiting]
+    assert walk.exact_waiting == [4 * 8 * each for each in exact]
 
 
 def test_a_run_that_goes_on_is_spared_what_is_done() -> None:
@@ -157,9 +175,9 @@ def test_a_run_that_goes_on_is_spared_what_is_done() -> None:
 def test_a_wide_matrix_is_extrapolated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes, which no machine disturbs: tried at 64 columns, they are those of 256."""
     cpu = torch.device("cpu")
-    whole = rehearse_solver(256, QuantSpec(4, 32), 64, 0.01, cpu, True)
+    whole = rehearse_solver(256, QuantSpec(4, 32), 64, 0.01, cpu, pick_effort("fast"))
     monkeypatch.setattr(rehearsal, "WIDEST", 64)
-    tried = rehearse_solver(256, QuantSpec(4, 32), 64, 0.01, cpu, True)
+    tried = rehearse_solver(256, QuantSpec(4, 32), 64, 0.01, cpu, pick_effort("fast"))
     assert tried.factorize.bytes == pytest.approx(whole.factorize.bytes, rel=0.05)
     assert tried.row_bytes == whole.row_bytes and tried.solve.fixed > 0
     assert Line(2.0, 0.5)(10) == 7

@@ -63,6 +63,29 @@ def test_every_matrix_gets_what_the_changed_ones_before_it_give(kind: str) -> No
             assert torch.equal(stage.exact[0], inputs[number])
 
 
+@pytest.mark.parametrize(
+    ("kind", "spent", "state"),
+    [
+        ("llama", [[], [1], [0, 2], [3]], 0),
+        ("gpt2", [[], [1], [0, 2], [3]], 0),
+        # Phi gives one norm's output to attention and to the perceptron, and adds the block's input at the end.
+        ("phi", [[], [], [2], [1, 3]], 2 * 20 * 64),
+    ],
+)
+def test_what_nothing_reads_again_is_emptied(kind: str, spent: list[list[int]], state: int) -> None:
+    model = tiny.random_model(kind)
+    block = blocks(model)[1][0]
+    found, hidden, calls = start(model)
+    stages = exact_stages(model, block, found, [hidden[0].clone()], calls[:1])
+    assert stages is not None and [stage.spent for stage in stages] == spent
+    whole = calls[1].run(block, hidden[1].clone())
+    with Walks(model, block, stages, hidden, calls) as walks:
+        first, *others = (list(walks.inputs(stage)) for stage in stages)
+        assert first[1].numel() == 0 and others[-1][1].numel() > 0 and hidden[1].numel() == state
+        walks.finish()
+    assert torch.equal(hidden[1], whole)
+
+
 def test_blocks_of_experts_are_not_walked() -> None:
     model = tiny.random_model("mixtral", num_local_experts=4, num_experts_per_tok=2)
     found, hidden, calls = start(model)

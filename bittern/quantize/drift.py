@@ -51,7 +51,10 @@ class Drift:
         self._held: list[tuple[Tensor, Tensor]] = []
 
     def add(self, x: Tensor) -> None:
-        """Add a batch of the quantized path, in the order of the exact ones; batches after those count nothing."""
+        """Add a batch of the quantized path, in the order of the exact ones; batches after those count nothing.
+
+        What is held out is kept as it is, and must not change.
+        """
         if not self._exact:
             return
         x = x.flatten(0, -2)
@@ -61,7 +64,7 @@ class Drift:
             self._total.addmm_(moved.T, x)
             self._tokens += len(x)
         else:
-            self._held.append((moved, x.clone()))
+            self._held.append((moved, x))
 
     def corrected(self, weights: Sequence[Tensor], hessian: Tensor) -> tuple[Tensor, list[float | None]]:
         """W* of matrices that read the input, stacked; W where there was nothing to learn from. To be asked for once.

@@ -24,6 +24,8 @@ from bittern.checkpoint import Checkpoint, TensorInfo
 from bittern.formats.gguf import BLOCK, BLOCK_BYTES, kind_for
 from bittern.formats.packing import Packing
 from bittern.model import Matrix, Piece
+from bittern.quantize import heap
+from bittern.quantize.drift import learned_from
 from bittern.quantize.effort import Effort
 from bittern.quantize.plan import Plan
 from bittern.quantize.rehearsal import (
@@ -38,7 +40,6 @@ from bittern.quantize.rehearsal import (
     seconds,
 )
 from bittern.quantize.resume import stored_bytes
-from bittern.quantize.solve import trim_heap
 from bittern.quantize.tune import HELD_OUT, MICRO
 from bittern.report import peak_memory
 from bittern.weight import QuantSpec, round_to_nearest
@@ -54,8 +55,6 @@ ERRORS = {"seconds": 0.25, "peak_memory_bytes": 0.15, "bytes": 0.01}
 """How far off a prediction may be on the machine that it was made on, as shares."""
 
 _FP32 = 4
-_BEFORE_LAST = 0.75  # of a block's work: what comes before its last input
-_WHOLE_PRODUCT = 1.5  # times the work of a symmetric one
 _PIECES = 48 * 2**20  # that casting keeps in memory of however large a model
 _SAMPLE_BYTES = 4 * 2**20
 _TRIED = torch.Size((128, 1024))  # weights that are rounded and packed to try; every group size divides its columns
@@ -163,11 +162,11 @@ def predict(job: Job, size: int, started: float) -> Prediction:
     rounding = {spec: _rounding_rate(spec) for spec in rounded}
     if job.samples:
         samples, positions = _tried(job)
-        blocks = rehearse_blocks(job.model, job.sources, job.plan, job.device, samples, positions)
-        rehearsed = partial(rehearse_solver, rows=_most_rows(job.plan), damp_percent=job.damp_percent)
-        solver = {grid: rehearsed(*grid, device=job.device, polished=job.effort.polish) for grid in grids}
         scale = job.seqlen / positions
-    trim_heap()
+        blocks = rehearse_blocks(job.model, job.sources, job.plan, job.device, samples, positions, job.effort)
+        rehearsed = partial(rehearse_solver, rows=_most_rows(job.plan), damp_percent=job.damp_percent)
+        solver = {grid: rehearsed(*grid, device=job.device, effort=job.effort) for grid in grids}
+    heap.trim()
     base = resident_memory()  # after the libraries have done all that they will be asked for
     stages: dict[str, float] = {"start": 0.0}
     per_block, held = [], [float(_outside_bytes(job)) if job.samples else 0.0]
@@ -217,34 +216,25 @@ def _block_seconds(
         for width, members in groups
         for spec in dict.fromkeys(spec for _, spec in members)
     ]
-    forward = block.advance.seconds * job.samples * scale
-    gather = block.gather.fixed + block.gather.each * job.samples * scale
-    share = job.exact_samples / job.samples
-    moments = max(gather - _BEFORE_LAST * forward, 0.0)
-    walked = _is_walked(job, position)
-    return {
-        "forward passes, second moments": gather + (walked and (1 - _BEFORE_LAST) * forward),
-        "full precision": walked and share * (forward + _WHOLE_PRODUCT * moments),
+    forward = block.advance.seconds * scale
+    costs = {
         "factorizing": sum(solver[width, members[0][1]].factorize.seconds for width, members in groups),
         "grids and codes": sum(solves),
-        "forward passes, quantized": 0.0 if last or walked else forward,
     }
-
-
-def _is_walked(job: Job, position: int) -> bool:
-    """Whether a block is solved in one pass, stage by stage."""
-    return bool(job.exact_samples) and all(matrix.expert is None for matrix, _ in job.plan.blocks[position])
-
-
-def _walked_bytes(job: Job, position: int, block: BlockCosts, scale: float) -> float:
-    """What batches hold on their way through a block: two hidden states and the widest input; some, all inputs."""
-    if not _is_walked(job, position):
-        return 0.0
-    widths = [width for width, _ in _groups(job, position, block)]
-    hidden = block.held[0] * scale
-    floats = _FP32 * job.seqlen * job.samples * max(widths, default=0)
-    exact = job.exact_samples * (hidden + _FP32 * job.seqlen * sum(widths))
-    return 2 * hidden * job.samples + floats + exact
+    if block.walk is None:
+        return {
+            "forward passes, second moments": block.gather.fixed + block.gather.each * job.samples * scale,
+            **costs,
+            "forward passes, quantized": 0.0 if last else forward * job.samples,
+        }
+    held_out = job.exact_samples - learned_from(job.exact_samples)
+    return {
+        "forward passes, second moments": block.walk.samples(job.samples * scale),
+        # Of what is held out, two products with all matrices.
+        "full precision": block.walk.exact * job.exact_samples * scale + 2 * forward * held_out,
+        "balancing": block.walk.balance,
+        **costs,
+    }
 
 
 def _tuning_seconds(job: Job, blocks: Sequence[BlockCosts], scale: float) -> float:
@@ -273,7 +263,6 @@ def _block_bytes(
     if job.device.type != "cpu":
         return float(_FP32 * _parameters(job, position))  # the rest is in the device's memory
     batch = min(job.batch_size, job.samples) * scale
-    tokens = batch * job.seqlen / scale
     groups = _groups(job, position, block)
     moments = [_FP32 * width**2 for width, _ in groups]
     activations = batch * block.advance.bytes
@@ -284,16 +273,22 @@ def _block_bytes(
         )
         for width, members in groups
     ]
-    stages = (
-        activations + sum(moments) + tokens * _FP32 * sum(width for width, _ in groups),  # gathering
-        2 * sum(moments) + 2 * max(moments, default=0),  # their mean
-        sum(moments) + max(solving, default=0),
-        activations,
-    )
-    codes = stored_bytes([job.plan.blocks[position]])
     hidden, call = block.held
-    most = max(*stages, max(stages[2:]) + _walked_bytes(job, position, block, scale))
-    return (job.samples * hidden + 2 * call) * scale + _FP32 * _parameters(job, position) + codes + most
+    if block.walk is None:
+        inputs = batch * job.seqlen / scale * _FP32 * sum(width for width, _ in groups)
+        most = job.samples * hidden * scale + max(
+            activations + sum(moments) + inputs,  # gathering
+            2 * sum(moments) + 2 * max(moments, default=0),  # their mean
+            sum(moments) + max(solving, default=0),
+        )
+    else:
+        waiting = zip(block.walk.waiting, block.walk.exact_waiting, moments, solving, strict=True)
+        most = max(
+            (job.samples * each + job.exact_samples * exact) * scale + max(activations + 3 * moment, moment + solve)
+            for each, exact, moment, solve in waiting
+        )
+    codes = stored_bytes([job.plan.blocks[position]])
+    return most + 2 * call * scale + _FP32 * _parameters(job, position) + codes
 
 
 def _groups(job: Job, position: int, block: BlockCosts) -> list[tuple[int, list[tuple[Matrix, QuantSpec]]]]:

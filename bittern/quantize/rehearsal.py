@@ -11,8 +11,9 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,13 +24,18 @@ from torch.utils._pytree import tree_leaves
 
 from bittern import model as live
 from bittern.model import Matrix, Piece
+from bittern.quantize import heap
+from bittern.quantize.balance import Balancer
+from bittern.quantize.drift import Drift
+from bittern.quantize.effort import Effort
 from bittern.quantize.gptq import Factor, factorize, gptq
 from bittern.quantize.grid import CHUNK
 from bittern.quantize.hessian import collect
 from bittern.quantize.plan import Plan
 from bittern.quantize.polish import polish
+from bittern.quantize.stages import Walks, exact_stages
 from bittern.replay import BlockCall, capture
-from bittern.weight import QuantSpec
+from bittern.weight import QuantSpec, min_max_grid
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,20 +74,41 @@ class Line:
 
 
 @dataclass(frozen=True)
+class WalkCosts:
+    """What blocks of one shape take that are walked stage by stage.
+
+    Attributes:
+        samples: seconds of walking so many samples through the block, second moments and all.
+        exact: seconds for each of those that are walked through the unquantized block too.
+        balance: seconds of balancing its channels.
+        waiting: for every stage, bytes that each sample holds there, its hidden state with them.
+        exact_waiting: bytes that each one holds there whose inputs in full precision are known.
+    """
+
+    samples: Line
+    exact: float
+    balance: float
+    waiting: list[float]
+    exact_waiting: list[float]
+
+
+@dataclass(frozen=True)
 class BlockCosts:
     """What blocks of one shape take.
 
     Attributes:
-        gather: seconds of gathering the second moments from so many samples.
+        gather: seconds of gathering the second moments from so many samples, unless it is walked.
         advance: of running one sample through the block.
         readers: the matrices that share an input, by :func:`place`.
         held: bytes of the hidden state of one sample, and of how the block is called.
+        walk: where it is walked.
     """
 
     gather: Line
     advance: Cost
     readers: list[list[str]]
     held: tuple[int, int]
+    walk: WalkCosts | None = None
 
 
 @dataclass(frozen=True)
@@ -111,11 +138,12 @@ def rehearse_blocks(
     device: torch.device,
     samples: int,
     positions: int,
+    effort: Effort,
 ) -> list[BlockCosts]:
     """What every block takes; blocks of one shape are tried once.
 
     Args:
-        model, sources, plan, device: as a Solver has them; the model is left as it was.
+        model, sources, plan, device, effort: as a Solver has them; the model is left as it was.
         samples, positions: to try with.
     """
     prefix, blocks = live.blocks(model)
@@ -127,21 +155,27 @@ def rehearse_blocks(
     state = _random(hidden.shape, device)
     for position, block in enumerate(blocks):
         name = f"{prefix}.{position}"
-        matrices = [matrix for matrix, _ in plan.blocks[position]]
+        entries = dict(plan.blocks[position])
         shapes = tuple((key, tuple(value.shape)) for key, value in block.state_dict().items())
-        kind = (shapes, tuple(place(matrix, name) for matrix in matrices))
+        kind = (shapes, tuple(place(matrix, name) for matrix in entries))
         if kind not in found:
             inside = [tensor for tensor in sources if tensor.startswith(f"{name}.")]
             with _made_up(model, inside, device, whole=True):
-                found[kind] = _rehearse_block(model, block, name, matrices, state, calls[position])
+                found[kind] = _rehearse_block(model, block, name, entries, state, calls[position], effort)
         result.append(found[kind])
     return result
 
 
 def _rehearse_block(
-    model: nn.Module, block: nn.Module, name: str, matrices: Sequence[Matrix], state: Tensor, call: BlockCall
+    model: nn.Module,
+    block: nn.Module,
+    name: str,
+    entries: dict[Matrix, QuantSpec],
+    state: Tensor,
+    call: BlockCall,
+    effort: Effort,
 ) -> BlockCosts:
-    samples = state.shape[0]
+    samples, matrices = state.shape[0], list(entries)
 
     def advance() -> None:
         with torch.no_grad():
@@ -152,6 +186,14 @@ def _rehearse_block(
     held = state[0].nbytes, sum(tensor.nbytes for tensor in given)
     if not matrices:
         return BlockCosts(Line(0.0, 0.0), once.times(1 / samples), [], held)
+    if effort.exact_share:
+        stages = exact_stages(model, block, matrices, [state.clone()], [call])
+        if stages is not None:
+            readers = [[place(matrix, name) for matrix in stage.matrices] for stage in stages]
+            heap.for_holding()
+            walk = _rehearse_walk(model, block, entries, state, call, effort, once.seconds)
+            heap.for_solving()
+            return BlockCosts(Line(0.0, 0.0), once.times(1 / samples), readers, held, walk)
     found = collect(model, block, matrices, [state], [call])
     one, two = (
         seconds(partial(collect, model, block, matrices, [state] * n, [call] * n), state.device) for n in (1, 2)
@@ -165,13 +207,79 @@ def _rehearse_block(
     )
 
 
+def _rehearse_walk(
+    model: nn.Module,
+    block: nn.Module,
+    entries: dict[Matrix, QuantSpec],
+    state: Tensor,
+    call: BlockCall,
+    effort: Effort,
+    least: float,
+) -> WalkCosts:
+    """What a block takes that can be walked in stages; tried with the batch ``state``, some times over.
+
+    A batch takes ``least`` seconds at least: differences of small numbers may be anything.
+    """
+
+    def walk(batches: int, exact: int, tensors: Live | None = None) -> list[int]:
+        """The bytes that are alive when all batches have come to a stage."""
+        alive = []
+        hidden = [state.clone() for _ in range(batches)]
+        in_full = [each.clone() for each in hidden[:exact]]
+        stages = exact_stages(model, block, list(entries), in_full, [call] * exact)
+        assert stages is not None  # it was walked before
+        with Walks(model, block, stages, hidden, [call] * batches) as walks:
+            for stage in stages:
+                if tensors is None:
+                    walks.gather(stage, exact)
+                else:
+                    for x in walks.inputs(stage):
+                        del x
+                    alive.append(tensors.alive())
+                    stage.exact.clear()
+            walks.finish()
+        return alive
+
+    few, many = 1, 3
+    one, more, both = (seconds(partial(walk, *n), state.device) for n in ((few, few), (many, few), (many, many)))
+    each, exact = (max((after - before) / (many - few), least) for before, after in ((one, more), (more, both)))
+    held = []
+    for counts in ((1, 1), (2, 1), (2, 2)):
+        with Live() as tensors:
+            held.append(walk(*counts, tensors))
+    waiting, exact_waiting = (
+        [(y - x) / len(state) for x, y in zip(before, after, strict=True)] for before, after in pairwise(held)
+    )
+    return WalkCosts(
+        Line(max(one - few * (each + exact), 0.0), each / len(state)),
+        exact / len(state),
+        _rehearse_balance(model, block, entries, state, call) if effort.balance else 0.0,
+        waiting,
+        exact_waiting,
+    )
+
+
+def _rehearse_balance(
+    model: nn.Module, block: nn.Module, entries: dict[Matrix, QuantSpec], state: Tensor, call: BlockCall
+) -> float:
+    after = state.clone()
+    stages = exact_stages(model, block, list(entries), [after], [call])
+    assert stages is not None
+    balancer = Balancer(model, torch.float32)
+    balance = partial(balancer.balance, block, stages, entries, state, after, call)
+    balance()  # only the first block of a kind is tried out
+    return seconds(balance, state.device)
+
+
 def rehearse_solver(
-    width: int, spec: QuantSpec, rows: int, damp_percent: float, device: torch.device, polished: bool
+    width: int, spec: QuantSpec, rows: int, damp_percent: float, device: torch.device, effort: Effort
 ) -> SolveCosts:
     """What solving matrices of ``width`` columns takes, the largest of which has ``rows`` rows."""
     tried = min(width, WIDEST)
-    solve_line = partial(_solve_line, spec=spec, rows=rows, device=device, polished=polished)
+    solve_line = partial(_solve_line, spec=spec, rows=rows, effort=effort)
     hessian, factor, cost = _factor(tried, damp_percent, device)
+    if effort.exact_share:
+        cost = replace(cost, seconds=cost.seconds + seconds(partial(_correct, hessian[:1], hessian), device))
     solve = solve_line(hessian, factor)
     if tried < width:
         # Each column has a cost of its own; each row one that grows with the columns, and with their square.
@@ -180,7 +288,7 @@ def rehearse_solver(
         linear = solve.each / tried - square * tried
         solve = Line(solve.fixed * width / tried, linear * width + square * width**2)
         cost = Cost(cost.seconds * (width / tried) ** 3, cost.bytes * (width / tried) ** 2)
-    return SolveCosts(cost, solve, width * _weight_bytes(spec, device, polished))
+    return SolveCosts(cost, solve, width * _weight_bytes(spec, device, effort))
 
 
 def _factor(width: int, damp_percent: float, device: torch.device) -> tuple[Tensor, Factor, Cost]:
@@ -188,26 +296,37 @@ def _factor(width: int, damp_percent: float, device: torch.device) -> tuple[Tens
     return hessian, factorize(hessian, damp_percent), measured(lambda: factorize(hessian, damp_percent), device)
 
 
-def _solve_line(
-    hessian: Tensor, factor: Factor, spec: QuantSpec, rows: int, device: torch.device, polished: bool
-) -> Line:
+def _solve_line(hessian: Tensor, factor: Factor, spec: QuantSpec, rows: int, effort: Effort) -> Line:
     large = min(max(rows, 2), _ROWS[1])
     small = min(_ROWS[0], large // 2)
-    weight = _random((large, len(hessian)), device)
-    solve = partial(_solve, hessian=hessian, factor=factor, spec=spec, polished=polished)
-    one, other = (seconds(partial(solve, weight[:n]), device) for n in (small, large))
+    weight = _random((large, len(hessian)), hessian.device)
+    solve = partial(_solve, hessian=hessian, factor=factor, spec=spec, effort=effort)
+    one, other = (seconds(partial(solve, weight[:n]), hessian.device) for n in (small, large))
     each = max(other - one, 0.0) / (large - small)
-    return Line(max(one - each * small, 0.0), each)
+    fixed = one - each * small
+    if effort.exact_share:
+        few, many = (seconds(partial(_correct, weight[:n], hessian), hessian.device) for n in (small, large))
+        each += max(many - few, 0.0) / (large - small)
+    return Line(max(fixed, 0.0), each)
 
 
-def _solve(weight: Tensor, hessian: Tensor, factor: Factor, spec: QuantSpec, polished: bool) -> None:
-    solution = gptq(weight, factor, spec)
-    if polished:
+def _solve(weight: Tensor, hessian: Tensor, factor: Factor, spec: QuantSpec, effort: Effort) -> None:
+    solution = gptq(weight, factor, spec, grid=None if effort.search else min_max_grid(weight, spec))
+    if effort.polish:
         polish(weight, hessian, factor.damping, solution.weight)
 
 
+def _correct(weight: Tensor, hessian: Tensor) -> None:
+    """What :class:`Drift` makes of moments; what it does with the windows that it holds out is no part of it."""
+    x = torch.zeros(1, 1, len(hessian), device=hessian.device)
+    drift = Drift([x, x], 1)
+    drift.add(x)
+    drift.add(x)
+    drift.corrected([weight], hessian)
+
+
 @lru_cache
-def _weight_bytes(spec: QuantSpec, device: torch.device, polished: bool) -> float:
+def _weight_bytes(spec: QuantSpec, device: torch.device, effort: Effort) -> float:
     """What solving holds for each weight: from a narrow matrix, since watching every operation is slow."""
     width = max(128, spec.group_size)
     hessian, factor, _ = _factor(width, 0.01, device)
@@ -216,7 +335,7 @@ def _weight_bytes(spec: QuantSpec, device: torch.device, polished: bool) -> floa
     for rows in (few, 2 * few):
         weight = _random((rows, width), device)
         with Live() as tensors:
-            _solve(weight, hessian, factor, spec, polished)
+            _solve(weight, hessian, factor, spec, effort)
         peaks.append(tensors.peak)
     return float(peaks[1] - peaks[0]) / float(few * width)
 
@@ -259,13 +378,20 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         given = {each.untyped_storage()._cdata for each in tree_leaves([args, kwargs]) if isinstance(each, Tensor)}
-        self._alive = {reference: size for reference, size in self._alive.items() if not reference.expired()}  # type: ignore[no-untyped-call]
+        self.alive()
         for each in tree_leaves(output):
             if isinstance(each, Tensor) and each.untyped_storage()._cdata not in given:
                 storage = each.untyped_storage()
                 self._alive[StorageWeakRef(storage)] = storage.nbytes()  # type: ignore[no-untyped-call]
         self.peak = max(self.peak, sum(self._alive.values()))
         return output
+
+    def alive(self) -> int:
+        """Bytes of them that are alive now."""
+        expired = [reference for reference in self._alive if reference.expired()]  # type: ignore[no-untyped-call]
+        for reference in expired:
+            del self._alive[reference]
+        return sum(self._alive.values())
 
 
 def measured(function: Callable[[], object], device: torch.device | None = None) -> Cost:

@@ -10,9 +10,7 @@ run, once, so that what comes after them is what it would have been.
 
 from __future__ import annotations
 
-import ctypes
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,12 +25,13 @@ from bittern.checkpoint import Checkpoint
 from bittern.errors import BitternError
 from bittern.model import Matrix, Piece
 from bittern.processes import check_same, from_first, number_of, share, share_of, world
+from bittern.quantize import heap
 from bittern.quantize.balance import Balancer
 from bittern.quantize.drift import Drift, learned_from
 from bittern.quantize.effort import Effort
 from bittern.quantize.gptq import factorize, gptq
 from bittern.quantize.grid import search_grid
-from bittern.quantize.hessian import Accumulator, Inputs, check_inputs, collect
+from bittern.quantize.hessian import Inputs, collect
 from bittern.quantize.plan import Plan
 from bittern.quantize.polish import polish
 from bittern.quantize.stages import Stage, Walks, exact_stages
@@ -46,9 +45,6 @@ if TYPE_CHECKING:
 
 Layer = tuple[dict[str, Any], QuantWeight]
 """The manifest's record of a packed layer, and its weight."""
-
-_MMAP_THRESHOLD = -3  # glibc's number of that option
-_LARGE = 2**20  # bytes
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 4096}
 """Tokens run together: on a CPU one product of so many rows is as fast as one of more, and holds less memory."""
@@ -141,10 +137,10 @@ class Solver:
         if not missing:
             return
         batches = windows.batches
+        if windows.exact:
+            heap.for_holding()
         hidden, calls = self._capture(prefix, blocks, batches) if batches else ([], [])
         exact = [state.clone() for state in hidden[: windows.exact]]
-        if exact:
-            keep_large_apart()
         balancer = Balancer(self.model, self.dtype)
         for position in range(missing[-1] + 1) if batches else missing:
             name, block = f"{prefix}.{position}", blocks[position]
@@ -180,7 +176,9 @@ class Solver:
                 _advance(block, hidden, block_calls)
             _check_finite(name, hidden)
             live.drop_tensors(self.model, inside)
-            trim_heap()
+            heap.trim()
+        if windows.exact:
+            heap.for_solving()
 
     def help(self, windows: OwnWindows) -> None:
         """What every process of torchrun but the first does while that one solves."""
@@ -205,21 +203,13 @@ class Solver:
         else:
             with Walks(self.model, block, stages, hidden, calls) as walks:
                 for stage in stages:
-                    yield from self._solve_together(*self._moments(walks, stage, learned), entries)
+                    inputs, drift = walks.gather(stage, learned)
+                    heap.for_solving()
+                    yield from self._solve_together(inputs, drift, entries)
+                    del inputs, drift
+                    heap.trim()
+                    heap.for_holding()
                 walks.finish()
-
-    def _moments(self, walks: Walks, stage: Stage, learned: int) -> tuple[Inputs, Drift]:
-        """What the matrices of a stage read, and how far that is from what they read in full precision."""
-        moments = Accumulator(stage.matrices[0].in_features, self.device)
-        drift = Drift(stage.exact, learned)
-        first = 0
-        for x in walks.inputs(stage):
-            moments.add(x)
-            check_inputs(moments, x, stage.matrices[0], first)
-            drift.add(x)
-            first += len(x)
-        moments.add_up()
-        return Inputs(stage.matrices, moments.mean(), moments.tokens), drift
 
     def _restore(self, position: int, work: WorkFolder) -> None:
         """Put what was solved by an earlier process into the block, as :meth:`_solve_together` does."""
@@ -317,20 +307,6 @@ class Solver:
                     record["left"] = _known(drift=drift[matrix]) | record["left"]
                     yield record, part
                 began = time.monotonic()
-
-
-def keep_large_apart() -> None:
-    """Have every large tensor mapped by itself, where malloc is glibc's: batches that wait in the middle of a block
-    would leave holes of their size all over the heap."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(_MMAP_THRESHOLD, _LARGE)
-
-
-def trim_heap() -> None:
-    """Give freed memory back to the system where malloc is glibc's, which otherwise keeps a heap full of holes."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def _finished(work: WorkFolder | None, blocks: int, device: torch.device) -> set[int]:

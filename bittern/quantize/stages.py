@@ -3,22 +3,27 @@
 Each batch stops where the block is about to multiply a new input; when all have stopped there, the
 matrices that read it are solved and replaced, and the batches go on through the quantized ones. So one
 pass over the block gives every matrix the inputs that it will really get, and the block's outputs too.
-What a batch needs to go on is kept meanwhile: roughly two hidden states and the widest input a token.
+What a batch needs to go on is kept meanwhile, and no more: the frames of its calls hold inputs that nothing
+will read again, and those are emptied.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from bittern.errors import BitternError
 from bittern.model import Matrix
+from bittern.quantize.drift import Drift
+from bittern.quantize.hessian import Accumulator, Inputs, check_inputs
 from bittern.replay import BlockCall
 
 
@@ -31,11 +36,14 @@ class Stage:
         norm: the module that puts that tensor out, where it is a norm of the block.
         exact: their input in full precision, one tensor (batch, positions, in_features) per batch that was
             walked through the unquantized block.
+        spent: what was read for the last time on the way from the stage before: 0 is the block's input, n + 1 that
+            of stage n.
     """
 
     matrices: list[Matrix]
     norm: str | None = None
     exact: list[Tensor] = field(default_factory=list)
+    spent: list[int] = field(default_factory=list)
 
 
 def exact_stages(
@@ -64,17 +72,27 @@ def exact_stages(
     for number, (state, call) in enumerate(zip(hidden, calls, strict=True)):
         seen: list[tuple[Tensor, list[Matrix]]] = []
         norms: list[tuple[Tensor, str]] = []
+        reads = _LastReads(state)
 
-        def note(matrix: Matrix, x: Tensor, seen: list[tuple[Tensor, list[Matrix]]] = seen) -> None:
+        def note(
+            matrix: Matrix, x: Tensor, seen: list[tuple[Tensor, list[Matrix]]] = seen, reads: _LastReads = reads
+        ) -> None:
             if seen and seen[-1][0] is x:
                 seen[-1][1].append(matrix)
             else:
                 seen.append((x, [matrix]))
+                reads.inputs.append(x)
 
         with _before(model, matrices, note), _after_norms(model, block, norms), torch.no_grad():
-            state.copy_(call.run(block, state))
+            with nullcontext() if number else reads:
+                output = call.run(block, state)
+            state.copy_(output)
         if number == 0:
-            stages = [Stage(readers, next((name for y, name in norms if y is x), None)) for x, readers in seen]
+            spent = reads.spent()
+            stages = [
+                Stage(readers, next((name for y, name in norms if y is x), None), spent=read)
+                for (x, readers), read in zip(seen, spent, strict=True)
+            ]
         if [stage.matrices for stage in stages] != [readers for _, readers in seen]:
             return None
         for stage, (x, _) in zip(stages, seen, strict=True):
@@ -103,6 +121,8 @@ class Walks:
         calls: Sequence[BlockCall],
     ) -> None:
         self._hidden = hidden
+        self._inputs = [{0: state} for state in hidden]
+        self._arrived = 0  # stages
         self._leaders = {stage.matrices[0] for stage in stages}
         self._hooks = _before(model, sorted(self._leaders, key=lambda m: m.label), self._stop)
         self._walks = [
@@ -127,22 +147,82 @@ class Walks:
         Raises:
             BitternError: for a batch that comes by another way.
         """
-        for walk in self._walks:
+        for walk, inputs in zip(self._walks, self._inputs, strict=True):
             with torch.no_grad():
                 arrived = walk.switch()
             if walk.dead or arrived[0] != stage.matrices[0]:
                 raise BitternError(f"{stage.matrices[0].label}: a calibration batch goes through its block without it")
+            inputs[self._arrived + 1] = arrived[1]
+            for number in stage.spent:
+                # Whoever reads it nevertheless is told that it has no elements; a view of it keeps its own.
+                inputs.pop(number).data = torch.empty(0)
             yield arrived[1]
+        self._arrived += 1
+
+    def gather(self, stage: Stage, learned: int) -> tuple[Inputs, Drift]:
+        """Walk each batch up to a stage: what its matrices read, and how far that is from full precision.
+
+        Args:
+            stage: its exact inputs are used up.
+            learned: the first so many batches are learned from, see :class:`bittern.quantize.drift.Drift`.
+
+        Raises:
+            BitternError: for NaN and infinity, and as :meth:`inputs` does.
+        """
+        drift = Drift(stage.exact, learned)
+        moments = Accumulator(stage.matrices[0].in_features, stage.exact[0].device)
+        first = 0
+        for x in self.inputs(stage):
+            moments.add(x)
+            check_inputs(moments, x, stage.matrices[0], first)
+            drift.add(x)
+            first += len(x)
+        moments.add_up()
+        return Inputs(stage.matrices, moments.mean(), moments.tokens), drift
 
     def finish(self) -> None:
         """Walk each batch to the end of the block, and put the outputs in the place of the hidden states."""
-        for state, walk in zip(self._hidden, self._walks, strict=True):
+        for state, walk, inputs in zip(self._hidden, self._walks, self._inputs, strict=True):
+            inputs.clear()
             with torch.no_grad():
-                # In place: new tensors in the place of old ones would leave holes all over the heap.
-                state.copy_(walk.switch())
+                output = walk.switch()
+                if state.shape == output.shape:
+                    # In place: new tensors in the place of old ones would leave holes all over the heap.
+                    state.copy_(output)
+                else:
+                    state.data = output.contiguous()
 
     def _stop(self, matrix: Matrix, x: Tensor) -> None:
         getcurrent().parent.switch((matrix, x))
+
+
+class _LastReads(TorchDispatchMode):
+    """Sees which inputs of a block's stages are read, and when for the last time.
+
+    Attributes:
+        inputs: the block's, then those of its stages, as they come.
+    """
+
+    def __init__(self, state: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.inputs = [state]
+        self._last: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        read = {_storage(each) for each in tree_leaves([args, kwargs]) if isinstance(each, Tensor)}
+        for number, tensor in enumerate(self.inputs):
+            if _storage(tensor) in read:
+                self._last[number] = len(self.inputs) - 1
+        return func(*args, **(kwargs or {}))
+
+    def spent(self) -> list[list[int]]:
+        """For each stage, the inputs that were read for the last time before the stage's own was there."""
+        stages = range(len(self.inputs) - 1)
+        return [[number for number, last in self._last.items() if last == stage] for stage in stages]
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 @contextmanager

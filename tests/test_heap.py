@@ -1,0 +1,46 @@
+"""Whether tensors come from the heap or from the system, by the pages that the system had to clear."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CODE = """
+import json, resource, torch
+from bittern.quantize import heap
+
+def cleared():
+    tensors = [torch.ones(2**21) for _ in range(20)]
+    del tensors
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(2**21)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+
+heap.for_holding()
+found = [cleared()]
+heap.for_solving()
+found.append(cleared())
+before = resident()
+heap.trim()
+print(json.dumps([*found, before - resident()]))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's")
+def test_what_is_mapped_is_cleared_every_time_and_what_the_heap_keeps_goes_back() -> None:
+    """In a process of its own, whose heap nothing before it has filled."""
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run([sys.executable, "-c", CODE], cwd=root, capture_output=True, text=True, check=True)
+    holding, solving, returned = json.loads(done.stdout)
+    assert holding > 10 * 2**23 // 2**21  # of 4 kB, or of 2 MB each
+    assert solving < holding / 10
+    assert returned > 9 * 2**23
