@@ -154,8 +154,9 @@ class Walks:
                 raise BitternError(f"{stage.matrices[0].label}: a calibration batch goes through its block without it")
             inputs[self._arrived + 1] = arrived[1]
             for number in stage.spent:
+                spent = inputs.pop(number)
                 # Whoever reads it nevertheless is told that it has no elements; a view of it keeps its own.
-                inputs.pop(number).data = torch.empty(0)
+                spent.data = spent.new_empty(0)
             yield arrived[1]
         self._arrived += 1
 
