@@ -10,21 +10,17 @@ from __future__ import annotations
 import ctypes
 import sys
 
-HELD = 2**20
-"""Bytes from which a tensor is mapped while others of its size are held for long."""
-
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's numbers of these options
-_LARGEST = 2**25  # that glibc takes from the heap
 
 
 def for_holding() -> None:
     """For tensors that are held for long, made among others that are not."""
-    _set(HELD, 2**26)
+    _set(2**20, 2**26)
 
 
 def for_solving() -> None:
     """For tensors none of which lives long; to be followed by :func:`trim`."""
-    _set(_LARGEST, 2**29)
+    _set(2**25, 2**29)  # the largest that glibc takes from the heap
 
 
 def trim() -> None:
@@ -38,7 +34,7 @@ def _set(mapped: int, kept: int) -> None:
     """Have tensors of ``mapped`` bytes mapped by themselves; ``kept`` free bytes may stay at the end of the heap."""
     libc = _libc()
     if libc is not None:
-        libc.mallopt(_MMAP_THRESHOLD, min(mapped, _LARGEST))
+        libc.mallopt(_MMAP_THRESHOLD, mapped)
         libc.mallopt(_TRIM_THRESHOLD, kept)
 
 

@@ -33,7 +33,7 @@ from bittern.quantize.grid import CHUNK
 from bittern.quantize.hessian import collect
 from bittern.quantize.plan import Plan
 from bittern.quantize.polish import polish
-from bittern.quantize.stages import Walks, exact_stages
+from bittern.quantize.stages import Walks, exact_stages, storages
 from bittern.replay import BlockCall, capture
 from bittern.weight import QuantSpec, min_max_grid
 
@@ -377,13 +377,12 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        given = {each.untyped_storage()._cdata for each in tree_leaves([args, kwargs]) if isinstance(each, Tensor)}
-        self.alive()
+        given = storages(args, kwargs)
         for each in tree_leaves(output):
-            if isinstance(each, Tensor) and each.untyped_storage()._cdata not in given:
+            if isinstance(each, Tensor) and not storages(each) & given:
                 storage = each.untyped_storage()
                 self._alive[StorageWeakRef(storage)] = storage.nbytes()  # type: ignore[no-untyped-call]
-        self.peak = max(self.peak, sum(self._alive.values()))
+        self.peak = max(self.peak, self.alive())
         return output
 
     def alive(self) -> int:

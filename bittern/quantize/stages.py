@@ -72,16 +72,13 @@ def exact_stages(
     for number, (state, call) in enumerate(zip(hidden, calls, strict=True)):
         seen: list[tuple[Tensor, list[Matrix]]] = []
         norms: list[tuple[Tensor, str]] = []
-        reads = _LastReads(state)
+        reads = _LastReads(state, seen)
 
-        def note(
-            matrix: Matrix, x: Tensor, seen: list[tuple[Tensor, list[Matrix]]] = seen, reads: _LastReads = reads
-        ) -> None:
+        def note(matrix: Matrix, x: Tensor, seen: list[tuple[Tensor, list[Matrix]]] = seen) -> None:
             if seen and seen[-1][0] is x:
                 seen[-1][1].append(matrix)
             else:
                 seen.append((x, [matrix]))
-                reads.inputs.append(x)
 
         with _before(model, matrices, note), _after_norms(model, block, norms), torch.no_grad():
             with nullcontext() if number else reads:
@@ -200,30 +197,32 @@ class Walks:
 class _LastReads(TorchDispatchMode):
     """Sees which inputs of a block's stages are read, and when for the last time.
 
-    Attributes:
-        inputs: the block's, then those of its stages, as they come.
+    Args:
+        state: the block's input.
+        seen: the inputs of its stages and their readers, filled as they come.
     """
 
-    def __init__(self, state: Tensor) -> None:
+    def __init__(self, state: Tensor, seen: Sequence[tuple[Tensor, list[Matrix]]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.inputs = [state]
+        self._state, self._seen = state, seen
         self._last: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        read = {_storage(each) for each in tree_leaves([args, kwargs]) if isinstance(each, Tensor)}
-        for number, tensor in enumerate(self.inputs):
-            if _storage(tensor) in read:
-                self._last[number] = len(self.inputs) - 1
+        read = storages(args, kwargs)
+        for number, tensor in enumerate([self._state, *(x for x, _ in self._seen)]):
+            if storages(tensor) & read:
+                self._last[number] = len(self._seen)
         return func(*args, **(kwargs or {}))
 
     def spent(self) -> list[list[int]]:
         """For each stage, the inputs that were read for the last time before the stage's own was there."""
-        stages = range(len(self.inputs) - 1)
+        stages = range(len(self._seen))
         return [[number for number, last in self._last.items() if last == stage] for stage in stages]
 
 
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+def storages(*trees: Any) -> set[int]:
+    """Where the tensors in some arguments have their elements."""
+    return {each.untyped_storage()._cdata for each in tree_leaves(trees) if isinstance(each, Tensor)}
 
 
 @contextmanager
