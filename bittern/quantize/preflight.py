@@ -163,7 +163,11 @@ def predict(job: Job, size: int, started: float) -> Prediction:
     if job.samples:
         samples, positions = _tried(job)
         scale = job.seqlen / positions
+        if job.exact_samples:
+            heap.for_holding()
         blocks = rehearse_blocks(job.model, job.sources, job.plan, job.device, samples, positions, job.effort)
+        if job.exact_samples:
+            heap.for_solving()
         rehearsed = partial(rehearse_solver, rows=_most_rows(job.plan), damp_percent=job.damp_percent)
         solver = {grid: rehearsed(*grid, device=job.device, effort=job.effort) for grid in grids}
     heap.trim()

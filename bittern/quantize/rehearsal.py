@@ -24,7 +24,6 @@ from torch.utils._pytree import tree_leaves
 
 from bittern import model as live
 from bittern.model import Matrix, Piece
-from bittern.quantize import heap
 from bittern.quantize.balance import Balancer
 from bittern.quantize.drift import Drift
 from bittern.quantize.effort import Effort
@@ -190,9 +189,7 @@ def _rehearse_block(
         stages = exact_stages(model, block, matrices, [state.clone()], [call])
         if stages is not None:
             readers = [[place(matrix, name) for matrix in stage.matrices] for stage in stages]
-            heap.for_holding()
             walk = _rehearse_walk(model, block, entries, state, call, effort, once.seconds)
-            heap.for_solving()
             return BlockCosts(Line(0.0, 0.0), once.times(1 / samples), readers, held, walk)
     found = collect(model, block, matrices, [state], [call])
     one, two = (
