@@ -131,7 +131,7 @@ class Prediction:
         return {
             "prediction": self.figures,
             "errors": ERRORS,
-            "stages": {name: round(value, 3) for name, value in self.stages.items()},
+            "stages": {name: round(value, 6) for name, value in self.stages.items()},
             "work_bytes": self.work_bytes,
             "disk_bytes": self.bytes + self.work_bytes,
         }
