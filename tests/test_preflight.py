@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedTokenizerFast
 
 import bittern
@@ -21,6 +22,7 @@ from bittern.quantize.effort import pick_effort
 from bittern.quantize.plan import make_plan
 from bittern.quantize.preflight import Prediction
 from bittern.quantize.rehearsal import Line, Live, rehearse_blocks, rehearse_solver
+from bittern.replay import capture
 from bittern.schema import problem
 from bittern.weight import QuantSpec
 from bittern.writer import CheckpointWriter, planned_bytes
@@ -162,6 +164,33 @@ def test_what_waits_in_a_block_is_counted_stage_by_stage(source: Path) -> None:
     exact = [hidden + sum((hidden, hidden, hidden, wide)[stage:]) for stage in range(4)]
     assert walk.waiting == [4 * 8 * each for each in waiting]
     assert walk.exact_waiting == [4 * 8 * each for each in exact]
+
+
+def test_what_a_forward_pass_leaves_for_its_gradient_is_counted(source: Path) -> None:
+    """Against what autograd says that it keeps."""
+    with open_checkpoint(source) as checkpoint:
+        model = live.build(checkpoint.config)
+        sources = live.weight_map(model, checkpoint.tensors)
+        plan = make_plan([live.matrices(model, f"model.layers.{number}", sources) for number in range(3)], 4, 32, True)
+        costs = rehearse_blocks(model, sources, plan, torch.device("cpu"), 2, 8, pick_effort("best"))
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        whole = live.load_dense(checkpoint)
+    block, ids = whole.model.layers[1], torch.zeros((2, 8), dtype=torch.int64)
+    hidden, calls = capture(whole, whole.model.layers, ids)
+    inputs = [each for each in tree_leaves(calls[1].kwargs) if isinstance(each, torch.Tensor)]
+    given = {tensor.untyped_storage().data_ptr() for tensor in (*block.parameters(), hidden, *inputs)}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    block.requires_grad_(True)
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = calls[1].run(block, hidden)
+    made = sum(size for place, size in kept.items() if place not in given)
+    assert costs[1].traced * 2 == made + output.nbytes
+    assert made > 8 * hidden.nbytes
 
 
 def test_a_run_that_goes_on_is_spared_what_is_done() -> None:

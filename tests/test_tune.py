@@ -133,8 +133,28 @@ def test_a_kill_after_training_loses_nothing_of_it(
     assert all(torch.equal(whole[name], out[name]) for name in whole)
 
 
-def test_the_manifest_tells_it(source: Path, text: Path, tmp_path: Path) -> None:
-    quantize(source, tmp_path / "out", text, effort="best", tune_tokens=4_000)
+def test_a_kill_during_training_changes_no_byte(source: Path, text: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"effort": "best", "tune_tokens": 8_000}
+    whole = quantize(source, tmp_path / "whole", text, **options)
+
+    def killed(point: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, tmp_path / "out", text, on_point=killed, **options)
+    points: list[int] = []
+    out = quantize(source, tmp_path / "out", text, on_point=lambda point: points.append(point["step"]), **options)
+    steps = [point["step"] for point in whole["tuning"]["curve"]]
+    assert len(steps) > 2 and points == steps[1:] and out["tuning"] == whole["tuning"]
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(("bits", "rate"), [(2, tune.LR_2_BITS), (3, tune.LR)])
+def test_the_manifest_tells_it(source: Path, text: Path, tmp_path: Path, bits: int, rate: float) -> None:
+    quantize(source, tmp_path / "out", text, effort="best", tune_tokens=32 * 64, bits=bits)
     manifest = json.loads((tmp_path / "out" / "bittern_manifest.json").read_text())
-    assert manifest["tuning"]["steps"] == len(manifest["tuning"]["curve"]) or manifest["tuning"]["steps"] > 0
+    tuning = manifest["tuning"]
+    assert tuning["tokens"] == 32 * 64 and tuning["steps"] == tuning["curve"][-1]["step"] == 2
+    assert tuning["curve"][0]["lr"] == rate  # all of the warm-up is one step
     assert manifest["options"]["effort"] == "best"

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedTokenizerFast
 
 from bittern.errors import BitternError
-from bittern.training import state
+from bittern.training import state, train
 from bittern.training.loss import distillation_loss, hidden_error
 from bittern.training.text import Windows, read_windows, write_windows
 from bittern.training.train import Training, learning_rate
@@ -68,6 +69,25 @@ def test_the_loss_and_its_gradient_are_those_of_autograd(weight: float) -> None:
     torch.testing.assert_close(torch.stack([found_kl, found_nll]), torch.stack([kl, nll]).detach())
     assert student.grad is not None
     torch.testing.assert_close(student.grad, gradient, rtol=1e-4, atol=1e-8)
+
+
+def test_logits_of_a_piece_are_gone_before_the_next_piece_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.random_model("llama").requires_grad_(True)
+    seen: list[StorageWeakRef] = []
+
+    def loss(student: torch.Tensor, teacher: torch.Tensor, *rest: Any) -> Any:
+        assert all(reference.expired() for reference in seen)  # type: ignore[no-untyped-call]
+        for tensor in (student, teacher):
+            seen.append(StorageWeakRef(tensor.untyped_storage()))  # type: ignore[no-untyped-call]
+        return distillation_loss(student, teacher, *rest)
+
+    monkeypatch.setattr(train, "distillation_loss", loss)
+    windows = Windows(np.arange(96, dtype=np.int32).reshape(6, 16), seed=0)
+    parameters = dict(model.named_parameters())
+    held_out = torch.zeros((1, 16), dtype=torch.int64)
+    run = train.Run(model, tiny.random_model("llama"), parameters, windows, 0, held_out, Path("none"), {})
+    train._step(run, Training(1, 1e-3, batch_size=6, micro_batch=2), 0)
+    assert len(seen) == 6
 
 
 def test_windows_come_in_a_new_order_each_time_around_and_from_any_place() -> None:

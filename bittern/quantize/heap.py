@@ -23,6 +23,12 @@ def for_solving() -> None:
     _set(2**25, 2**29)  # the largest that glibc takes from the heap
 
 
+def for_others() -> None:
+    """For whatever this process does next: the limits that glibc comes to by itself once it has freed large tensors."""
+    _set(2**25, 2**26)
+    trim()
+
+
 def trim() -> None:
     """Give freed memory back to the system, that malloc otherwise keeps."""
     libc = _libc()

@@ -27,6 +27,7 @@ from bittern.formats.packing import Packing, check_name, is_gguf
 from bittern.layout import planned_layout
 from bittern.model import Piece
 from bittern.processes import alone, check_same, share_of, together, world
+from bittern.quantize import heap
 from bittern.quantize.effort import pick_effort
 from bittern.quantize.mixed import PlanOf, alternating, check_average, free_matrices, mix
 from bittern.quantize.output import config_files, describe, finish, to_gguf, write_kept, write_layers
@@ -142,6 +143,7 @@ def quantize(
     options = {key: value for key, value in locals().items() if key not in _NO_OPTIONS}
     started = time.monotonic()
     with together(device) as place, ExitStack() as stack:
+        stack.callback(heap.for_others)
         rank, processes = world()
         options["batch_size"] = batch_size = default_batch(seqlen, place) if batch_size is None else batch_size
         _check_options(bits, method, damp_percent, dtype, batch_size)

@@ -58,6 +58,7 @@ _FP32 = 4
 _PIECES = 48 * 2**20  # that casting keeps in memory of however large a model
 _SAMPLE_BYTES = 4 * 2**20
 _TRIED = torch.Size((128, 1024))  # weights that are rounded and packed to try; every group size divides its columns
+_HOLES = 1.3  # times what a step of training makes is what the heap takes for it: measured on two models
 _FEWEST, _SHARE = 32, 1 / 60  # positions, and share of the run's samples, that are tried with
 
 
@@ -191,7 +192,7 @@ def predict(job: Job, size: int, started: float) -> Prediction:
         per_block.append((sum(took.values()), again if job.samples else 0.0))
     if job.samples and job.effort.tune:
         stages["training of scales and norms"] = _tuning_seconds(job, blocks, scale)
-        held.append(_tuning_bytes(job))
+        held.append(_tuning_bytes(job, blocks, positions))
     for matrix, spec in job.plan.outside:
         count = matrix.out_features * matrix.in_features
         each = _FP32 * read + rounding[spec] + write[spec].seconds
@@ -250,14 +251,14 @@ def _tuning_seconds(job: Job, blocks: Sequence[BlockCosts], scale: float) -> flo
     return float(window * (4 * job.tune_tokens / job.seqlen + 8 * HELD_OUT))
 
 
-def _tuning_bytes(job: Job) -> float:
-    """Both models, the codes, and what one forward pass leaves for its gradient."""
+def _tuning_bytes(job: Job, blocks: Sequence[BlockCosts], positions: int) -> float:
+    """Both models, the codes, and of a step the logits, their gradient, and what a forward pass leaves for its own."""
     config = job.model.config.get_text_config(decoder=True)
-    inside = [_parameters(job, position) for position in range(len(job.plan.blocks))]
-    widths = sum(m.in_features + m.out_features for block in job.plan.blocks for m, _ in block)
+    inside = sum(_parameters(job, position) for position in range(len(blocks)))
     solved = sum(m.in_features * m.out_features for block in job.plan.blocks for m, _ in block)
-    whole = sum(inside) + config.vocab_size * config.hidden_size
-    return float(_FP32 * (whole + solved + MICRO * (widths + 3 * config.vocab_size)) + solved)
+    whole = inside + config.vocab_size * config.hidden_size
+    step = MICRO * (sum(block.traced for block in blocks) / positions + 3 * _FP32 * config.vocab_size)
+    return float(_FP32 * (whole + solved) + solved + _HOLES * step)
 
 
 def _block_bytes(

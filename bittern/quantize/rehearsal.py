@@ -100,6 +100,7 @@ class BlockCosts:
         advance: of running one sample through the block.
         readers: the matrices that share an input, by :func:`place`.
         held: bytes of the hidden state of one sample, and of how the block is called.
+        traced: bytes that one sample's forward pass leaves for its gradient; 0 where nothing is trained.
         walk: where it is walked.
     """
 
@@ -107,6 +108,7 @@ class BlockCosts:
     advance: Cost
     readers: list[list[str]]
     held: tuple[int, int]
+    traced: float = 0.0
     walk: WalkCosts | None = None
 
 
@@ -183,14 +185,15 @@ def _rehearse_block(
     once = measured(advance)
     given = [tensor for tensor in tree_leaves([call.args, call.kwargs]) if isinstance(tensor, Tensor)]
     held = state[0].nbytes, sum(tensor.nbytes for tensor in given)
+    traced = _traced(block, state, call) / samples if effort.tune else 0.0
     if not matrices:
-        return BlockCosts(Line(0.0, 0.0), once.times(1 / samples), [], held)
+        return BlockCosts(Line(0.0, 0.0), once.times(1 / samples), [], held, traced)
     if effort.exact_share:
         stages = exact_stages(model, block, matrices, [state.clone()], [call])
         if stages is not None:
             readers = [[place(matrix, name) for matrix in stage.matrices] for stage in stages]
             walk = _rehearse_walk(model, block, entries, state, call, effort, once.seconds)
-            return BlockCosts(Line(0.0, 0.0), once.times(1 / samples), readers, held, walk)
+            return BlockCosts(Line(0.0, 0.0), once.times(1 / samples), readers, held, traced, walk)
     found = collect(model, block, matrices, [state], [call])
     one, two = (
         seconds(partial(collect, model, block, matrices, [state] * n, [call] * n), state.device) for n in (1, 2)
@@ -201,7 +204,19 @@ def _rehearse_block(
         once.times(1 / samples),
         [[place(matrix, name) for matrix in inputs.matrices] for inputs in found],
         held,
+        traced,
     )
+
+
+def _traced(block: nn.Module, state: Tensor, call: BlockCall) -> int:
+    """Bytes of tensors that a block's forward pass leaves for its gradient, its output with them."""
+    block.requires_grad_(True)
+    with torch.enable_grad(), Live() as tensors:
+        output = call.run(block, state)
+        alive: int = tensors.alive()
+    del output
+    block.requires_grad_(False)
+    return alive
 
 
 def _rehearse_walk(

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
     from bittern.quantize.resume import WorkFolder
 
-LR = 2e-3
-"""Of the factors of scales and norms."""
+LR, LR_2_BITS = 2e-3, 6e-3
+"""Of the factors of scales and norms; 2-bit ones have further to go (docs/log.md)."""
 
 BATCH, MICRO = 1024, 1024
 """Tokens in a step and in one forward pass, about."""
@@ -185,9 +185,8 @@ def tune(
     else:
         path.unlink(missing_ok=True)
     run = Run(student, teacher, factors, windows, 0, held_out, path, story)
-    options = Training(
-        steps, LR, batch, max(1, min(batch, MICRO // seqlen)), kl_weight=1.0, eval_every=max(1, -(-steps // 4))
-    )
+    lr, micro = LR_2_BITS if plan.commonest.bits == 2 else LR, max(1, min(batch, MICRO // seqlen))
+    options = Training(steps, lr, batch, micro, kl_weight=1.0, eval_every=max(1, -(-steps // 4)))
     record: dict[str, Any] = {
         "tokens": steps * batch * seqlen,
         "steps": steps,

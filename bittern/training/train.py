@@ -217,6 +217,7 @@ def _step(run: Run, options: Training, step: int) -> Tensor:
                 loss = loss + options.hidden_weight * hidden
         (share * loss).backward()  # type: ignore[no-untyped-call]
         sums += share * torch.stack([loss, kl, nll, hidden]).detach().double().cpu()
+        del teacher, student, logits, loss  # they hold logits that the next piece must not wait beside
     if processes > 1:
         total = sums.to(device)
         add_up(total)
