@@ -163,6 +163,7 @@ def test_fewer_tokens_than_asked_for_are_said(source: Path, tmp_path: Path) -> N
         ({"damp_percent": 0.0}, "damp_percent: expected a share between 0 and 1, found 0"),
         ({"dtype": "int8"}, "dtype: expected bf16, fp16 or fp32, found 'int8'"),
         ({"batch_size": 0}, "batch_size: expected at least 1, found 0"),
+        ({"effort": "best", "tune_tokens": 0}, "tune_tokens: expected at least 1, found 0"),
         ({"device": "tpu"}, "device: expected auto, cpu or cuda, found 'tpu'"),
         ({"seqlen": 65}, "seqlen 65: this model's context is 64 tokens"),
         ({"skip": ["nowhere"]}, "--skip nowhere: matches none"),

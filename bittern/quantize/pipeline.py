@@ -146,7 +146,7 @@ def quantize(
         stack.callback(heap.for_others)
         rank, processes = world()
         options["batch_size"] = batch_size = default_batch(seqlen, place) if batch_size is None else batch_size
-        _check_options(bits, method, damp_percent, dtype, batch_size)
+        _check_options(bits, method, damp_percent, dtype, batch_size, tune_tokens)
         stages = pick_effort(effort)
         checkpoint = stack.enter_context(open_checkpoint(source, revision))
         refuse_quantized(checkpoint)
@@ -282,7 +282,9 @@ _NO_OPTIONS = (
 """Arguments that do not shape the artifact."""
 
 
-def _check_options(bits: int | float, method: str, damp_percent: float, dtype: str | None, batch_size: int) -> None:
+def _check_options(
+    bits: int | float, method: str, damp_percent: float, dtype: str | None, batch_size: int, tune_tokens: int
+) -> None:
     if not isinstance(bits, float):
         QuantSpec(bits)
     elif not BITS[0] <= bits <= BITS[-1]:
@@ -295,8 +297,9 @@ def _check_options(bits: int | float, method: str, damp_percent: float, dtype: s
         raise BitternError(f"damp_percent: expected a share between 0 and 1, found {damp_percent}")
     if dtype is not None and dtype not in DTYPES:
         raise BitternError(f"dtype: expected bf16, fp16 or fp32, found {dtype!r}")
-    if batch_size < 1:
-        raise BitternError(f"batch_size: expected at least 1, found {batch_size}")
+    for name, value in (("batch_size", batch_size), ("tune_tokens", tune_tokens)):
+        if value < 1:
+            raise BitternError(f"{name}: expected at least 1, found {value}")
 
 
 def _mix(
