@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import bittern
 from bittern import model as live
-from bittern.checkpoint import TensorInfo, open_checkpoint
+from bittern.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from bittern.errors import BitternError
+from bittern.model import Piece
 from bittern.quantize import pipeline, preflight, rehearsal
 from bittern.quantize.effort import pick_effort
-from bittern.quantize.plan import make_plan
+from bittern.quantize.plan import Plan, make_plan
 from bittern.quantize.preflight import Prediction
 from bittern.quantize.rehearsal import Line, Live, rehearse_blocks, rehearse_solver
 from bittern.replay import capture
@@ -37,6 +38,15 @@ def source(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeni
     folder = tiny.save(tiny.random_model(num_hidden_layers=3), tmp_path_factory.mktemp("source"), tokenizer)
     (folder / "LICENSE").write_text("free")
     return folder
+
+
+def planned(checkpoint: Checkpoint) -> tuple[PreTrainedModel, dict[str, tuple[Piece, ...]], Plan]:
+    """What a rehearsal is given: the model on meta, where its weights are, and 4 bits for all its matrices."""
+    model = live.build(checkpoint.config)
+    sources = live.weight_map(model, checkpoint.tensors)
+    prefix, blocks = live.blocks(model)
+    matrices = [live.matrices(model, f"{prefix}.{position}", sources) for position in range(len(blocks))]
+    return model, sources, make_plan(matrices, 4, 32, True)
 
 
 def run(source: Path, out: Path, text: Path, **options: Any) -> dict[str, Any]:
@@ -120,11 +130,7 @@ def test_twice_the_windows_take_twice_the_passes(source: Path, text: Path, tmp_p
     """By the counts alone: of one rehearsal, not of two that the machine may disturb."""
     taken: list[dict[str, float]] = []
     with open_checkpoint(source) as checkpoint:
-        model = live.build(checkpoint.config)
-        sources = live.weight_map(model, checkpoint.tensors)
-        prefix, blocks = live.blocks(model)
-        matrices = [live.matrices(model, f"{prefix}.{position}", sources) for position in range(len(blocks))]
-        plan = make_plan(matrices, 4, 32, True)
+        model, sources, plan = planned(checkpoint)
         cpu = torch.device("cpu")
         plain = pick_effort("plain")
         costs = rehearse_blocks(model, sources, plan, cpu, 2, 32, plain)
@@ -152,9 +158,7 @@ def test_twice_the_windows_take_twice_the_passes(source: Path, text: Path, tmp_p
 def test_what_waits_in_a_block_is_counted_stage_by_stage(source: Path) -> None:
     """Llama, 8 positions: by hand, in fp32 numbers a position."""
     with open_checkpoint(source) as checkpoint:
-        model = live.build(checkpoint.config)
-        sources = live.weight_map(model, checkpoint.tensors)
-        plan = make_plan([live.matrices(model, f"model.layers.{number}", sources) for number in range(3)], 4, 32, True)
+        model, sources, plan = planned(checkpoint)
         costs = rehearse_blocks(model, sources, plan, torch.device("cpu"), 2, 8, pick_effort("fast"))
     walk = costs[0].walk
     assert walk is not None and walk.samples.each > 0 and walk.balance > 0
@@ -169,9 +173,7 @@ def test_what_waits_in_a_block_is_counted_stage_by_stage(source: Path) -> None:
 def test_what_a_forward_pass_leaves_for_its_gradient_is_counted(source: Path) -> None:
     """Against what autograd says that it keeps."""
     with open_checkpoint(source) as checkpoint:
-        model = live.build(checkpoint.config)
-        sources = live.weight_map(model, checkpoint.tensors)
-        plan = make_plan([live.matrices(model, f"model.layers.{number}", sources) for number in range(3)], 4, 32, True)
+        model, sources, plan = planned(checkpoint)
         costs = rehearse_blocks(model, sources, plan, torch.device("cpu"), 2, 8, pick_effort("best"))
         assert not any(parameter.requires_grad for parameter in model.parameters())
         whole = live.load_dense(checkpoint)

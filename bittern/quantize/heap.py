@@ -11,6 +11,7 @@ import ctypes
 import sys
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's numbers of these options
+_LARGEST = 2**25  # that glibc takes from the heap
 
 
 def for_holding() -> None:
@@ -20,12 +21,12 @@ def for_holding() -> None:
 
 def for_solving() -> None:
     """For tensors none of which lives long; to be followed by :func:`trim`."""
-    _set(2**25, 2**29)  # the largest that glibc takes from the heap
+    _set(_LARGEST, 2**29)
 
 
 def for_others() -> None:
     """For whatever this process does next: the limits that glibc comes to by itself once it has freed large tensors."""
-    _set(2**25, 2**26)
+    _set(_LARGEST, 2**26)
     trim()
 
 

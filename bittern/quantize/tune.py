@@ -185,7 +185,8 @@ def tune(
     else:
         path.unlink(missing_ok=True)
     run = Run(student, teacher, factors, windows, 0, held_out, path, story)
-    lr, micro = LR_2_BITS if plan.commonest.bits == 2 else LR, max(1, min(batch, MICRO // seqlen))
+    lr = LR_2_BITS if plan.commonest.bits == 2 else LR
+    micro = max(1, min(batch, MICRO // seqlen))
     options = Training(steps, lr, batch, micro, kl_weight=1.0, eval_every=max(1, -(-steps // 4)))
     record: dict[str, Any] = {
         "tokens": steps * batch * seqlen,
