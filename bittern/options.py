@@ -157,10 +157,8 @@ def quantize_options(function: Command) -> Command:
         click.option(
             "--tune-tokens",
             type=count,
-            default="128k",
             metavar="N",
-            show_default=True,
-            help="Tokens of the dataset that --effort best trains on.",
+            help="Tokens of the dataset that --effort best trains on.  [default: 128k]",
         ),
         click.option("--method", type=click.Choice(["gptq", "rtn"]), default="gptq", show_default=True),
         click.option(

@@ -7,15 +7,19 @@ uniform bits. Layers that servers run as one share their bits (see :mod:`bittern
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from bittern.errors import BitternError
 from bittern.model import Matrix
+from bittern.processes import world
 from bittern.quantize.plan import Plan
-from bittern.quantize.sensitivity import BITS, Group
+from bittern.quantize.sensitivity import BITS, TOKENS, Group, Sensitivity
 
 STATES = 1 << 16
 """Amounts of bits that the knapsack tells apart; budgets that are finer are rounded down to these."""
@@ -79,6 +83,28 @@ def mix(plan_of: PlanOf, groups: Sequence[Group], average: float) -> tuple[Plan,
         ],
     }
     return plan, record
+
+
+def measure_and_mix(
+    plan_of: PlanOf, meter: Sensitivity, ids: Tensor, average: float, on_measured: Callable[[int, int], None] | None
+) -> tuple[Plan, dict[str, Any]]:
+    """The plan whose bits are chosen by what a few calibration windows say, and what the manifest gets of that.
+
+    Args:
+        plan_of: makes the plan.
+        meter: with no blocks yet: those of the plan go in here.
+        ids: all calibration windows, int64 (windows, positions); a few spread evenly over them decide.
+        average: see :func:`mix`.
+        on_measured: see :meth:`bittern.quantize.sensitivity.Sensitivity.measure`.
+    """
+    began = time.monotonic()
+    count = min(len(ids), max(4, world()[1], TOKENS // ids.shape[1]))
+    windows = ids[torch.arange(count) * len(ids) // count]
+    free = free_matrices(plan_of)
+    meter.blocks = [[(matrix, spec) for matrix, spec in block if free[matrix]] for block in plan_of(BITS[0]).blocks]
+    plan, record = mix(plan_of, meter.measure(windows, on_measured), average)
+    record |= {"windows": count, "tokens": windows.numel()}
+    return plan, {"mixed": record, "measured": {"sensitivity_seconds": round(time.monotonic() - began, 3)}}
 
 
 def choose(weights: Sequence[int], harms: Sequence[Mapping[int, float]], budget: float) -> list[int]:

@@ -29,14 +29,15 @@ from bittern.model import Piece
 from bittern.processes import alone, check_same, share_of, together, world
 from bittern.quantize import heap
 from bittern.quantize.effort import pick_effort
-from bittern.quantize.mixed import PlanOf, alternating, check_average, free_matrices, mix
+from bittern.quantize.mixed import alternating, check_average, measure_and_mix
 from bittern.quantize.output import config_files, describe, finish, to_gguf, write_kept, write_layers
 from bittern.quantize.outside import check_embedding, outside_matrices, write_outside
 from bittern.quantize.plan import Plan, make_plan
 from bittern.quantize.preflight import Job, artifact_bytes, gguf_bytes, predict
 from bittern.quantize.resume import WorkFolder, decided_by, stored_bytes
-from bittern.quantize.sensitivity import BITS, TOKENS, Sensitivity
+from bittern.quantize.sensitivity import BITS, Sensitivity
 from bittern.quantize.solve import OwnWindows, Solver, batch_windows, default_batch
+from bittern.quantize.tune import TOKENS as TUNE_TOKENS
 from bittern.quantize.tune import tune
 from bittern.report import with_origin
 from bittern.schema import carried
@@ -61,7 +62,7 @@ def quantize(
     sym: bool = True,
     method: str = "gptq",
     effort: str = "fast",
-    tune_tokens: int = 128_000,
+    tune_tokens: int | None = None,
     format: str | None = None,
     target: str | None = None,
     dataset: str = DEFAULT_DATASET,
@@ -111,7 +112,7 @@ def quantize(
         target: the consumer that it is for (see :data:`bittern.consumers.TARGETS`); picks the format when
             none is given, and refuses what that consumer does not load or gets wrong.
         effort: ``plain`` (classic GPTQ), ``fast``, or ``best``, which trains scales and norms after that.
-        tune_tokens: that ``best`` trains on, of the dataset.
+        tune_tokens: that ``best`` trains on, of the dataset; by default :data:`bittern.quantize.tune.TOKENS`.
         dataset, nsamples, seqlen, seed, chat_template: see :func:`~bittern.calibration.load_tokens`.
         damp_percent: damping of the Hessian as a share of its mean diagonal, in (0, 1).
         layers: (regular expression, bits) for layers of other bits.
@@ -146,8 +147,11 @@ def quantize(
         stack.callback(heap.for_others)
         rank, processes = world()
         options["batch_size"] = batch_size = default_batch(seqlen, place) if batch_size is None else batch_size
-        _check_options(bits, method, damp_percent, dtype, batch_size, tune_tokens)
         stages = pick_effort(effort)
+        if tune_tokens is not None and not stages.tune:
+            raise BitternError(f"tune_tokens: effort {effort} trains nothing, found {tune_tokens}; expected effort best")
+        options["tune_tokens"] = tune_tokens = TUNE_TOKENS if tune_tokens is None else tune_tokens
+        _check_options(bits, method, damp_percent, dtype, batch_size, tune_tokens)
         checkpoint = stack.enter_context(open_checkpoint(source, revision))
         refuse_quantized(checkpoint)
         if not is_gguf(output):  # of a file, check_gguf is the judge
@@ -184,7 +188,7 @@ def quantize(
         mixed: dict[str, Any] = {}
         if isinstance(bits, float) and tokens is not None and not dry_run:
             meter = Sensitivity(model, checkpoint, sources, [], damp_percent, place, seed)
-            plan, mixed = _mix(plan_of, meter, tokens.ids, bits, None if rank else on_measured)
+            plan, mixed = measure_and_mix(plan_of, meter, tokens.ids, bits, None if rank else on_measured)
             chosen, packing = _choose_packing(checkpoint, model, plan, chosen, target, damp_percent)
         solver = Solver(model, checkpoint, sources, plan, damp_percent, place, stages, kept_dtype)
         if rank:  # the first process writes and tells, the others help it
@@ -300,25 +304,6 @@ def _check_options(
     for name, value in (("batch_size", batch_size), ("tune_tokens", tune_tokens)):
         if value < 1:
             raise BitternError(f"{name}: expected at least 1, found {value}")
-
-
-def _mix(
-    plan_of: PlanOf, meter: Sensitivity, ids: Tensor, average: float, on_measured: Callable[[int, int], None] | None
-) -> tuple[Plan, dict[str, Any]]:
-    """The plan whose bits are chosen, and what the manifest gets of that.
-
-    Args:
-        meter: with no blocks yet: those of the plan go in here.
-        ids: all calibration windows; a few spread evenly over them decide.
-    """
-    began = time.monotonic()
-    count = min(len(ids), max(4, world()[1], TOKENS // ids.shape[1]))
-    windows = ids[torch.arange(count) * len(ids) // count]
-    free = free_matrices(plan_of)
-    meter.blocks = [[(m, spec) for m, spec in block if free[m]] for block in plan_of(BITS[0]).blocks]
-    plan, record = mix(plan_of, meter.measure(windows, on_measured), average)
-    record |= {"windows": count, "tokens": windows.numel()}
-    return plan, {"mixed": record, "measured": {"sensitivity_seconds": round(time.monotonic() - began, 3)}}
 
 
 def _choose_packing(

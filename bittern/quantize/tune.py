@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
     from bittern.quantize.resume import WorkFolder
 
+TOKENS = 128_000
+"""To train on, unless a user says how many."""
+
 LR, LR_2_BITS = 2e-3, 6e-3
 """Of the factors of scales and norms; 2-bit ones have further to go (docs/log.md)."""
 
