@@ -59,7 +59,11 @@ def arguments() -> argparse.Namespace:
         "--tools", nargs="+", choices=list(TOOLS), default=list(STANDARD), help=f"({' '.join(STANDARD)})"
     )
     parser.add_argument(
-        "--efforts", nargs="+", default=[], metavar="EFFORT", help="bittern's, a row each (its default)"
+        "--efforts",
+        nargs="+",
+        default=[],
+        metavar="EFFORT",
+        help="bittern's, a row each (its default); best:512k is best with --tune-tokens 512k",
     )
     parser.add_argument("--autoround-iters", metavar="N", help="AutoRound's steps for each block (its default, 200)")
     parser.add_argument("--autoround-lr", metavar="RATE", help="their size (its default, 1 over the steps)")

@@ -120,7 +120,8 @@ def recipes(
         tools: keys of ``TOOLS``.
         bits: nominal ones.
         group_size: of all that take one; llama.cpp's are its own.
-        efforts: values of ``bittern quantize --effort``, an artifact each; none leaves bittern at its default.
+        efforts: values of ``bittern quantize --effort``, an artifact each, with ``:N`` that of ``--tune-tokens`` behind
+            it where asked for; none leaves bittern at its default.
         autoround: options of AutoRound's script, such as iters; they become part of its label.
     """
     found = []
@@ -141,13 +142,19 @@ def _variants(
     """The rows of a tool at some bits: label, and options beside the tool's own."""
     label = TOOLS[name].label
     if name == "bittern" and efforts:
-        return [(f"{label} {effort}", ("--effort", effort)) for effort in efforts]
+        return [_effort(label, *effort.split(":")) for effort in efforts]
     if name == "llamacpp":
         return [(f"{label} {kind}", ("--kind", kind)) for kind in KINDS[bits]]
     if name == "autoround" and autoround:
         said = ", ".join(f"{option} {value}" for option, value in autoround.items())
         return [(f"{label} {said}", tuple(word for pair in autoround.items() for word in (f"--{pair[0]}", pair[1])))]
     return [(label, ())]
+
+
+def _effort(label: str, effort: str, tokens: str | None = None) -> tuple[str, tuple[str, ...]]:
+    if tokens is None:
+        return f"{label} {effort}", ("--effort", effort)
+    return f"{label} {effort}, {tokens} tokens trained", ("--effort", effort, "--tune-tokens", tokens)
 
 
 def source_version() -> str:

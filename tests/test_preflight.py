@@ -23,6 +23,7 @@ from bittern.quantize.effort import pick_effort
 from bittern.quantize.plan import Plan, make_plan
 from bittern.quantize.preflight import Prediction
 from bittern.quantize.rehearsal import Line, Live, rehearse_blocks, rehearse_solver
+from bittern.quantize.solve import Solver
 from bittern.replay import capture
 from bittern.schema import problem
 from bittern.weight import QuantSpec
@@ -135,17 +136,15 @@ def test_twice_the_windows_take_twice_the_passes(source: Path, text: Path, tmp_p
         plain = pick_effort("plain")
         costs = rehearse_blocks(model, sources, plan, cpu, 2, 32, plain)
         assert not any(tensor.device.type != "meta" for tensor in model.state_dict().values())
-        solver = {
+        solving = {
             (width, QuantSpec(4, 32)): rehearse_solver(width, QuantSpec(4, 32), 96, 0.01, cpu, plain)
             for width in (64, 96)
         }
         for samples in (100, 200):
-            job = preflight.Job(
-                *(model, checkpoint, sources, plan, 0.01, cpu, None, []),  # type: ignore[arg-type]
-                *(samples, 32, 8, plain, 0),
-            )
-            taken.append(preflight._block_seconds(job, 0, costs[0], solver, 1.0, False))
-        assert preflight._block_seconds(job, 2, costs[2], solver, 1.0, True)["forward passes, quantized"] == 0
+            solver = Solver(model, checkpoint, sources, plan, 0.01, cpu, plain)
+            job = preflight.Job(solver, None, [], samples, 32, 8, 0)  # type: ignore[arg-type]
+            taken.append(preflight._block_seconds(job, 0, costs[0], solving, 1.0, False))
+        assert preflight._block_seconds(job, 2, costs[2], solving, 1.0, True)["forward passes, quantized"] == 0
     assert costs[0] is costs[1] is costs[2]
     readers = [[name.split(".")[-3] for name in group] for group in costs[0].readers]
     assert readers == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]

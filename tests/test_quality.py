@@ -131,6 +131,9 @@ def test_efforts_and_llama_cpp_s_types_are_rows_of_their_own() -> None:
     assert ("llama.cpp Q2_K", 2) in labels
     assert found[1].words == ("--bits", "4", "--group-size", "64", "--effort", "best")
     assert found[3].words == ("--kind", "Q4_0")
+    (longer,) = recipes(["bittern"], [2], 32, ["best:512k"])
+    assert longer.label == "bittern best, 512k tokens trained"
+    assert longer.words[-4:] == ("--effort", "best", "--tune-tokens", "512k")
     (plain,) = recipes(["bittern"], [4], 64)
     assert plain.label == "bittern" and "--effort" not in plain.words
 

@@ -80,16 +80,16 @@ def describe(
 ) -> dict[str, Any]:
     """The manifest, but for what only its caller knows."""
     manifest = make_manifest(
-        source=source_record(job.checkpoint),
+        source=source_record(job.solver.checkpoint),
         options=options,
         calibration=_describe_tokens(tokens),
         layers=records,
-        kept=job.plan.kept,
+        kept=job.solver.plan.kept,
         notes=[
             *left_out,
             *(tokens.warnings if tokens else ()),
-            *_notes(records, job.plan),
-            *degraded_notes(degraded_reason(job.checkpoint.config)),
+            *_notes(records, job.solver.plan),
+            *degraded_notes(degraded_reason(job.solver.checkpoint.config)),
         ],
         seconds=seconds,
     )

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from bittern import model as live
 from bittern.artifact import Artifact
@@ -149,7 +148,7 @@ def quantize(
         options["batch_size"] = batch_size = default_batch(seqlen, place) if batch_size is None else batch_size
         stages = pick_effort(effort)
         if tune_tokens is not None and not stages.tune:
-            raise BitternError(f"tune_tokens: effort {effort} trains nothing, found {tune_tokens}; expected effort best")
+            raise BitternError(f"tune_tokens: found {tune_tokens}, but effort {effort} trains nothing; expected best")
         options["tune_tokens"] = tune_tokens = TUNE_TOKENS if tune_tokens is None else tune_tokens
         _check_options(bits, method, damp_percent, dtype, batch_size, tune_tokens)
         checkpoint = stack.enter_context(open_checkpoint(source, revision))
@@ -208,11 +207,7 @@ def quantize(
         quantization = packing.config(grid, _all_layers(model, sources, plan))
         files = config_files(checkpoint, quantization, kept_dtype)
         samples = 0 if method == "rtn" else share_of(nsamples if tokens is None else len(tokens.ids))
-        job = Job(
-            *(model, checkpoint, sources, plan, damp_percent, place, packing, kept, samples, seqlen, batch_size),
-            stages,
-            tune_tokens,
-        )
+        job = Job(solver, packing, kept, samples, seqlen, batch_size, tune_tokens)
         size = artifact_bytes(job, planned, max_shard_size, files.values()) if chosen != "gguf" else gguf_bytes(job)
         if dry_run:
             found = predict(job, size, started)
@@ -418,8 +413,8 @@ def _foresee(
 
 def _verdicts(job: Job, format: str) -> list[dict[str, Any]]:
     """Who would load the artifact."""
-    tied = bool(live.tied_names(job.model))
-    layout = planned_layout(job.checkpoint.config, job.plan.layers, job.plan.shapes, tied)
+    tied = bool(live.tied_names(job.solver.model))
+    layout = planned_layout(job.solver.checkpoint.config, job.solver.plan.layers, job.solver.plan.shapes, tied)
     return [asdict(each) for each in verdicts(replace(layout, format=format, dequantize=job.packing.dequantize))]
 
 

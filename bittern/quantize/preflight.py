@@ -15,18 +15,17 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from bittern import model as live
-from bittern.checkpoint import Checkpoint, TensorInfo
+from bittern.checkpoint import TensorInfo
 from bittern.formats.gguf import BLOCK, BLOCK_BYTES, kind_for
 from bittern.formats.packing import Packing
-from bittern.model import Matrix, Piece
+from bittern.model import Matrix
 from bittern.quantize import heap
 from bittern.quantize.drift import learned_from
-from bittern.quantize.effort import Effort
 from bittern.quantize.plan import Plan
 from bittern.quantize.rehearsal import (
     BLOCK_FLOPS,
@@ -40,13 +39,11 @@ from bittern.quantize.rehearsal import (
     seconds,
 )
 from bittern.quantize.resume import stored_bytes
+from bittern.quantize.solve import Solver
 from bittern.quantize.tune import HELD_OUT, MICRO
 from bittern.report import peak_memory
 from bittern.weight import QuantSpec, round_to_nearest
 from bittern.writer import planned_bytes, to_json
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 Entries = Sequence[tuple[Matrix, QuantSpec]]
 """The matrices of a block that are quantized, and their grids."""
@@ -67,33 +64,26 @@ class Job:
     """All that a quantization's cost depends on.
 
     Attributes:
-        model, checkpoint, sources, plan, damp_percent, device: as the Solver has them.
+        solver: what solves it: model, plan, stages, device.
         packing: how layers are written.
         kept: name, dtype and shape of each tensor that is cast only, and its name in the checkpoint.
         samples, seqlen, batch_size: calibration windows, their tokens, how many run together; no samples
             mean rounding to nearest.
-        effort: its stages.
         tune_tokens: that scales and norms are trained on, where they are.
     """
 
-    model: PreTrainedModel
-    checkpoint: Checkpoint
-    sources: dict[str, tuple[Piece, ...]]
-    plan: Plan
-    damp_percent: float
-    device: torch.device
+    solver: Solver
     packing: Packing
     kept: Sequence[tuple[TensorInfo, str]]
     samples: int
     seqlen: int
     batch_size: int
-    effort: Effort
     tune_tokens: int
 
     @property
     def exact_samples(self) -> int:
         """Calibration windows that are walked through the unquantized blocks too."""
-        return self.effort.exact_windows(self.samples)
+        return self.solver.effort.exact_windows(self.samples)
 
 
 @dataclass(frozen=True)
@@ -156,30 +146,31 @@ def predict(job: Job, size: int, started: float) -> Prediction:
         size: bytes of what it makes.
         started: when it began, by ``time.monotonic``; what was done since counts, finding out all this too.
     """
-    grids = {(matrix.in_features, spec) for block in job.plan.blocks for matrix, spec in block}
-    specs = {spec for _, spec in (*grids, *job.plan.outside)}
+    grids = {(matrix.in_features, spec) for block in job.solver.plan.blocks for matrix, spec in block}
+    specs = {spec for _, spec in (*grids, *job.solver.plan.outside)}
     read, write = _read_rate(job), {spec: _write_rate(job.packing, spec) for spec in specs}
-    rounded = {spec for _, spec in job.plan.outside} if job.samples else specs
+    rounded = {spec for _, spec in job.solver.plan.outside} if job.samples else specs
     rounding = {spec: _rounding_rate(spec) for spec in rounded}
     if job.samples:
         samples, positions = _tried(job)
         scale = job.seqlen / positions
         if job.exact_samples:
             heap.for_holding()
-        blocks = rehearse_blocks(job.model, job.sources, job.plan, job.device, samples, positions, job.effort)
+        own = job.solver
+        blocks = rehearse_blocks(own.model, own.sources, own.plan, own.device, samples, positions, own.effort)
         if job.exact_samples:
             heap.for_solving()
-        rehearsed = partial(rehearse_solver, rows=_most_rows(job.plan), damp_percent=job.damp_percent)
-        solver = {grid: rehearsed(*grid, device=job.device, effort=job.effort) for grid in grids}
+        rehearsed = partial(rehearse_solver, rows=_most_rows(own.plan), damp_percent=own.damp_percent)
+        solver = {grid: rehearsed(*grid, device=own.device, effort=own.effort) for grid in grids}
     heap.trim()
     base = resident_memory()  # after the libraries have done all that they will be asked for
     stages: dict[str, float] = {"start": 0.0}
     per_block, held = [], [float(_outside_bytes(job)) if job.samples else 0.0]
-    for position, entries in enumerate(job.plan.blocks):
+    for position, entries in enumerate(job.solver.plan.blocks):
         stored = _parameters(job, position)
         took = {"reading": _FP32 * stored * read}
         if job.samples:
-            last = position + 1 == len(job.plan.blocks)
+            last = position + 1 == len(job.solver.plan.blocks)
             took |= _block_seconds(job, position, blocks[position], solver, scale, last)
             held.append(_block_bytes(job, position, blocks[position], solver, scale))
         else:
@@ -190,20 +181,20 @@ def predict(job: Job, size: int, started: float) -> Prediction:
             stages[name] = stages.get(name, 0.0) + value
         again = took["reading"] + (blocks[position].advance.seconds * job.samples * scale if job.samples else 0.0)
         per_block.append((sum(took.values()), again if job.samples else 0.0))
-    if job.samples and job.effort.tune:
+    if job.samples and job.solver.effort.tune:
         stages["training of scales and norms"] = _tuning_seconds(job, blocks, scale)
         held.append(_tuning_bytes(job, blocks, positions))
-    for matrix, spec in job.plan.outside:
+    for matrix, spec in job.solver.plan.outside:
         count = matrix.out_features * matrix.in_features
         each = _FP32 * read + rounding[spec] + write[spec].seconds
         stages["embedding and head"] = stages.get("embedding and head", 0.0) + count * each
         held.append(count * (_FP32 + write[spec].bytes))
     stages["start"] = time.monotonic() - started
     stages["everything else"] = 2 * read * sum(_FP32 * info.numel for info, _ in job.kept)
-    pieces = min(_PIECES, 3 * sum(job.checkpoint.tensors[stored].nbytes for _, stored in job.kept))
-    held.append(pieces + max(_writing_bytes(entries, write) for entries in job.plan.blocks))
+    pieces = min(_PIECES, 3 * sum(job.solver.checkpoint.tensors[stored].nbytes for _, stored in job.kept))
+    held.append(pieces + max(_writing_bytes(entries, write) for entries in job.solver.plan.blocks))
     peak = max(peak_memory(), base + int(max(held)))
-    return Prediction(stages, per_block, peak, size, stored_bytes(job.plan.blocks))
+    return Prediction(stages, per_block, peak, size, stored_bytes(job.solver.plan.blocks))
 
 
 def _block_seconds(
@@ -246,16 +237,16 @@ def _tuning_seconds(job: Job, blocks: Sequence[BlockCosts], scale: float) -> flo
     """Four passes over the text and what measures it; a head costs as blocks of its size do."""
     window = sum(block.advance.seconds for block in blocks) * scale
     inside = sum(_parameters(job, position) for position in range(len(blocks)))
-    config = job.model.config.get_text_config(decoder=True)
+    config = job.solver.model.config.get_text_config(decoder=True)
     window *= 1 + config.vocab_size * config.hidden_size / inside
     return float(window * (4 * job.tune_tokens / job.seqlen + 8 * HELD_OUT))
 
 
 def _tuning_bytes(job: Job, blocks: Sequence[BlockCosts], positions: int) -> float:
     """Both models, the codes, and of a step the logits, their gradient, and what a forward pass leaves for its own."""
-    config = job.model.config.get_text_config(decoder=True)
+    config = job.solver.model.config.get_text_config(decoder=True)
     inside = sum(_parameters(job, position) for position in range(len(blocks)))
-    solved = sum(m.in_features * m.out_features for block in job.plan.blocks for m, _ in block)
+    solved = sum(m.in_features * m.out_features for block in job.solver.plan.blocks for m, _ in block)
     whole = inside + config.vocab_size * config.hidden_size
     step = MICRO * (sum(block.traced for block in blocks) / positions + 3 * _FP32 * config.vocab_size)
     return float(_FP32 * (whole + solved) + solved + _HOLES * step)
@@ -265,7 +256,7 @@ def _block_bytes(
     job: Job, position: int, block: BlockCosts, solver: Mapping[tuple[int, QuantSpec], SolveCosts], scale: float
 ) -> float:
     """What the stage of a block that holds most holds, with all that is there meanwhile."""
-    if job.device.type != "cpu":
+    if job.solver.device.type != "cpu":
         return float(_FP32 * _parameters(job, position))  # the rest is in the device's memory
     batch = min(job.batch_size, job.samples) * scale
     groups = _groups(job, position, block)
@@ -292,24 +283,24 @@ def _block_bytes(
             (job.samples * each + job.exact_samples * exact) * scale + max(activations + 3 * moment, moment + solve)
             for each, exact, moment, solve in waiting
         )
-    codes = stored_bytes([job.plan.blocks[position]])
+    codes = stored_bytes([job.solver.plan.blocks[position]])
     return most + 2 * call * scale + _FP32 * _parameters(job, position) + codes
 
 
 def _groups(job: Job, position: int, block: BlockCosts) -> list[tuple[int, list[tuple[Matrix, QuantSpec]]]]:
     """The matrices of a block that share an input, and its width."""
-    prefix = f"{live.blocks(job.model)[0]}.{position}"
-    there = {place(matrix, prefix): (matrix, spec) for matrix, spec in job.plan.blocks[position]}
+    prefix = f"{live.blocks(job.solver.model)[0]}.{position}"
+    there = {place(matrix, prefix): (matrix, spec) for matrix, spec in job.solver.plan.blocks[position]}
     groups = [[there[name] for name in readers] for readers in block.readers]
     return [(members[0][0].in_features, members) for members in groups]
 
 
 def _tried(job: Job) -> tuple[int, int]:
     """Samples and positions to rehearse with: some hundredths of a second's worth, and a small part of the run."""
-    widest = max(_parameters(job, position) for position in range(len(job.plan.blocks)))
+    widest = max(_parameters(job, position) for position in range(len(job.solver.plan.blocks)))
     positions = int(min(job.seqlen, max(_FEWEST, 4 * BLOCK_FLOPS / (2 * widest))))
     samples = int(BLOCK_FLOPS / (2 * widest * positions))
-    few = int(job.samples * len(job.plan.blocks) * _SHARE)
+    few = int(job.samples * len(job.solver.plan.blocks) * _SHARE)
     return max(1, min(samples, few, job.batch_size, job.samples)), positions
 
 
@@ -319,30 +310,30 @@ def _most_rows(plan: Plan) -> int:
 
 def _parameters(job: Job, position: int) -> int:
     """Parameters of a block."""
-    return sum(tensor.numel() for tensor in live.blocks(job.model)[1][position].state_dict().values())
+    return sum(tensor.numel() for tensor in live.blocks(job.solver.model)[1][position].state_dict().values())
 
 
 def _outside_bytes(job: Job) -> int:
     """Embeddings in fp32, the largest also as it is stored, and the hidden states that come of them."""
-    prefix = f"{live.blocks(job.model)[0]}."
-    head = live.output_head(job.model)
-    state = job.model.state_dict()
-    names = [name for name in job.sources if not name.startswith(prefix) and name.rpartition(".")[0] != head]
-    cast = [job.checkpoint.tensors[piece.source] for name in names for piece in job.sources[name]]
+    prefix = f"{live.blocks(job.solver.model)[0]}."
+    head = live.output_head(job.solver.model)
+    state = job.solver.model.state_dict()
+    names = [name for name in job.solver.sources if not name.startswith(prefix) and name.rpartition(".")[0] != head]
+    cast = [job.solver.checkpoint.tensors[piece.source] for name in names for piece in job.solver.sources[name]]
     stored = max((info.nbytes for info in cast if info.dtype != torch.float32), default=0)
-    width = job.model.config.get_text_config(decoder=True).hidden_size
+    width = job.solver.model.config.get_text_config(decoder=True).hidden_size
     wide = _FP32 * sum(state[name].numel() for name in names)
     return int(wide + stored + job.samples * job.seqlen * width * _FP32)
 
 
 def _read_rate(job: Job) -> float:
     """Seconds for a byte of a weight that is read and made fp32."""
-    state = job.model.state_dict()
-    sizes = {name: _FP32 * state[name].numel() for name in job.sources}
+    state = job.solver.model.state_dict()
+    sizes = {name: _FP32 * state[name].numel() for name in job.solver.sources}
     fitting = [name for name, size in sizes.items() if size <= _SAMPLE_BYTES] or [min(sizes, key=lambda n: sizes[n])]
     name = max(fitting, key=lambda n: sizes[n])
     shape = tuple(state[name].shape)
-    took = seconds(lambda: live.read_tensor(job.checkpoint, job.sources[name], shape, torch.float32))
+    took = seconds(lambda: live.read_tensor(job.solver.checkpoint, job.solver.sources[name], shape, torch.float32))
     return took / float(sizes[name])
 
 
@@ -378,7 +369,7 @@ def artifact_bytes(
         planned, max_shard_size: as of :class:`bittern.writer.CheckpointWriter`.
         files: what the configuration files hold.
     """
-    beside = sum((job.checkpoint.folder / name).stat().st_size for name in job.checkpoint.side_files())
+    beside = sum((job.solver.checkpoint.folder / name).stat().st_size for name in job.solver.checkpoint.side_files())
     configs = sum(len(to_json(value).encode()) for value in files)
     return planned_bytes(planned, max_shard_size, job.packing.metadata) + configs + beside
 
@@ -386,8 +377,8 @@ def artifact_bytes(
 def gguf_bytes(job: Job) -> int:
     """Bytes of the tensors of a GGUF file; its header, which holds the vocabulary, is not counted."""
     packed = 0
-    for name, (rows, columns) in job.plan.shapes.items():
-        spec = job.plan.layers[name]
+    for name, (rows, columns) in job.solver.plan.shapes.items():
+        spec = job.solver.plan.layers[name]
         kind = None if spec is None else kind_for(spec)
         packed += rows * columns // BLOCK * BLOCK_BYTES[kind] if kind else 0
     return packed + sum(info.nbytes if len(info.shape) > 1 else _FP32 * info.numel for info, _ in job.kept)
