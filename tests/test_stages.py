@@ -97,6 +97,27 @@ def test_without_a_batch_in_full_precision_there_are_no_stages() -> None:
     assert exact_stages(model, blocks(model)[1][0], start(model)[0], [], []) is None
 
 
+def test_tokens_count_what_they_are_said_to() -> None:
+    model = tiny.random_model()
+    block = blocks(model)[1][0]
+    found, hidden, calls = start(model)
+    stages = exact_stages(model, block, found, [state.clone() for state in hidden[:1]], calls[:1])
+    assert stages is not None
+    weights = [torch.rand(state.shape[:2], generator=torch.Generator().manual_seed(8)) for state in hidden]
+    for stage in stages:
+        stage.exact = [0.9 * x for x in stage.exact]
+    inputs: list[Tensor] = []
+    with Walks(model, block, stages, [state.clone() for state in hidden], calls) as walks:
+        inputs = [x.clone() for x in walks.inputs(stages[0])]
+    with Walks(model, block, stages, hidden, calls) as walks:
+        moments, drift = walks.gather(stages[0], 1, weights)
+    wanted = sum(torch.einsum("bp,bpi,bpj->ij", w, x, x) for w, x in zip(weights, inputs, strict=True))
+    assert isinstance(wanted, Tensor) and moments.tokens == 120
+    torch.testing.assert_close(moments.hessian, wanted / 120, rtol=1e-4, atol=1e-5)
+    moved = torch.einsum("bp,bpi,bpj->ij", weights[0], -0.1 * inputs[0], inputs[0])
+    torch.testing.assert_close(drift._total, moved, rtol=1e-4, atol=1e-4)
+
+
 def test_walks_that_are_given_up_leave_nothing() -> None:
     model = tiny.random_model()
     block = blocks(model)[1][0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from bittern.checkpoint import open_checkpoint
 from bittern.evaluate import evaluate, text_windows
 from bittern.model import blocks, build, get_weight, load_dense, matrices, weight_map
 from bittern.quantize import tune
+from bittern.quantize.effort import EFFORTS
 from bittern.quantize.plan import Plan, make_plan
 from bittern.weight import round_to_nearest
 from tests import tiny
@@ -88,8 +90,15 @@ def quantize(source: Path, out: Path, text: Path, **options: Any) -> dict[str, A
     return bittern.quantize(source, out, **{"dataset": str(text), **OPTIONS, **options})
 
 
-def test_best_keeps_the_codes_and_comes_closer(source: Path, text: Path, tmp_path: Path) -> None:
-    quantize(source, tmp_path / "fast", text)
+@pytest.fixture
+def untuned(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The effort whose artifact best begins its training from."""
+    monkeypatch.setitem(EFFORTS, "fast", replace(EFFORTS["best"], tune=False))
+    return "fast"
+
+
+def test_best_keeps_the_codes_and_comes_closer(source: Path, text: Path, tmp_path: Path, untuned: str) -> None:
+    quantize(source, tmp_path / "fast", text, effort=untuned)
     manifest = quantize(source, tmp_path / "best", text, effort="best", tune_tokens=20_000)
     fast, best = (load_file(tmp_path / name / "model.safetensors") for name in ("fast", "best"))
     differ = {name.rpartition(".")[2] for name in fast if not torch.equal(fast[name], best[name])}
@@ -105,9 +114,9 @@ def test_best_keeps_the_codes_and_comes_closer(source: Path, text: Path, tmp_pat
 
 
 def test_what_made_it_worse_is_not_taken(
-    source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untuned: str
 ) -> None:
-    quantize(source, tmp_path / "fast", text)
+    quantize(source, tmp_path / "fast", text, effort=untuned)
     monkeypatch.setattr(tune, "LR", 3.0)
     manifest = quantize(source, tmp_path / "best", text, effort="best", tune_tokens=4_000)
     assert manifest["tuning"]["refused"] and any("training" in note for note in manifest["notes"])

@@ -50,15 +50,21 @@ class Drift:
         self._tokens = 0
         self._held: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, x: Tensor) -> None:
+    def add(self, x: Tensor, root: Tensor | None = None) -> None:
         """Add a batch of the quantized path, in the order of the exact ones; batches after those count nothing.
 
         What is held out is kept as it is, and must not change.
+
+        Args:
+            x: (batch, positions, in_features).
+            root: of what each token counts, (batch, positions, 1).
         """
         if not self._exact:
             return
-        x = x.flatten(0, -2)
-        moved = self._exact.pop(0).flatten(0, -2) - x
+        moved = self._exact.pop(0) - x
+        if root is not None:
+            moved, x = moved.mul_(root), x * root
+        moved, x = moved.flatten(0, -2), x.flatten(0, -2)
         if self._learned:
             self._learned -= 1
             self._total.addmm_(moved.T, x)

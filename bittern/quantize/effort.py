@@ -18,6 +18,7 @@ class Effort:
         exact_share: of the calibration windows, walked through the unquantized blocks too. Where it is not 0, blocks
             are solved stage by stage, and towards what the full-precision model computes.
         balance: channels are evened out first, see :mod:`bittern.quantize.balance`; needs an exact share.
+        guide: tokens count by what they do to the predictions, see :mod:`bittern.quantize.guide`; needs an exact share.
         tune: scales and norms are trained at the end, see :mod:`bittern.quantize.tune`.
     """
 
@@ -26,6 +27,7 @@ class Effort:
     polish: bool = True
     exact_share: float = 0.0
     balance: bool = False
+    guide: bool = False
     tune: bool = False
 
     def exact_windows(self, windows: int) -> int:
@@ -36,7 +38,7 @@ class Effort:
 EFFORTS = {
     "plain": Effort(search=False, act_order=False, polish=False),
     "fast": Effort(exact_share=0.25, balance=True),
-    "best": Effort(exact_share=0.25, balance=True, tune=True),
+    "best": Effort(exact_share=0.25, balance=True, guide=True, tune=True),
 }
 
 

@@ -199,7 +199,7 @@ def quantize(
         output_size = planned_size(planned, [info for info, _ in kept], plan.shapes)
         about: dict[str, Any] = {"size": {"source": source_size(Artifact(checkpoint)), "output": output_size}}
         about |= unchanged_cache(checkpoint.config)
-        solving = {**options, "effort": replace(stages, tune=False)}  # blocks that were solved for fast do for best
+        solving = {**options, "effort": stages}
         decided = decided_by(checkpoint, solving, tokens.sha256 if tokens else None, place)
         for _ in cast_tensors(checkpoint, None, kept):
             pass  # what the output cannot hold is refused now

@@ -56,6 +56,7 @@ _PIECES = 48 * 2**20  # that casting keeps in memory of however large a model
 _SAMPLE_BYTES = 4 * 2**20
 _TRIED = torch.Size((128, 1024))  # weights that are rounded and packed to try; every group size divides its columns
 _HOLES = 1.3  # times what a step of training makes is what the heap takes for it: measured on two models
+_GUIDING = 2.5  # forward passes that one with its way back takes, where no gradient of weights is wanted
 _FEWEST, _SHARE = 32, 1 / 60  # positions, and share of the run's samples, that are tried with
 
 
@@ -181,6 +182,8 @@ def predict(job: Job, size: int, started: float) -> Prediction:
             stages[name] = stages.get(name, 0.0) + value
         again = took["reading"] + (blocks[position].advance.seconds * job.samples * scale if job.samples else 0.0)
         per_block.append((sum(took.values()), again if job.samples else 0.0))
+    if job.samples and job.solver.effort.guide:
+        stages["what tokens count"] = _GUIDING * _window_seconds(job, blocks, scale) * job.samples
     if job.samples and job.solver.effort.tune:
         stages["training of scales and norms"] = _tuning_seconds(job, blocks, scale)
         held.append(_tuning_bytes(job, blocks, positions))
@@ -234,12 +237,16 @@ def _block_seconds(
 
 
 def _tuning_seconds(job: Job, blocks: Sequence[BlockCosts], scale: float) -> float:
-    """Four passes over the text and what measures it; a head costs as blocks of its size do."""
-    window = sum(block.advance.seconds for block in blocks) * scale
+    """Four passes over the text and what measures it."""
+    return _window_seconds(job, blocks, scale) * (4 * job.tune_tokens / job.seqlen + 8 * HELD_OUT)
+
+
+def _window_seconds(job: Job, blocks: Sequence[BlockCosts], scale: float) -> float:
+    """A forward pass of the whole model over a window; a head costs as blocks of its size do."""
     inside = sum(_parameters(job, position) for position in range(len(blocks)))
     config = job.solver.model.config.get_text_config(decoder=True)
-    window *= 1 + config.vocab_size * config.hidden_size / inside
-    return float(window * (4 * job.tune_tokens / job.seqlen + 8 * HELD_OUT))
+    head = config.vocab_size * config.hidden_size / inside
+    return float(sum(block.advance.seconds for block in blocks) * scale * (1 + head))
 
 
 def _tuning_bytes(job: Job, blocks: Sequence[BlockCosts], positions: int) -> float:

@@ -31,6 +31,7 @@ from bittern.quantize.drift import Drift, learned_from
 from bittern.quantize.effort import Effort
 from bittern.quantize.gptq import factorize, gptq
 from bittern.quantize.grid import search_grid
+from bittern.quantize.guide import Sizes, find_sizes, token_weights
 from bittern.quantize.hessian import Inputs, collect
 from bittern.quantize.plan import Plan
 from bittern.quantize.polish import polish
@@ -137,6 +138,7 @@ class Solver:
         if not missing:
             return
         batches = windows.batches
+        sizes = self._guide(batches) if batches and self.effort.guide else {}
         if windows.exact:
             heap.for_holding()
         hidden, calls = self._capture(prefix, blocks, batches) if batches else ([], [])
@@ -165,7 +167,9 @@ class Solver:
                     changed, found = balancer.balance(block, stages, entries, before, exact[0], block_calls[0])
                     rescaled = {part: left for matrix, left in found.items() for part, _, _ in matrix.parts}
                 solved = []
-                for record, weight in self._solve_block(block, entries, stages, windows.learned, hidden, block_calls):
+                for record, weight in self._solve_block(
+                    block, entries, stages, sizes, windows.learned, hidden, block_calls
+                ):
                     record["rescaled"] = record["layer"] in rescaled
                     record["left"] = _known(balance=rescaled.get(record["layer"])) | record["left"]
                     solved.append((record, weight))
@@ -180,6 +184,13 @@ class Solver:
         if windows.exact:
             heap.for_solving()
 
+    def _guide(self, batches: Sequence[Tensor]) -> Sizes:
+        """What each token counts for each matrix."""
+        matrices = [matrix for block in self.plan.blocks for matrix, _ in block]
+        sizes = find_sizes(self.model, self.checkpoint, self.sources, matrices, batches, self.device)
+        heap.trim()
+        return sizes
+
     def help(self, windows: OwnWindows) -> None:
         """What every process of torchrun but the first does while that one solves."""
         for _ in self.solve(windows, None):
@@ -190,6 +201,7 @@ class Solver:
         block: nn.Module,
         entries: dict[Matrix, QuantSpec],
         stages: list[Stage] | None,
+        sizes: Sizes,
         learned: int,
         hidden: list[Tensor],
         calls: list[BlockCall],
@@ -203,7 +215,7 @@ class Solver:
         else:
             with Walks(self.model, block, stages, hidden, calls) as walks:
                 for stage in stages:
-                    inputs, drift = walks.gather(stage, learned)
+                    inputs, drift = walks.gather(stage, learned, token_weights(sizes, stage.matrices))
                     heap.for_solving()
                     yield from self._solve_together(inputs, drift, entries)
                     del inputs, drift

@@ -1,0 +1,131 @@
+"""What each token counts: against the Fisher information as autograd gives it, and where it goes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+import bittern
+from bittern.checkpoint import open_checkpoint
+from bittern.errors import BitternError
+from bittern.model import Matrix, blocks, build, load_dense, matrices, weight_map
+from bittern.quantize.effort import EFFORTS
+from bittern.quantize.guide import Sizes, find_sizes, root_of_fisher, token_weights
+from tests import tiny
+
+IDS = torch.randint(4, 60, (1, 5), generator=torch.Generator().manual_seed(5))
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2", "phi"])
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save(tiny.random_model(request.param, vocab_size=64), tmp_path_factory.mktemp("source"))
+
+
+def sizes_of(source: Path, batches: list[Tensor]) -> Sizes:
+    """Of all matrices of a checkpoint."""
+    with open_checkpoint(source) as checkpoint:
+        model = build(checkpoint.config)
+        sources = weight_map(model, checkpoint.tensors)
+        prefix, found = blocks(model)
+        members = [m for position in range(len(found)) for m in matrices(model, f"{prefix}.{position}", sources)]
+        sizes = find_sizes(model, checkpoint, sources, members, batches, CPU)
+        assert all(tensor.device.type == "meta" for tensor in model.state_dict().values())
+    assert list(sizes) == members
+    return sizes
+
+
+def fisher(source: Path, matrix: Matrix) -> Tensor:
+    """Of every position, the trace of the Fisher information of all predictions by the output of a matrix there."""
+    with open_checkpoint(source) as checkpoint:
+        model = load_dense(checkpoint)
+    module = model.get_submodule(matrix.module)
+
+    def logits(moved: Tensor) -> Tensor:
+        handle = module.register_forward_hook(lambda _, __, output: output + moved.view_as(output))
+        found: Tensor = model(IDS, use_cache=False).logits[0]
+        handle.remove()
+        return found
+
+    still = torch.zeros(IDS.shape[1], matrix.out_features)
+    jacobian: Any = torch.autograd.functional.jacobian
+    slopes = jacobian(logits, still)  # predictions, vocabulary, positions, outputs
+    p = logits(still).softmax(1).detach()[:, :, None, None]
+    variance: Tensor = (p * slopes.square()).sum(1) - (p * slopes).sum(1).square()
+    return variance.sum((0, 2))
+
+
+def test_sizes_are_the_fisher_information_on_average(source: Path) -> None:
+    draws = 600
+    sizes = sizes_of(source, [IDS.expand(draws, -1)])
+    for matrix in list(sizes)[:: max(1, len(sizes) // 5)]:
+        (found,) = sizes[matrix]
+        assert found.mean() == pytest.approx(1.0, rel=1e-4)
+        wanted = fisher(source, matrix)
+        wanted /= wanted.mean()
+        error = (found.std(0) + wanted * found.mean(1).std()) / draws**0.5  # sizes are divided by a mean that errs too
+        assert bool(((found.mean(0) - wanted).abs() <= 4 * error + 1e-4).all()), matrix.label
+
+
+def test_predictions_are_drawn_apart_and_as_often_as_they_are_likely() -> None:
+    logits = torch.tensor([[[2.0, 0.0, -1.0, 0.5], [0.0, 0.1, 0.2, -torch.inf]]])
+    draws = root_of_fisher(logits.expand(20_000, -1, -1), 0).flatten(1)
+    wanted = torch.zeros(8, 8)
+    for place, p in zip((slice(4), slice(4, 8)), logits[0].softmax(1), strict=True):
+        wanted[place, place] = torch.diag(p) - p.outer(p)
+    torch.testing.assert_close(draws.T @ draws / len(draws), wanted, rtol=0, atol=0.01)
+    assert torch.equal(root_of_fisher(logits, 3)[0].flatten(), draws[3])
+
+
+def test_batches_do_not_decide_what_a_token_counts(source: Path) -> None:
+    ids = torch.randint(4, 60, (6, 12), generator=torch.Generator().manual_seed(6))
+    one, other = sizes_of(source, list(torch.split(ids, 1))), sizes_of(source, list(torch.split(ids, 4)))
+    for matrix in one:
+        torch.testing.assert_close(torch.cat(one[matrix]), torch.cat(other[matrix]), rtol=1e-3, atol=1e-5)
+
+
+def test_matrices_that_share_an_input_count_alike() -> None:
+    q, k, other = (Matrix(name, None, False, 4, 4, ((name, 0, 4),)) for name in "qko")
+    sizes = {q: [torch.tensor([[1.0, 7.0]])], k: [torch.tensor([[3.0, 1.0]])]}
+    weights = token_weights(sizes, [q, k])
+    assert weights is not None and torch.equal(weights[0], torch.tensor([[2.0, 4.0]]).sqrt())
+    assert token_weights(sizes, [q, other]) is None
+
+
+def test_experts_are_passed_over(tmp_path: Path) -> None:
+    model = tiny.random_model("mixtral", num_local_experts=4, num_experts_per_tok=2, vocab_size=64)
+    source = tiny.save(model, tmp_path / "source")
+    with open_checkpoint(source) as checkpoint:
+        model = build(checkpoint.config)
+        sources = weight_map(model, checkpoint.tensors)
+        members = matrices(model, f"{blocks(model)[0]}.0", sources)
+        sizes = find_sizes(model, checkpoint, sources, members, [IDS], CPU)
+    assert sizes and set(sizes) == {matrix for matrix in members if matrix.expert is None}
+
+
+def test_a_gradient_that_is_no_number_is_an_error(tmp_path: Path) -> None:
+    model = tiny.random_model(vocab_size=64)
+    for name in ("gate_proj", "up_proj"):  # their product overflows
+        model.get_parameter(f"model.layers.1.mlp.{name}.weight").data.fill_(1e30)
+    with pytest.raises(BitternError, match="a gradient of its output is NaN or infinite"):
+        sizes_of(tiny.save(model, tmp_path / "source"), [IDS])
+
+
+def test_best_solves_for_what_counts(
+    text: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny.save(tiny.random_model(), tmp_path / "source", tokenizer)
+    made = {}
+    for guide in (False, True):
+        monkeypatch.setitem(EFFORTS, "fast", replace(EFFORTS["fast"], guide=guide))
+        out = tmp_path / str(guide)
+        bittern.quantize(source, out, bits=3, group_size=32, dataset=str(text), nsamples=24, seqlen=32)
+        made[guide] = load_file(out / "model.safetensors")
+    assert any(not torch.equal(made[True][name], made[False][name]) for name in made[True] if "qweight" in name)
