@@ -77,6 +77,14 @@ def test_a_dry_run_knows_every_byte_and_writes_none(
     assert problem(json.loads(json.dumps(manifest))) is None
 
 
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_what_best_does_beside_is_counted(method: str, source: Path, text: Path, tmp_path: Path) -> None:
+    beside = {"what tokens count", "training of scales and norms"} if method == "gptq" else set()
+    fast = run(source, tmp_path / "out", text, dry_run=True, method=method)["stages"]
+    best = run(source, tmp_path / "out", text, dry_run=True, method=method, effort="best")["stages"]
+    assert set(best) == set(fast) | beside and all(best[stage] > 0 for stage in beside)
+
+
 def test_the_work_folder_takes_what_is_said(source: Path, text: Path, tmp_path: Path) -> None:
     class Stop(Exception):
         pass

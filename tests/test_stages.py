@@ -103,7 +103,7 @@ def test_tokens_count_what_they_are_said_to() -> None:
     found, hidden, calls = start(model)
     stages = exact_stages(model, block, found, [state.clone() for state in hidden[:1]], calls[:1])
     assert stages is not None
-    weights = [torch.rand(state.shape[:2], generator=torch.Generator().manual_seed(8)) for state in hidden]
+    weights = torch.rand(6, 20, generator=torch.Generator().manual_seed(8))
     for stage in stages:
         stage.exact = [0.9 * x for x in stage.exact]
     inputs: list[Tensor] = []
@@ -111,10 +111,11 @@ def test_tokens_count_what_they_are_said_to() -> None:
         inputs = [x.clone() for x in walks.inputs(stages[0])]
     with Walks(model, block, stages, hidden, calls) as walks:
         moments, drift = walks.gather(stages[0], 1, weights)
-    wanted = sum(torch.einsum("bp,bpi,bpj->ij", w, x, x) for w, x in zip(weights, inputs, strict=True))
-    assert isinstance(wanted, Tensor) and moments.tokens == 120
+    whole = torch.cat(inputs)
+    wanted = torch.einsum("bp,bpi,bpj->ij", weights, whole, whole)
+    assert moments.tokens == 120
     torch.testing.assert_close(moments.hessian, wanted / 120, rtol=1e-4, atol=1e-5)
-    moved = torch.einsum("bp,bpi,bpj->ij", weights[0], -0.1 * inputs[0], inputs[0])
+    moved = torch.einsum("bp,bpi,bpj->ij", weights[:4], -0.1 * inputs[0], inputs[0])
     torch.testing.assert_close(drift._total, moved, rtol=1e-4, atol=1e-4)
 
 

@@ -27,8 +27,8 @@ from bittern.replay import capture, logits_after
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Sizes = dict[Matrix, list[Tensor]]
-"""By matrix, per batch, fp32 (windows, positions): squared gradients, 1 on average over all windows."""
+Sizes = dict[Matrix, Tensor]
+"""By matrix, fp32 (windows, positions): squared gradients, 1 on average over all windows."""
 
 
 def find_sizes(
@@ -47,7 +47,7 @@ def find_sizes(
         model: of :func:`bittern.model.build`, nothing in memory; it is loaded whole, and left as it was.
         checkpoint: where its weights are.
         sources: of :func:`bittern.model.weight_map`.
-        matrices: those to look at; experts, which see other tokens each, are passed over.
+        matrices: those to look at, no experts, which see other tokens each.
         batches: ids, int64 (windows, positions) each.
         device: where to compute.
 
@@ -60,33 +60,24 @@ def find_sizes(
     live.load_tensors(model, checkpoint, sources, sources, device=device)
     model.tie_weights()
     live.move_buffers(model, device)
-    found: Sizes = {matrix: [] for matrix in matrices if matrix.expert is None}
-    handles = [
-        model.get_submodule(matrix.module).register_forward_hook(_watch(sizes)) for matrix, sizes in found.items()
-    ]
-    try:
-        _backward(model, batches, device)
-    finally:
-        for handle in handles:
-            handle.remove()
+    seen = _Seen(model, matrices, torch.Size((sum(len(ids) for ids in batches), batches[0].shape[1])))
+    with seen:
+        _backward(model, batches, device, seen)
     live.drop_tensors(model, sources)
     model.tie_weights()
-    found = {matrix: sizes for matrix, sizes in found.items() if len(sizes) == len(batches)}
-    for matrix, sizes in found.items():
-        total = torch.tensor([sum(float(each.sum()) for each in sizes), sum(each.numel() for each in sizes)])
+    for matrix, sizes in seen.sizes.items():
+        total = torch.tensor([float(sizes.sum()), sizes.numel()])
         add_up(total)
         mean = float(total[0] / total[1])
         if not 0 <= mean < float("inf"):
             raise BitternError(f"{matrix.label}: a gradient of its output is NaN or infinite")
-        for each in sizes:
-            each.div_(mean) if mean else each.fill_(1.0)
-    return found
+        sizes.div_(mean) if mean else sizes.fill_(1.0)
+    return {matrix: sizes for matrix, sizes in seen.sizes.items() if seen.calls[matrix] == len(batches)}
 
 
-def _backward(model: PreTrainedModel, batches: Sequence[Tensor], device: torch.device) -> None:
+def _backward(model: PreTrainedModel, batches: Sequence[Tensor], device: torch.device, seen: _Seen) -> None:
     """Send a draw of every prediction back through all blocks."""
     blocks = live.blocks(model)[1]
-    first = 0
     for batch in batches:
         ids = batch.to(device)
         hidden, calls = capture(model, blocks, ids)
@@ -95,15 +86,15 @@ def _backward(model: PreTrainedModel, batches: Sequence[Tensor], device: torch.d
         for block, call in zip(blocks, calls, strict=True):
             state = call.run(block, state)
         logits = logits_after(model, blocks, ids, state)
-        torch.autograd.grad(logits, hidden, root_of_fisher(logits.detach(), first))
-        first += len(ids)
+        torch.autograd.grad(logits, hidden, root_of_fisher(logits.detach(), seen.first))
+        seen.first += len(ids)
 
 
-def token_weights(sizes: Sizes, matrices: Sequence[Matrix]) -> list[Tensor] | None:
-    """What each token counts for matrices that read one input, per batch (windows, positions); None where not known."""
+def token_weights(sizes: Sizes, matrices: Sequence[Matrix]) -> Tensor | None:
+    """What each token counts for matrices that read one input, (windows, positions); None where that is not known."""
     if not all(matrix in sizes for matrix in matrices):
         return None
-    return [torch.stack(each).mean(0).sqrt_() for each in zip(*(sizes[matrix] for matrix in matrices), strict=True)]
+    return torch.stack([sizes[matrix] for matrix in matrices]).mean(0).sqrt_()
 
 
 def root_of_fisher(logits: Tensor, first: int) -> Tensor:
@@ -122,9 +113,43 @@ def root_of_fisher(logits: Tensor, first: int) -> Tensor:
     return gradient.to(logits.dtype)
 
 
-def _watch(sizes: list[Tensor]) -> Callable[..., None]:
-    def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-        if output.requires_grad:
-            output.register_hook(lambda gradient: sizes.append(gradient.float().square().sum(-1).cpu()))  # type: ignore[no-untyped-call]
+class _Seen:
+    """Squared gradients of what some matrices compute.
 
-    return hook
+    They go into one tensor that is there before: small ones, kept one by one between large ones that are not, would
+    leave a heap full of holes.
+
+    Attributes:
+        sizes: by matrix, summed over its outputs.
+        calls: by matrix, batches that came back through it.
+        first: the batch that comes back next begins with this window.
+    """
+
+    def __init__(self, model: nn.Module, matrices: Iterable[Matrix], shape: torch.Size) -> None:
+        self._model = model
+        members = list(matrices)
+        self.sizes: Sizes = dict(zip(members, torch.zeros(len(members), *shape), strict=True))
+        self.calls = dict.fromkeys(members, 0)
+        self.first = 0
+
+    def __enter__(self) -> None:
+        self._handles = [
+            self._model.get_submodule(matrix.module).register_forward_hook(self._hook(matrix)) for matrix in self.sizes
+        ]
+
+    def __exit__(self, *error: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, matrix: Matrix) -> Callable[..., None]:
+        def note(gradient: Tensor) -> None:
+            squares = gradient.float().square().sum(-1)
+            rows = self.sizes[matrix][self.first :]
+            rows[: squares.numel() // rows.shape[1]] = squares.view(-1, rows.shape[1])
+            self.calls[matrix] += 1
+
+        def watch(_: nn.Module, __: Any, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(note)  # type: ignore[no-untyped-call]
+
+        return watch

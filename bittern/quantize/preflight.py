@@ -152,6 +152,7 @@ def predict(job: Job, size: int, started: float) -> Prediction:
     read, write = _read_rate(job), {spec: _write_rate(job.packing, spec) for spec in specs}
     rounded = {spec for _, spec in job.solver.plan.outside} if job.samples else specs
     rounding = {spec: _rounding_rate(spec) for spec in rounded}
+    blocks: Sequence[BlockCosts] = ()
     if job.samples:
         samples, positions = _tried(job)
         scale = job.seqlen / positions
@@ -182,7 +183,7 @@ def predict(job: Job, size: int, started: float) -> Prediction:
             stages[name] = stages.get(name, 0.0) + value
         again = took["reading"] + (blocks[position].advance.seconds * job.samples * scale if job.samples else 0.0)
         per_block.append((sum(took.values()), again if job.samples else 0.0))
-    if job.samples and job.solver.effort.guide:
+    if job.solver.effort.guide and any(block.walk is not None for block in blocks):
         stages["what tokens count"] = _GUIDING * _window_seconds(job, blocks, scale) * job.samples
     if job.samples and job.solver.effort.tune:
         stages["training of scales and norms"] = _tuning_seconds(job, blocks, scale)

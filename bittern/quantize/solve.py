@@ -185,8 +185,11 @@ class Solver:
             heap.for_solving()
 
     def _guide(self, batches: Sequence[Tensor]) -> Sizes:
-        """What each token counts for each matrix."""
-        matrices = [matrix for block in self.plan.blocks for matrix, _ in block]
+        """What each token counts for each matrix; nothing of blocks of experts, which are not walked in stages."""
+        walked = [block for block in self.plan.blocks if all(matrix.expert is None for matrix, _ in block)]
+        matrices = [matrix for block in walked for matrix, _ in block]
+        if not matrices:
+            return {}
         sizes = find_sizes(self.model, self.checkpoint, self.sources, matrices, batches, self.device)
         heap.trim()
         return sizes

@@ -157,13 +157,13 @@ class Walks:
             yield arrived[1]
         self._arrived += 1
 
-    def gather(self, stage: Stage, learned: int, weights: Sequence[Tensor] | None = None) -> tuple[Inputs, Drift]:
+    def gather(self, stage: Stage, learned: int, weights: Tensor | None = None) -> tuple[Inputs, Drift]:
         """Walk each batch up to a stage: what its matrices read, and how far that is from full precision.
 
         Args:
             stage: its exact inputs are used up.
             learned: the first so many batches are learned from, see :class:`bittern.quantize.drift.Drift`.
-            weights: what each token counts, per batch (windows, positions); None: all the same.
+            weights: what each token counts, (windows, positions); None: all the same.
 
         Raises:
             BitternError: for NaN and infinity, and as :meth:`inputs` does.
@@ -171,8 +171,12 @@ class Walks:
         drift = Drift(stage.exact, learned)
         moments = Accumulator(stage.matrices[0].in_features, stage.exact[0].device)
         first = 0
-        for number, x in enumerate(self.inputs(stage)):
-            root = None if weights is None else weights[number].to(x.device).sqrt().unsqueeze(-1)
+        counts = None if weights is None else weights.flatten()
+        for x in self.inputs(stage):
+            root = None
+            if counts is not None:
+                own, counts = counts[: x[..., 0].numel()], counts[x[..., 0].numel() :]
+                root = own.view(*x.shape[:-1], 1).sqrt().to(x.device)
             moments.add(x if root is None else x * root)
             check_inputs(moments, x, stage.matrices[0], first)
             drift.add(x, root)
