@@ -129,20 +129,22 @@ def convert(source: str, as_json: bool, **options: Any) -> None:
 @json_option
 def quantize(source: str, output: Path, as_json: bool, **options: Any) -> None:
     """Quantize SOURCE with GPTQ, or by rounding to nearest. Runs under torchrun too."""
-    from bittern.progress import expected, layer_rows, measured_row, point_row, preflight, quantization, sampled_row
+    from bittern import progress
     from bittern.quantize.pipeline import quantize as run_pipeline
 
     # What was not given is left to the function, the one place that knows its defaults.
     chosen = {name: value for name, value in options.items() if value is not None}
-    with layer_rows() as on_progress:
+    with progress.layer_rows() as on_progress:
         chosen |= {
             "on_progress": on_progress,
             "on_note": lambda note: _say(f"note: {note}"),
-            "on_measured": measured_row,
-            "on_sampled": sampled_row,
-            "on_point": lambda point: _say(point_row(point)),
+            "on_prediction": lambda prediction: _say(progress.expected(prediction)),
+            "on_measured": progress.measured_row,
+            "on_weighed": progress.weighed_row,
+            "on_sampled": progress.sampled_row,
+            "on_point": lambda point: _say(progress.point_row(point)),
         }
-        found = run_pipeline(source, output, **chosen, on_prediction=lambda prediction: _say(expected(prediction)))
+        found = run_pipeline(source, output, **chosen)
     if not found:  # a process of torchrun that only helped
         return
     for note in found["notes"]:
@@ -150,7 +152,7 @@ def quantize(source: str, output: Path, as_json: bool, **options: Any) -> None:
     if as_json:
         print(json.dumps(found))
     else:
-        print(preflight(found) if options["dry_run"] else f"{output}: {quantization(found)}")
+        print(progress.preflight(found) if options["dry_run"] else f"{output}: {progress.quantization(found)}")
 
 
 @_command
@@ -165,8 +167,7 @@ def uptrain(source: str, output: Path, **options: Any) -> None:
 
     chosen = {name: value for name, value in options.items() if value is not None}
     chosen["on_block"] = lambda event: _say(block_row(event))
-    chosen["on_progress"] = lambda event: _say(point_row(event))
-    chosen["on_sampled"] = sampled_row
+    chosen |= {"on_progress": lambda event: _say(point_row(event)), "on_sampled": sampled_row}
     manifest = run_pipeline(source, output, **chosen)
     if manifest is None:  # a process of torchrun that only helped
         return

@@ -107,6 +107,11 @@ def measured_row(done: int, total: int) -> None:
     print(f"sensitivity: {done}/{total} blocks measured", file=sys.stderr, flush=True)
 
 
+def weighed_row(done: int, total: int) -> None:
+    """Say of how many windows it is known what their tokens count."""
+    print(f"what tokens count: {done}/{total} windows", file=sys.stderr, flush=True)
+
+
 def sampled_row(done: int, total: int) -> None:
     """Say how much of its own text a model has written."""
     print(f"text of the source's own: {done}/{total} windows written", file=sys.stderr, flush=True)

@@ -126,9 +126,12 @@ def test_best_solves_for_what_counts(
 ) -> None:
     source = tiny.save(tiny.random_model(), tmp_path / "source", tokenizer)
     made = {}
+    told: list[tuple[int, int]] = []
     for guide in (False, True):
         monkeypatch.setitem(EFFORTS, "fast", replace(EFFORTS["fast"], guide=guide))
         out = tmp_path / str(guide)
-        bittern.quantize(source, out, bits=3, group_size=32, dataset=str(text), nsamples=24, seqlen=32)
+        options: dict[str, Any] = {"bits": 3, "group_size": 32, "nsamples": 24, "seqlen": 32, "batch_size": 4}
+        bittern.quantize(source, out, dataset=str(text), on_weighed=lambda *at: told.append(at), **options)
         made[guide] = load_file(out / "model.safetensors")
     assert any(not torch.equal(made[True][name], made[False][name]) for name in made[True] if "qweight" in name)
+    assert told[-1] == (24, 24) and told == sorted(set(told)) and 4 < len(told) <= 10

@@ -38,6 +38,7 @@ def find_sizes(
     matrices: Iterable[Matrix],
     batches: Sequence[Tensor],
     device: torch.device,
+    on_weighed: Callable[[int, int], None] | None = None,
 ) -> Sizes:
     """One forward and one backward pass of the whole model over the calibration windows.
 
@@ -50,6 +51,7 @@ def find_sizes(
         matrices: those to look at, no experts, which see other tokens each.
         batches: ids, int64 (windows, positions) each.
         device: where to compute.
+        on_weighed: called with the windows that are done and their number, ten times or so.
 
     Returns:
         Sizes of the matrices that every batch came through once, on the CPU.
@@ -62,11 +64,11 @@ def find_sizes(
     live.move_buffers(model, device)
     seen = _Seen(model, matrices, torch.Size((sum(len(ids) for ids in batches), batches[0].shape[1])))
     with seen:
-        _backward(model, batches, device, seen)
+        _backward(model, batches, device, seen, on_weighed)
     live.drop_tensors(model, sources)
     model.tie_weights()
     for matrix, sizes in seen.sizes.items():
-        total = torch.tensor([float(sizes.sum()), sizes.numel()])
+        total = torch.tensor([float(sizes.sum()), sizes.numel()], device=device)
         add_up(total)
         mean = float(total[0] / total[1])
         if not 0 <= mean < float("inf"):
@@ -75,9 +77,16 @@ def find_sizes(
     return {matrix: sizes for matrix, sizes in seen.sizes.items() if seen.calls[matrix] == len(batches)}
 
 
-def _backward(model: PreTrainedModel, batches: Sequence[Tensor], device: torch.device, seen: _Seen) -> None:
+def _backward(
+    model: PreTrainedModel,
+    batches: Sequence[Tensor],
+    device: torch.device,
+    seen: _Seen,
+    on_weighed: Callable[[int, int], None] | None,
+) -> None:
     """Send a draw of every prediction back through all blocks."""
     blocks = live.blocks(model)[1]
+    total = sum(len(ids) for ids in batches)
     for batch in batches:
         ids = batch.to(device)
         hidden, calls = capture(model, blocks, ids)
@@ -87,7 +96,9 @@ def _backward(model: PreTrainedModel, batches: Sequence[Tensor], device: torch.d
             state = call.run(block, state)
         logits = logits_after(model, blocks, ids, state)
         torch.autograd.grad(logits, hidden, root_of_fisher(logits.detach(), seen.first))
-        seen.first += len(ids)
+        before, seen.first = seen.first, seen.first + len(ids)
+        if on_weighed is not None and 10 * before // total < 10 * seen.first // total:
+            on_weighed(seen.first, total)
 
 
 def token_weights(sizes: Sizes, matrices: Sequence[Matrix]) -> Tensor | None:

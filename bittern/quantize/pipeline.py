@@ -87,6 +87,7 @@ def quantize(
     on_note: Callable[[str], None] | None = None,
     on_point: Callable[[dict[str, Any]], None] | None = None,
     on_measured: Callable[[int, int], None] | None = None,
+    on_weighed: Callable[[int, int], None] | None = None,
     on_sampled: Sampled | None = None,
 ) -> dict[str, Any]:
     """Quantize a checkpoint and write it in the format that its consumers read.
@@ -131,6 +132,7 @@ def quantize(
         on_prediction: called before the work with what it will take: seconds, bytes of memory at most, bytes to write.
         on_note: called with what a user should know before the work, a sentence each.
         on_measured: where an average is asked for, called with the blocks whose sensitivity is known and their number.
+        on_weighed: at effort best, called with the windows of this process whose tokens are weighed and their number.
         on_sampled: where the model writes its own text, see :func:`~bittern.calibration.load_tokens`.
 
     Returns:
@@ -189,7 +191,7 @@ def quantize(
             meter = Sensitivity(model, checkpoint, sources, [], damp_percent, place, seed)
             plan, mixed = measure_and_mix(plan_of, meter, tokens.ids, bits, None if rank else on_measured)
             chosen, packing = _choose_packing(checkpoint, model, plan, chosen, target, damp_percent)
-        solver = Solver(model, checkpoint, sources, plan, damp_percent, place, stages, kept_dtype)
+        solver = Solver(model, checkpoint, sources, plan, damp_percent, place, stages, kept_dtype, on_weighed)
         if rank:  # the first process writes and tells, the others help it
             if not dry_run:
                 solver.help(windows)
@@ -276,6 +278,7 @@ _NO_OPTIONS = (
     "on_note",
     "on_point",
     "on_measured",
+    "on_weighed",
     "on_sampled",
 )
 """Arguments that do not shape the artifact."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -108,6 +108,7 @@ class Solver:
         device: where to compute.
         effort: the stages.
         dtype: that what is not quantized is stored in.
+        on_weighed: see :func:`bittern.quantize.guide.find_sizes`; in the first process alone.
     """
 
     model: PreTrainedModel
@@ -118,6 +119,7 @@ class Solver:
     device: torch.device
     effort: Effort
     dtype: torch.dtype = torch.float32
+    on_weighed: Callable[[int, int], None] | None = None
 
     def solve(self, windows: OwnWindows, work: WorkFolder | None) -> Iterator[dict[str, Any]]:
         """Quantize every planned matrix that the work folder lacks, and keep each block there when it is done.
@@ -190,7 +192,8 @@ class Solver:
         matrices = [matrix for block in walked for matrix, _ in block]
         if not matrices:
             return {}
-        sizes = find_sizes(self.model, self.checkpoint, self.sources, matrices, batches, self.device)
+        told = None if world()[0] else self.on_weighed
+        sizes = find_sizes(self.model, self.checkpoint, self.sources, matrices, batches, self.device, told)
         heap.trim()
         return sizes
 
