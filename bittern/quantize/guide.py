@@ -95,10 +95,10 @@ def _backward(
         for block, call in zip(blocks, calls, strict=True):
             state = call.run(block, state)
         logits = logits_after(model, blocks, ids, state)
-        torch.autograd.grad(logits, hidden, root_of_fisher(logits.detach(), seen.first))
-        before, seen.first = seen.first, seen.first + len(ids)
-        if on_weighed is not None and 10 * before // total < 10 * seen.first // total:
-            on_weighed(seen.first, total)
+        seen.rows = slice(seen.rows.stop, seen.rows.stop + len(ids))
+        torch.autograd.grad(logits, hidden, root_of_fisher(logits.detach(), seen.rows.start))
+        if on_weighed is not None and 10 * seen.rows.start // total < 10 * seen.rows.stop // total:
+            on_weighed(seen.rows.stop, total)
 
 
 def token_weights(sizes: Sizes, matrices: Sequence[Matrix]) -> Tensor | None:
@@ -133,7 +133,7 @@ class _Seen:
     Attributes:
         sizes: by matrix, summed over its outputs.
         calls: by matrix, batches that came back through it.
-        first: the batch that comes back next begins with this window.
+        rows: the windows that come back next.
     """
 
     def __init__(self, model: nn.Module, matrices: Iterable[Matrix], shape: torch.Size) -> None:
@@ -141,7 +141,7 @@ class _Seen:
         members = list(matrices)
         self.sizes: Sizes = dict(zip(members, torch.zeros(len(members), *shape), strict=True))
         self.calls = dict.fromkeys(members, 0)
-        self.first = 0
+        self.rows = slice(0, 0)
 
     def __enter__(self) -> None:
         self._handles = [
@@ -155,9 +155,10 @@ class _Seen:
     def _hook(self, matrix: Matrix) -> Callable[..., None]:
         def note(gradient: Tensor) -> None:
             squares = gradient.float().square().sum(-1)
-            rows = self.sizes[matrix][self.first :]
-            rows[: squares.numel() // rows.shape[1]] = squares.view(-1, rows.shape[1])
-            self.calls[matrix] += 1
+            rows = self.sizes[matrix][self.rows]
+            if squares.numel() == rows.numel():
+                rows.copy_(squares.view_as(rows))
+                self.calls[matrix] += 1
 
         def watch(_: nn.Module, __: Any, output: Tensor) -> None:
             if output.requires_grad:
