@@ -151,8 +151,9 @@ def quantize(
         stages = pick_effort(effort)
         if tune_tokens is not None and not stages.tune:
             raise BitternError(f"tune_tokens: found {tune_tokens}, but effort {effort} trains nothing; expected best")
-        options["tune_tokens"] = tune_tokens = TUNE_TOKENS if tune_tokens is None else tune_tokens
-        _check_options(bits, method, damp_percent, dtype, batch_size, tune_tokens)
+        tuned_on = TUNE_TOKENS if tune_tokens is None else tune_tokens
+        options["tune_tokens"] = tuned_on if stages.tune else None
+        _check_options(bits, method, damp_percent, dtype, batch_size, tuned_on)
         checkpoint = stack.enter_context(open_checkpoint(source, revision))
         refuse_quantized(checkpoint)
         if not is_gguf(output):  # of a file, check_gguf is the judge
@@ -209,7 +210,7 @@ def quantize(
         quantization = packing.config(grid, _all_layers(model, sources, plan))
         files = config_files(checkpoint, quantization, kept_dtype)
         samples = 0 if method == "rtn" else share_of(nsamples if tokens is None else len(tokens.ids))
-        job = Job(solver, packing, kept, samples, seqlen, batch_size, tune_tokens)
+        job = Job(solver, packing, kept, samples, seqlen, batch_size, tuned_on)
         size = artifact_bytes(job, planned, max_shard_size, files.values()) if chosen != "gguf" else gguf_bytes(job)
         if dry_run:
             found = predict(job, size, started)
@@ -236,7 +237,7 @@ def quantize(
                     tuned = tune(
                         *(checkpoint, sources, plan, work),
                         dataset=dataset,
-                        tokens=tune_tokens,
+                        tokens=tuned_on,
                         seqlen=seqlen,
                         seed=seed,
                         device=place,
