@@ -106,7 +106,6 @@ def test_tokens_count_what_they_are_said_to() -> None:
     weights = torch.rand(6, 20, generator=torch.Generator().manual_seed(8))
     for stage in stages:
         stage.exact = [0.9 * x for x in stage.exact]
-    inputs: list[Tensor] = []
     with Walks(model, block, stages, [state.clone() for state in hidden], calls) as walks:
         inputs = [x.clone() for x in walks.inputs(stages[0])]
     with Walks(model, block, stages, hidden, calls) as walks:
