@@ -133,11 +133,26 @@ def quantized() -> dict[str, Any]:
         "kv_bytes_per_token": {"source": cache, "output": cache},
         "prediction": {"seconds": 10.0, "peak_memory_bytes": 6 * 10**8, "bytes": 310_000},
         "evaluations": evaluations(),
+        "stages": {"drift": {"layers": 20, "left": 0.83}, "polish": {"layers": 21, "left": 0.91}},
+        "tuning": tuning(),
         "origin": None,
     }
     manifest["layers"][4] |= {"method": "rtn", "damp": None, "loss": None, "fallback": "no calibration token came"}
     manifest["measured"]["machine"] = {"system": "Linux", "processor": "x86_64", "cpus": 2}
     return manifest
+
+
+def tuning(refused: str | None = None) -> dict[str, Any]:
+    """Of effort best: KL from 0.4 to 0.3 on text that was held out."""
+    return {
+        "tokens": 128_000,
+        "steps": 125,
+        "held_out_tokens": 4088,
+        "perplexity": {"solved": 8.5, "tuned": 8.0},
+        "kl": {"solved": 0.4, "tuned": 0.3},
+        "curve": [],
+        "refused": refused,
+    }
 
 
 def chain() -> dict[str, Any]:

@@ -218,6 +218,20 @@ def test_cells_of_the_heat_map_are_where_they_belong() -> None:
     assert texts[:10] == ["q", "k", "v", "o", "gate", "up", "down", "0", "1", "2"]
 
 
+def test_what_the_stages_of_an_effort_brought() -> None:
+    def rows(manifest: dict[str, Any]) -> tuple[tuple[str, ...], ...]:
+        section = next(section for section in make_sections(manifest) if section.name == "layers")
+        return dict(section.tables)["What each stage brought"].rows
+
+    manifest = manifests.quantized()
+    assert [(row[2], row[3]) for row in rows(manifest)] == [("83 %", "20"), ("91 %", "21"), ("75 %", "all")]
+    refused = {**manifest, "tuning": manifests.tuning(refused="KL rose")}
+    assert rows(refused)[-1][2] == "not taken"
+    plain = {name: value for name, value in manifest.items() if name not in ("stages", "tuning")}
+    section = next(section for section in make_sections(plain) if section.name == "layers")
+    assert [shown for shown, _ in section.tables] == ["All 21 layers"]
+
+
 def test_several_artifacts_make_a_curve() -> None:
     others = []
     for bits, perplexity in ((2, 19.96), (4, 6.73)):

@@ -14,6 +14,13 @@ from bittern.report import runs
 MOST_ROWS = 3000
 """Of the table of all layers."""
 
+STAGES = {
+    "balance": ("Balancing of channels", "rounding noise that the grids let expect"),
+    "drift": ("Correction for the layers before", "squared error that they cause, on held-out windows"),
+    "polish": ("Polishing of codes and scales", "squared error of the layers' outputs"),
+}
+"""Stages of an effort as the manifest names them: what they do, and what they lessen."""
+
 
 def layer_sections(manifest: Mapping[str, Any]) -> list[Section]:
     """What the last run that chose or moved codes says of its layers; nothing where no run did."""
@@ -36,13 +43,14 @@ def layer_sections(manifest: Mapping[str, Any]) -> list[Section]:
         text.append(_why_no_error(run, records))
     table = _table(records, run["measured"].get("layer_seconds") or {})
     shown = f"All {len(records)} layers" if len(table.rows) == len(records) else f"The first {len(table.rows)} layers"
+    brought = _stage_table(run)
     return [
         Section(
             "layers",
             "Layers",
             tuple(text),
             tuple(chart for chart in charts if chart is not None),
-            ((shown, table),),
+            ((("What each stage brought", brought),) if brought.rows else ()) + ((shown, table),),
         )
     ]
 
@@ -165,6 +173,22 @@ def _table(records: Sequence[Mapping[str, Any]], seconds: Mapping[str, float]) -
         )
     heads = ("Layer", "Shape", "Bits", "Group", "Grid", "Method", "Error", "Damping", "Tokens", "Seconds")
     return Table("Every layer, in the order of the run", heads, tuple(rows), (0, 4, 5))
+
+
+def _stage_table(run: Mapping[str, Any]) -> Table:
+    """What the stages of the effort have left of what they lessen."""
+    stages: Mapping[str, Mapping[str, Any]] = run.get("stages") or {}
+    rows = [
+        (*STAGES.get(name, (name, NOTHING)), share(found["left"]), figure(found["layers"]))
+        for name, found in stages.items()
+    ]
+    tuning = run.get("tuning")
+    if tuning:
+        kl = tuning["kl"]
+        left = share(kl["tuned"] / kl["solved"]) if not tuning["refused"] and kl["solved"] > 0 else "not taken"
+        rows.append(("Training of scales and norms", "KL to full precision on held-out text", left, "all"))
+    columns = ("Stage", "What it lessens", "Left of it", "Layers")
+    return Table("Stages of the effort; of several layers the geometric mean", columns, tuple(rows), (0, 1))
 
 
 def _grid(values: Mapping[str, Any], join: Callable[[Any, Any], Any]) -> dict[Place, Any]:
