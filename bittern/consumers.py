@@ -44,6 +44,9 @@ _NAMES = {
 }
 _PLAIN = "a plain checkpoint"
 _NO_SAFETENSORS = "takes safetensors alone"
+_NO_OLD_ROPE = (
+    "reads RoPE's base and scaling at the top level of config.json, where they are not; bittern puts them there"
+)
 _MARLIN = "by its Marlin kernels"
 
 
@@ -184,7 +187,10 @@ def _transformers(layout: Layout) -> tuple[bool, str]:
     if layout.format is None:
         return True, _PLAIN
     if layout.format == "gguf":
-        return True, "dequantizes it while loading (needs gguf)"
+        lost = f"its GGUF reader takes no {layout.lost_in_gguf} of this architecture"
+        return _answer(
+            lost if layout.lost_in_gguf else None, "dequantizes it while loading (needs gguf and accelerate)"
+        )
     if layout.format == "mlx":
         return False, "MLX: its config names no method that it knows"
     if layout.model_type == "gpt2":
@@ -277,8 +283,8 @@ def _sglang(layout: Layout) -> tuple[bool, str]:
         if "lm_head" in layout.packed:
             refusal = refusal or "silently wrong logits from a packed lm_head, which it leaves empty"
         return _answer(refusal or _wrong_group(layout, _MARLIN_GROUPS) or _split_fused(layout), _MARLIN)
-    if layout.experts and layout.mixed and layout.format in (V1, V2):
-        return False, "layers of different grids: it reads those of experts from no `dynamic`"
+    if layout.format in (V1, V2) and ((layout.experts and layout.mixed) or any(map(EXPERTS.search, layout.plain))):
+        return False, "experts of another grid than the other layers, or none: it reads that from no `dynamic`"
     return _served(layout)
 
 
@@ -317,12 +323,14 @@ def _split_fused(layout: Layout) -> str | None:
 
 
 def _exllamav2(layout: Layout) -> tuple[bool, str]:
+    if not layout.old_rope:
+        return False, _NO_OLD_ROPE
     if layout.format is None:
         return layout.safetensors, f"{_PLAIN} of an architecture that it has" if layout.safetensors else _NO_SAFETENSORS
     if layout.format not in (V1, V2):
         return False, f"takes GPTQ, this is {_NAMES[layout.format]}"
-    if layout.format == V1 and not layout.sym:
-        return False, f"asymmetric zeros in {V1!r} borrow across fields"
+    if not layout.sym:
+        return False, "asymmetric: silently wrong weights in groups whose zero is 0, and in their neighbours"
     return _answer(_wrong_bits(layout, (4,), "it"), "4-bit GPTQ")
 
 
@@ -340,8 +348,8 @@ def _auto_gptq(layout: Layout) -> tuple[bool, str]:
         refusal = "its 8-bit CUDA kernels mask zeros to 4 bits"
     elif layout.tied:
         refusal = "loads tied embeddings as zeros"
-    elif not layout.rope_theta:
-        refusal = "needs rope_theta at the top level of config.json"
+    elif not layout.old_rope:
+        refusal = _NO_OLD_ROPE
     return _answer(refusal, "0.7.1, archived, with transformers 4.40")
 
 
@@ -352,10 +360,14 @@ def _llama_cpp(layout: Layout) -> tuple[bool, str]:
 
 
 def _mlx(layout: Layout) -> tuple[bool, str]:
+    if not layout.old_rope:
+        return False, _NO_OLD_ROPE
     if layout.format is None:
         return layout.safetensors, f"{_PLAIN} of an architecture that it has" if layout.safetensors else _NO_SAFETENSORS
     if layout.format == "mlx":
-        return True, "mlx-lm, of an architecture that it has"
+        packed = layout.experts and layout.model_type == "qwen3_moe"
+        refusal = "mlx-lm takes no packed experts of Qwen3-MoE" if packed else None
+        return _answer(refusal, "mlx-lm, of an architecture that it has")
     if layout.format != "awq":
         found = "no g_idx" if layout.format in (V1, V2) and layout.has_g_idx else f"no {_NAMES[layout.format]}"
         return False, f"takes {found}"

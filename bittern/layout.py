@@ -37,7 +37,8 @@ class Layout:
         quantizer: who made it, such as ("gptqmodel:7.7.0",).
         model_type: of the config.
         tied: whether the head is the embedding.
-        rope_theta: whether config.json has it at its top level.
+        old_rope: whether config.json says of RoPE what :func:`with_old_rope` has it say.
+        lost_in_gguf: what transformers' reader of GGUF files leaves out of such a model without a word; "" for nothing.
         safetensors: whether its files are safetensors.
     """
 
@@ -53,7 +54,8 @@ class Layout:
     quantizer: tuple[str, ...] = ()
     model_type: str = "llama"
     tied: bool = False
-    rope_theta: bool = True
+    old_rope: bool = True
+    lost_in_gguf: str = ""
     safetensors: bool = True
 
     @property
@@ -130,8 +132,35 @@ def planned_layout(
         dynamic=told,  # formats.gptq.config writes both keys whenever layers differ
         modules=told,
         tied=tied,
-        **_of_the_model(config),
+        **_of_the_model(with_old_rope(config)),
     )
+
+
+def with_old_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration that says of RoPE what it says in ``rope_parameters`` in the old words too.
+
+    transformers 5 writes the new words alone. mlx-lm and exllamav2 know the old ones, ``rope_theta`` and
+    ``rope_scaling`` at the top level, and take a base of 10000 where they do not find them. Words that are there stay.
+    """
+    result = dict(config)
+    if isinstance(config.get("text_config"), dict):
+        result["text_config"] = with_old_rope(config["text_config"])
+    return {**_old_rope(config), **result}
+
+
+def _old_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or config.get("rope_scaling") is not None:
+        return {}
+    old: dict[str, Any] = {}
+    if isinstance(rope.get("full_attention"), dict) and isinstance(rope.get("sliding_attention"), dict):
+        # Gemma 3: two bases, and scaling of one
+        old["rope_local_base_freq"] = rope["sliding_attention"].get("rope_theta")
+        rope = rope["full_attention"]
+    old |= {key: rope.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+    scaling = {key: value for key, value in rope.items() if key not in old}
+    old["rope_scaling"] = scaling if scaling.get("rope_type", "default") != "default" else None
+    return {key: value for key, value in old.items() if value is not None}
 
 
 def _left_out(names: Iterable[str]) -> tuple[str, ...]:
@@ -141,5 +170,21 @@ def _left_out(names: Iterable[str]) -> tuple[str, ...]:
 def _of_the_model(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "model_type": str(config.get("model_type")),
-        "rope_theta": "rope_theta" in config or "rope_parameters" not in config,
+        "old_rope": _old_rope(config).keys() <= config.keys(),
+        "lost_in_gguf": _lost_in_gguf(config),
     }
+
+
+def _lost_in_gguf(config: Mapping[str, Any]) -> str:
+    """As of transformers 5.23."""
+    kind, rope = config.get("model_type"), config.get("rope_parameters")
+    rope = rope if isinstance(rope, dict) else {}
+    full = rope.get("full_attention", rope)
+    heads, size, dim = (config.get(key) for key in ("num_attention_heads", "hidden_size", "head_dim"))
+    if (isinstance(full, dict) and full.get("rope_type", "default") != "default") or config.get("rope_scaling"):
+        return "scaled RoPE"
+    if kind == "llama" and (config.get("attention_bias") or config.get("mlp_bias")):
+        return "biases"
+    if kind in ("llama", "qwen2", "qwen3") and isinstance(dim, int) and isinstance(heads, int) and dim * heads != size:
+        return "head_dim"
+    return ""

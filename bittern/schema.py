@@ -78,6 +78,13 @@ def carried(checkpoint: Checkpoint) -> tuple[dict[str, Any] | None, list[str]]:
         return None, [f"the source's manifest is left out: {error}"]
 
 
+def told_by_gguf(checkpoint: Checkpoint) -> dict[str, list[str]]:
+    """What a GGUF source has in the place of such a manifest: ``changed``, where it says so."""
+    return (
+        {"changed": sorted(checkpoint.gguf.changed)} if checkpoint.gguf is not None and checkpoint.gguf.changed else {}
+    )
+
+
 @cache
 def _validator() -> Any:
     """The schema's validator; a number is a believable one, for JSON as Python reads it also has NaN and Infinity."""

@@ -23,6 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from bittern.errors import BitternError
+from bittern.layout import with_old_rope
 from bittern.report import MANIFEST_FILE, file_record
 from bittern.shards import TensorInfo, header_bytes, write_elements
 
@@ -204,7 +205,7 @@ class CheckpointWriter:
         """Make the output whole and durable, in its place.
 
         Args:
-            config: becomes config.json.
+            config: becomes config.json, with :func:`bittern.layout.with_old_rope`.
             manifest: becomes bittern_manifest.json, after ``files`` was put into it: size and hash of every other
                 file. Each weight file is read once more for that.
 
@@ -225,7 +226,7 @@ class CheckpointWriter:
             if len(self._names) > 1:
                 where = {name: self._names[self._where[name][0]] for name in self._plan}
                 self.write_file(INDEX_FILE, to_json(index(list(self._plan.values()), where)))
-            self.write_file("config.json.partial", to_json(config))
+            self.write_file("config.json.partial", to_json(with_old_rope(config)))
             if manifest is not None:
                 manifest["files"] = self._records()
                 self.write_file(MANIFEST_FILE, to_json(manifest))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 
 from bittern.consumers import TARGETS, asks_dequantize, cannot_hold, check_target, choose_format, verdicts
 from bittern.errors import BitternError
-from bittern.layout import Layout, planned_layout
+from bittern.layout import Layout, planned_layout, with_old_rope
 from bittern.weight import QuantSpec
 
 PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")
@@ -59,17 +61,18 @@ BOTH_KEYS: dict[str, Any] = {"dynamic": True, "modules": True}
         (layout("gptq", ASYM), {"vLLM", "SGLang", "exllamav2", "GPTQModel", "transformers"}),
         (layout("gptq", ASYM, quantizer=("gptqmodel:7.7.0",)), {"vLLM", "SGLang", "exllamav2"}),
         (layout("gptq_v2"), {"auto-gptq"}),
-        (layout("gptq_v2", ASYM), {"vLLM", "SGLang", "auto-gptq"}),
+        (layout("gptq_v2", ASYM), {"vLLM", "SGLang", "auto-gptq", "exllamav2"}),
         (layout("gptq", QuantSpec(4, 16)), {"vLLM", "SGLang"}),
         (layout("gptq", QuantSpec(4, 8)), {"vLLM", "SGLang", "GPTQModel", "transformers"}),
         (layout("gptq", desc_act=True), {"vLLM"}),
         (layout("gptq", QuantSpec(4, -1), desc_act=True), set()),
         (layout("gptq", has_g_idx=False), {"transformers"}),
         (layout("gptq", **experts()), {"transformers"}),
+        (layout("gptq", plain=tuple(EXPERTS), **BOTH_KEYS), {"SGLang", "auto-gptq"}),
         (layout("gptq", model_type="gpt2"), {"transformers"}),
         (layout("gptq", packed={**grids(), "lm_head": QuantSpec(4, 128)}), {"transformers", "auto-gptq"}),
         (layout("gptq", tied=True), {"auto-gptq"}),
-        (layout("gptq", rope_theta=False), {"auto-gptq"}),
+        (layout("gptq", old_rope=False), {"auto-gptq", "exllamav2"}),
         (layout("gptq", **LEFT_OUT, dynamic=True), {"transformers", "auto-gptq"}),
         (layout("gptq", **LEFT_OUT, modules=True), {"transformers", "GPTQModel", "auto-gptq"}),
         (layout("gptq", **LEFT_OUT, **BOTH_KEYS), {"auto-gptq"}),
@@ -121,6 +124,10 @@ def test_gptq(made: Layout, refusing: set[str]) -> None:
         (layout("awq", **LEFT_OUT, **BOTH_KEYS), {"transformers", "GPTQModel", "vLLM", "SGLang", "mlx"}),
         (layout("awq", **experts()), {"GPTQModel", "vLLM", "SGLang"}),
         (layout("mlx", QuantSpec(3, 64)), {"mlx"}),
+        (layout("mlx", **experts()), {"mlx"}),
+        (layout("mlx", model_type="qwen3_moe", **experts()), set()),
+        (layout("mlx", old_rope=False), set()),
+        (layout("gguf", lost_in_gguf="biases"), {"vLLM", "SGLang", "llama.cpp"}),
         (layout("gguf", QuantSpec(4, 32)), {"transformers", "vLLM", "SGLang", "llama.cpp"}),
         (Layout(format=None), CONSUMERS - {"llama.cpp", "auto-gptq"}),
         (Layout(format=None, safetensors=False), CONSUMERS - {"llama.cpp", "auto-gptq", "exllamav2", "mlx"}),
@@ -314,7 +321,8 @@ def test_a_plan_is_judged_as_what_it_becomes() -> None:
     layers: dict[str, QuantSpec | None] = {**dict.fromkeys(names, QuantSpec(4, 64)), DOWN: None, names[-1]: None}
     config = {"model_type": "qwen3_moe", "rope_parameters": {"rope_theta": 1e4}}
     made = planned_layout(config, layers, dict.fromkeys(names, (128, 64)), tied=True)
-    assert made.format is None and made.model_type == "qwen3_moe" and made.tied and not made.rope_theta
+    assert made.format is None and made.model_type == "qwen3_moe" and made.tied
+    assert made.old_rope  # for the config that is written has it
     assert set(made.packed) == set(made.shapes) == set(NAMES)
     assert made.plain == (DOWN,)  # nobody packs a router
     assert made.dynamic and made.modules  # the config will name what was left out
@@ -322,3 +330,66 @@ def test_a_plan_is_judged_as_what_it_becomes() -> None:
     whole = planned_layout({}, dict.fromkeys(NAMES, QuantSpec(4, 64)), SHAPES, tied=False)
     assert not whole.dynamic and not whole.modules and whole.plain == ()
     assert set(NAMES) == set(whole.packed)
+
+
+SCALED = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "rope"),
+    [
+        ("llama", {"rope_type": "default", "rope_theta": 5e5}),
+        ("llama", LLAMA3),
+        ("qwen2", SCALED),
+        ("phi", {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}),
+        (
+            "gemma3_text",
+            {"full_attention": SCALED, "sliding_attention": {"rope_type": "default", "rope_theta": 2e4}},
+        ),
+    ],
+)
+def test_rope_in_the_old_words_says_the_same(kind: str, rope: dict[str, Any]) -> None:
+    """transformers reads both: the new words, the old ones alone, and both together."""
+    from transformers import AutoConfig
+
+    new = json.loads(AutoConfig.for_model(kind, rope_parameters=rope, max_position_embeddings=512).to_json_string())
+    new = {key: value for key, value in new.items() if value is not None}
+    both = with_old_rope(new)
+    old = {key: value for key, value in both.items() if key != "rope_parameters"}
+    assert both["rope_theta"] == rope.get("full_attention", rope)["rope_theta"] and "rope_theta" not in new
+    for words in (new, both, old):
+        assert AutoConfig.for_model(**copy.deepcopy(words)).rope_parameters == rope
+    assert with_old_rope(both) == both
+
+
+def test_rope_that_is_told_already_is_left_alone() -> None:
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    told = {"rope_theta": 7.0, "rope_scaling": scaling, "rope_parameters": {"rope_type": "default", "rope_theta": 9.0}}
+    assert with_old_rope(told) == told
+    inner = {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 9.0}}}
+    assert with_old_rope(inner)["text_config"]["rope_theta"] == 9.0
+    for broken in ({}, {"rope_parameters": None}, {"rope_parameters": {"full_attention": 1, "rope_theta": None}}):
+        assert with_old_rope(broken) == broken
+
+
+@pytest.mark.parametrize(
+    ("config", "lost"),
+    [
+        ({"model_type": "llama"}, ""),
+        ({"model_type": "llama", "mlp_bias": True}, "biases"),
+        ({"model_type": "qwen2", "attention_bias": True}, ""),
+        ({"model_type": "qwen3", "hidden_size": 64, "num_attention_heads": 4, "head_dim": 32}, "head_dim"),
+        ({"model_type": "qwen3", "hidden_size": 64, "num_attention_heads": 4, "head_dim": 16}, ""),
+        ({"model_type": "llama", "rope_parameters": LLAMA3}, "scaled RoPE"),
+    ],
+)
+def test_what_the_gguf_reader_of_transformers_loses(config: dict[str, Any], lost: str) -> None:
+    assert planned_layout(config, {}, {}, tied=False).lost_in_gguf == lost

@@ -112,6 +112,15 @@ def test_q4_1_rounds_as_it_says_and_gives_the_grid_back(group: int, rows: int, w
     assert stated < 0.0074  # 15 * 2**-11
 
 
+def test_scales_that_fp16_does_not_hold_come_back_rounded() -> None:
+    weight = random_weight(ASYM, 64, 64, seed=2)
+    wide = QuantWeight(weight.codes, weight.scales.float() * 1.0003, weight.zeros, ASYM)
+    data = blocks.pack(wide, "Q4_1", exact=False)
+    assert same(blocks.unpack(data, "Q4_1", ASYM), QuantWeight(wide.codes, wide.scales.half(), wide.zeros, ASYM))
+    moved = (dequantized(data, "Q4_1") - wide.dequantize()).abs() / wide.scales.abs()[:, wide.group_index()]
+    assert float(moved.max()) == pytest.approx(blocks.rounding(wide, "Q4_1"), rel=1e-2)
+
+
 def test_the_stated_error_is_reached() -> None:
     weight = random_weight(ASYM, 64, 64, seed=1)
     data = blocks.pack(weight, "Q4_1", exact=False)

@@ -361,6 +361,26 @@ def test_read_config_of_other_tools() -> None:
     assert found.spec("model.layers.0.self_attn.o_proj") == QuantSpec(3, -1)
 
 
+@pytest.mark.parametrize("other", [QuantSpec(8, 32), None])
+def test_experts_that_are_alike_have_a_pattern_that_their_module_matches(other: QuantSpec | None) -> None:
+    """vLLM asks for the module of all experts, GPTQModel for each layer; both by re.match."""
+    four = QuantSpec(4, 32)
+    names = [f"model.layers.{block}.mlp.experts.{expert}.up_proj" for block in (0, 1, 10) for expert in (0, 1)]
+    layers = dict.fromkeys(names, four) | dict.fromkeys(names[:2], other) | {names[2]: other}
+    layers |= {"model.layers.0.mlp.experts_gate": four}
+    found = gptq.config(four, checkpoint_format="gptq", layers=layers)
+    patterns = {key[2:]: values for key, values in found["dynamic"].items()}
+    assert list(patterns) == [
+        r"^model\.layers\.0\.mlp\.experts(\.|$)",
+        r"^model\.layers\.1\.mlp\.experts\.0\.(up_proj)$",
+    ]
+    asked = [*layers, *(f"model.layers.{block}.mlp.experts" for block in (0, 1, 10))]
+    matched = {name for name in asked if any(re.match(pattern, name) for pattern in patterns)}
+    assert matched == {*names[:3], "model.layers.0.mlp.experts"}
+    read = gptq.read_config(found)
+    assert {name: read.spec(name) for name in layers} == layers
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

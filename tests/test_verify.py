@@ -359,9 +359,25 @@ def test_a_gguf_file_says_what_was_rescaled(source: Path, text: Path, tmp_path: 
     pytest.importorskip("gguf")
     file = tmp_path / "out.gguf"
     bittern.quantize(source, file, **{**SMALL, "method": "gptq", "dataset": str(text)})
-    found = verify(file, source, text=" ".join(tiny.WORDS))
-    assert "rescaled or trained as the artifact says" in check(found, "source values").detail
-    assert found.passed, [(each.name, each.detail) for each in found.checks]
+    convert(file, tmp_path / "back", format="gptq")
+    for output in (file, tmp_path / "back"):
+        found = verify(output, source, text=" ".join(tiny.WORDS))
+        assert "rescaled or trained as the artifact says" in check(found, "source values").detail
+        assert found.passed, [(each.name, each.detail) for each in found.checks]
+
+
+def test_a_gguf_file_says_that_it_is_degraded(source: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    worse, file, back = tmp_path / "worse", tmp_path / "worse.gguf", tmp_path / "back"
+    shutil.copytree(source, worse)
+    config = json.loads((worse / "config.json").read_text())
+    (worse / "config.json").write_text(json.dumps({**config, "bittern": {"degraded": "it was not trained"}}))
+    convert(worse, file, format="gguf")
+    convert(file, back)
+    assert json.loads((back / "config.json").read_text())["bittern"] == {"degraded": "it was not trained"}
+    bittern.quantize(file, tmp_path / "packed", **SMALL)
+    manifest = json.loads((tmp_path / "packed" / MANIFEST_FILE).read_text())
+    assert "this checkpoint is degraded: it was not trained" in manifest["notes"]
 
 
 def test_another_gguf_file_of_the_same_shape_is_found(source: Path, tmp_path: Path) -> None:

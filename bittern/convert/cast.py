@@ -25,7 +25,7 @@ from bittern.errors import BitternError
 from bittern.model import Piece, unused_tensors
 from bittern.origin import source_record
 from bittern.report import base_manifest, with_origin
-from bittern.schema import carried
+from bittern.schema import carried, told_by_gguf
 from bittern.size import count_parameters, planned_size, size_record, stored_bytes
 from bittern.writer import MAX_SHARD_SIZE, check_output
 
@@ -394,7 +394,7 @@ def _manifest(
         "clamped": clamped,
         "tied": list(summary.tied),
     }
-    return with_origin(made, origin)
+    return with_origin(made | told_by_gguf(checkpoint), origin)
 
 
 def with_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

@@ -28,10 +28,10 @@ from bittern.convert.gguf_tensors import PlannedTensor, pieces, plan_tensors
 from bittern.convert.gguf_vocabulary import Vocabulary, read_vocabulary
 from bittern.errors import BitternError
 from bittern.formats.gguf import BLOCK_BYTES, refuse
-from bittern.formats.gguf_file import CHANGED_KEY, GRIDS_KEY
+from bittern.formats.gguf_file import CHANGED_KEY, DEGRADED_KEY, GRIDS_KEY
 from bittern.formats.packing import check_name
 from bittern.origin import LICENCE_KEYS, checkpoint_card
-from bittern.report import MANIFEST_FILE, changed_names
+from bittern.report import MANIFEST_FILE, changed_names, degraded_notes, degraded_reason
 from bittern.shards import write_elements
 from bittern.weight import QuantSpec
 from bittern.writer import explained, fsync
@@ -204,7 +204,11 @@ def write_gguf(
         tokenizer="none" if vocabulary is None else _describe(vocabulary),
         tensors=tuple(written),
         tied=tuple(tied),
-        notes=(*model.notes, *(vocabulary.notes if vocabulary is not None else ())),
+        notes=(
+            *model.notes,
+            *(vocabulary.notes if vocabulary is not None else ()),
+            *degraded_notes(degraded_reason(checkpoint.config)),
+        ),
         output_bytes=size,
         seconds=time.monotonic() - started,
     )
@@ -258,7 +262,8 @@ def _write_header(
 
 
 def _write_origin(writer: Any, artifact: Artifact) -> None:
-    """Names of model and source, where that is known; what was changed on purpose, the licence, who quantized it."""
+    """Names of model and source, where that is known; what was changed on purpose, what made it worse, the licence, who
+    quantized it."""
     checkpoint = artifact.checkpoint
     path = checkpoint.folder / MANIFEST_FILE
     source = {"name": checkpoint.source, "revision": checkpoint.revision}
@@ -270,6 +275,9 @@ def _write_origin(writer: Any, artifact: Artifact) -> None:
         while isinstance(manifest.get("origin"), dict):  # of what was repacked
             manifest = manifest["origin"]
         source = manifest.get("source") or source
+    reason = degraded_reason(checkpoint.config)
+    if reason is not None:
+        writer.add_string(DEGRADED_KEY, reason)
     name, revision = str(source.get("name")), source.get("revision")
     writer.add_name(Path(name).name.removesuffix(".gguf"))
     if revision and name.count("/") == 1:  # of the Hub

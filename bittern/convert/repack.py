@@ -26,7 +26,7 @@ from bittern.layout import layout_of
 from bittern.model import Matrix, Piece
 from bittern.origin import source_record
 from bittern.report import repacked_manifest
-from bittern.schema import carried
+from bittern.schema import carried, told_by_gguf
 from bittern.size import planned_size, source_size, unchanged_cache
 from bittern.weight import QuantSpec
 from bittern.writer import MAX_SHARD_SIZE, check_output
@@ -367,6 +367,5 @@ def _manifest(
     made = repacked_manifest(
         origin, source, options, repacked=records, notes=[*summary.notes, *notes], seconds=summary.seconds
     )
-    return (
-        made | {"size": {"source": source_size(contents.artifact), "output": size}} | unchanged_cache(checkpoint.config)
-    )
+    made |= {"size": {"source": source_size(contents.artifact), "output": size}} | unchanged_cache(checkpoint.config)
+    return made | told_by_gguf(checkpoint)

@@ -64,10 +64,7 @@ def rounding(weight: QuantWeight, kind: str) -> float:
     stored = weight.scales.half().double()
     worst = 0.0
     for code in (0, weight.spec.max_code):  # the distance is linear in the code
-        if kind == "Q4_1":
-            found = stored * code + _minimum(weight.scales, weight.zeros).double()
-        else:
-            found = stored * (code - zeros)
+        found = stored * code + _minimum(stored, weight.zeros).double() if kind == "Q4_1" else stored * (code - zeros)
         distance = (found - scales * (code - zeros)).abs() / scales.abs()
         worst = max(worst, float(distance.where(scales != 0, 0.0).max()))
     return worst
@@ -100,7 +97,7 @@ def pack(weight: QuantWeight, kind: str, *, exact: bool = True) -> np.ndarray[An
     rows, blocks = weight.out_features, columns // BLOCK
     fields = [_bytes(_repeat(scales, spec, columns))]
     if kind == "Q4_1":
-        minimum = _minimum(weight.scales, weight.zeros)
+        minimum = _minimum(scales, weight.zeros)  # of the scales as they are stored, or unpack finds no zeros
         if not bool(torch.isfinite(minimum).all()):
             raise BitternError("zeros: Q4_1 stores zero * scale in float16, which does not hold all of them")
         fields.append(_bytes(_repeat(minimum, spec, columns)))

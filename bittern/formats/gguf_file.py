@@ -35,6 +35,7 @@ Processor = Any  # transformers' TensorProcessor, which has no annotations
 
 GRIDS_KEY = "bittern.grids"
 CHANGED_KEY = "bittern.changed"
+DEGRADED_KEY = "bittern.degraded"
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,9 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo], GgufFi
     infos = {name: TensorInfo(name, torch.float32, state[name]) for name in parts}
     packed = _packed_layers(parts, names, processor, model, _grids(path, reader))
     card = {name: found for name, key in _CARD.items() if (found := _field(reader, key)) is not None}
+    degraded = _field(reader, DEGRADED_KEY)
+    if degraded is not None:
+        config["bittern"] = {"degraded": str(degraded)}
     return config, infos, GgufFile(path, parts, names, processor, infos, packed, card, _changed(path, reader))
 
 

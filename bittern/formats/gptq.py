@@ -36,6 +36,7 @@ V2 = "gptq_v2"  # stores zero
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 # vLLM looks a fused layer up in ``dynamic`` by its own name; it exists when all of its parts share a grid.
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+_EXPERT = re.compile(r"(.*\.experts)\.\d+\.")
 
 
 def names(layer: str) -> dict[str, str]:
@@ -273,22 +274,41 @@ def _patterns(dynamic: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str, An
 
 
 def _dynamic(spec: QuantSpec, layers: Mapping[str, QuantSpec | None]) -> dict[str, dict[str, Any]]:
-    """One pattern for the layers of one module that share a grid other than ``spec``."""
+    """One pattern for the layers of one module that share a grid other than ``spec``.
+
+    Experts of a block that share one get a pattern that the module of all of them matches too: vLLM asks for that.
+    """
+    alike = _experts_alike(layers)
     shared: dict[tuple[str, QuantSpec | None], list[str]] = {}
     for name, grid in layers.items():
         if grid != spec:
+            match = _EXPERT.match(name)
             parent, _, leaf = name.rpartition(".")
-            shared.setdefault((parent, grid), []).append(leaf)
+            if match and match[1] in alike:
+                shared[match[1], grid] = []
+            else:
+                shared.setdefault((parent, grid), []).append(leaf)
     result: dict[str, dict[str, Any]] = {}
     for (parent, grid), leaves in shared.items():
         leaves += [fused for fused, parts in _FUSED.items() if set(parts) <= set(leaves)]
         ends = "|".join(re.escape(leaf) for leaf in leaves)
-        pattern = f"^{re.escape(parent + '.') if parent else ''}({ends})$"
+        start = re.escape(parent)
+        pattern = rf"^{start}(\.|$)" if not leaves else f"^{start}{re.escape('.') if parent else ''}({ends})$"
         if grid is None:
             result[f"-:{pattern}"] = {}
         else:
             result[f"+:{pattern}"] = {"bits": grid.bits, "group_size": grid.group_size, "sym": grid.sym}
     return result
+
+
+def _experts_alike(layers: Mapping[str, QuantSpec | None]) -> set[str]:
+    """The modules of experts whose layers all share a grid, or are all left out."""
+    grids: dict[str, set[QuantSpec | None]] = {}
+    for name, grid in layers.items():
+        match = _EXPERT.match(name)
+        if match:
+            grids.setdefault(match[1], set()).add(grid)
+    return {module for module, found in grids.items() if len(found) == 1}
 
 
 def _kept_modules(layers: Mapping[str, QuantSpec | None]) -> list[str]:
