@@ -140,7 +140,7 @@ def with_old_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration that says of RoPE what it says in ``rope_parameters`` in the old words too.
 
     transformers 5 writes the new words alone. transformers 4, mlx-lm and exllamav2 know the old ones, ``rope_theta``
-    and ``rope_scaling`` at the top level, and take a base of 10000 where they do not find them. Words that are there stay.
+    and ``rope_scaling`` at the top level, and take a base of 10000 where they do not find them. What is there stays.
     """
     result = dict(config)
     if isinstance(config.get("text_config"), dict):
