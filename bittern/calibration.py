@@ -58,7 +58,7 @@ class CalibrationTokens:
         source: the dataset, as asked for.
         tokens_asked: ``nsamples * seqlen``.
         tokens_found: ``ids.numel()``.
-        sha256: of ``ids`` as little-endian int64, row by row.
+        sha256: of ``ids``, see :func:`tokens_hash`.
         warnings: sentences that the user must see.
     """
 
@@ -95,7 +95,8 @@ def load_tokens(
         seed: of the choice of windows, or of the sampling.
         chat_template: render the column ``messages`` (or ``conversations``) of every row with the
             tokenizer's chat template.
-        text_column: the column to read; by default ``text``, else the only column of strings.
+        text_column: the column to read; by default ``text``, else the only column of strings, where there are no
+            conversations.
         vocab_size: of the model; ids beyond it are an error.
         model: for ``self`` alone: the model, or a function that loads it.
         on_sampled: for ``self`` alone: called with the windows that are written and their number, a few at a time.
@@ -131,8 +132,12 @@ def load_tokens(
             f"{dataset}: {nsamples} x {seqlen} = {nsamples * seqlen} calibration tokens asked for, "
             f"{len(ids)} x {seqlen} = {ids.numel()} found"
         )
-    digest = hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest()
-    return CalibrationTokens(ids, dataset, nsamples * seqlen, ids.numel(), digest, tuple(warnings))
+    return CalibrationTokens(ids, dataset, nsamples * seqlen, ids.numel(), tokens_hash(ids), tuple(warnings))
+
+
+def tokens_hash(ids: Tensor) -> str:
+    """SHA-256 of token ids as little-endian int64, row by row."""
+    return hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest()
 
 
 def read_texts(
@@ -240,7 +245,8 @@ def _row_text(
         return _render(messages, dataset, tokenizer)
     if text_column is None:
         strings = [name for name, value in row.items() if isinstance(value, str)]
-        text_column = "text" if "text" in row else strings[0] if len(strings) == 1 else None
+        lone = len(strings) == 1 and not {"messages", "conversations"} & set(row)  # beside those it is an id
+        text_column = "text" if "text" in row else strings[0] if lone else None
     if text_column is None or text_column not in row:
         wanted = text_column or "text"
         hint = "; --chat-template renders messages" if "messages" in row or "conversations" in row else ""

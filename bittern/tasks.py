@@ -90,9 +90,11 @@ def read_task(path: str | os.PathLike[str], limit: int | None = None) -> tuple[s
         except (KeyError, TypeError) as error:
             raise BitternError(f"{path}, line {line}: expected a request with {first_line(error)}") from error
         if not (
-            isinstance(doc_id, int) and isinstance(choice, int) and all(isinstance(t, str) and t for t in texts[1:])
+            isinstance(doc_id, int) and isinstance(choice, int) and all(isinstance(t, str) for t in texts) and texts[1]
         ):
-            raise BitternError(f"{path}, line {line}: expected whole numbers doc_id and idx and a continuation of text")
+            raise BitternError(
+                f"{path}, line {line}: expected whole numbers doc_id and idx, a context and a continuation of text"
+            )
         name = row.get("task_name", name)
         if doc_id >= REPEATS or (limit is not None and doc_id not in documents and len(documents) == limit):
             continue

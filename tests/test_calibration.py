@@ -167,7 +167,7 @@ def test_conversations_are_rendered(key: str, tmp_path: Path, with_bos: PreTrain
         talk = [{"role": "user", "content": "Boom?"}, {"role": "assistant", "content": said}]
     else:
         talk = [{"from": "human", "value": "Boom?"}, {"from": "gpt", "value": said}]
-    path = write_rows(tmp_path / "chat.jsonl", [{key: talk}])
+    path = write_rows(tmp_path / "chat.jsonl", [{"id": "heron", key: talk}])
     ids = load(path, with_bos, chat_template=True, nsamples=1000, seqlen=64).ids
     stream = encode(with_bos, f"[user]Boom?{EOS}[assistant]{said}{EOS}")
     # BOS stands at the head of every window and nowhere else, though the template writes one too

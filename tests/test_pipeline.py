@@ -164,6 +164,8 @@ def test_fewer_tokens_than_asked_for_are_said(source: Path, tmp_path: Path) -> N
         ({"dtype": "int8"}, "dtype: expected bf16, fp16 or fp32, found 'int8'"),
         ({"batch_size": 0}, "batch_size: expected at least 1, found 0"),
         ({"effort": "best", "tune_tokens": 0}, "tune_tokens: expected at least 1, found 0"),
+        ({"effort": "best", "method": "rtn"}, "effort best: needs --method gptq"),
+        ({"seqlen": 4096, "dry_run": True, "dataset": "no/such"}, "seqlen 4096: this model's context is"),
         ({"tune_tokens": 1000}, "tune_tokens: found 1000, but effort fast trains nothing; expected best"),
         ({"device": "tpu"}, "device: expected auto, cpu or cuda, found 'tpu'"),
         ({"seqlen": 65}, "seqlen 65: this model's context is 64 tokens"),

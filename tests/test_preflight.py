@@ -77,11 +77,22 @@ def test_a_dry_run_knows_every_byte_and_writes_none(
     assert problem(json.loads(json.dumps(manifest))) is None
 
 
-@pytest.mark.parametrize("method", ["gptq", "rtn"])
-def test_what_best_does_beside_is_counted(method: str, source: Path, text: Path, tmp_path: Path) -> None:
-    beside = {"what tokens count", "training of scales and norms"} if method == "gptq" else set()
-    fast = run(source, tmp_path / "out", text, dry_run=True, method=method)["stages"]
-    best = run(source, tmp_path / "out", text, dry_run=True, method=method, effort="best")["stages"]
+@pytest.mark.parametrize("average", [2.0, 2.5, 6.0])
+def test_a_dry_run_sizes_an_average_of_bits(average: float, source: Path, text: Path, tmp_path: Path) -> None:
+    """Before it is known which layers get how many bits: by an even spread of them."""
+    found = run(source, tmp_path / "out", text, dry_run=True, bits=average)
+    manifest = run(source, tmp_path / "out", text, bits=average)
+    layers = {record["layer"]: record for record in manifest["layers"]}
+    weights = sum(record["shape"][0] * record["shape"][1] for record in layers.values())
+    # 8 bits in one group more or less, of the few that this model has
+    assert abs(found["prediction"]["bytes"] - manifest["prediction"]["bytes"]) < 0.05 * weights * average / 8
+    assert any("is measured first" in note for note in found["notes"])
+
+
+def test_what_best_does_beside_is_counted(source: Path, text: Path, tmp_path: Path) -> None:
+    beside = {"what tokens count", "training of scales and norms"}
+    fast = run(source, tmp_path / "out", text, dry_run=True)["stages"]
+    best = run(source, tmp_path / "out", text, dry_run=True, effort="best")["stages"]
     assert set(best) == set(fast) | beside and all(best[stage] > 0 for stage in beside)
 
 

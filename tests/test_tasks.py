@@ -55,7 +55,7 @@ def model() -> PreTrainedModel:
     return tiny_llama()
 
 
-def request(doc_id: int, idx: int, label: Any, context: str, continuation: str) -> Row:
+def request(doc_id: int, idx: int, label: Any, context: str | None, continuation: str) -> Row:
     return {
         "request_type": "loglikelihood",
         "doc": {},
@@ -186,6 +186,7 @@ def test_limit_takes_the_first_questions_whole(tmp_path: Path) -> None:
         ('{"doc_id": 0, "idx": 0}', r"t.jsonl, line 1: expected a request with 'label'"),
         ("[1]", r"t.jsonl, line 1: expected a request"),
         (json.dumps(request(0, 0, 0, "a", "")), r"line 1: expected .* a continuation of text"),
+        (json.dumps(request(0, 0, 0, None, "b")), r"line 1: expected .* a context and"),
         (json.dumps(request(0, 1, 0, "a", " b")), r"doc_id 0: expected the choices 0 to 0 once each"),
         (json.dumps(request(0, 0, 3, "a", " b")), r"doc_id 0: expected a label below 1, found 3"),
     ],

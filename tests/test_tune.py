@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import bittern
 from bittern.checkpoint import open_checkpoint
+from bittern.errors import BitternError
 from bittern.evaluate import evaluate, text_windows
 from bittern.model import blocks, build, get_weight, load_dense, matrices, weight_map
 from bittern.quantize import tune
 from bittern.quantize.effort import EFFORTS
 from bittern.quantize.plan import Plan, make_plan
+from bittern.training.text import Windows
 from bittern.weight import round_to_nearest
 from tests import tiny
 
@@ -122,6 +125,53 @@ def test_what_made_it_worse_is_not_taken(
     assert manifest["tuning"]["refused"] and any("training" in note for note in manifest["notes"])
     fast, best = (load_file(tmp_path / name / "model.safetensors") for name in ("fast", "best"))
     assert all(torch.equal(fast[name], best[name]) for name in fast)
+
+
+def test_training_that_ends_in_nan_is_not_taken(
+    source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "LR", 1e30)
+    manifest = quantize(source, tmp_path / "best", text, effort="best", tune_tokens=4_000)
+    assert "training diverged" in manifest["tuning"]["refused"]
+    assert manifest["tuning"]["kl"]["tuned"] is None and manifest["tuning"]["kl"]["solved"] > 0
+
+
+def test_conversations_are_rendered_for_training_too(
+    source: Path, text: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing else of a row is read: an identifier is the only string beside the messages."""
+    said = text.read_text().splitlines()
+    rows = [{"id": "hare", "messages": [{"role": "user", "content": line}]} for line in said if line]
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text("\n".join(map(json.dumps, rows)))
+    talker = tmp_path / "talker"
+    shutil.copytree(source, talker)
+    (talker / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    trained: list[torch.Tensor] = []
+    split = tune._split
+
+    def watched(windows: Windows) -> Any:
+        trained.append(torch.tensor(windows.ids))
+        return split(windows)
+
+    monkeypatch.setattr(tune, "_split", watched)
+    quantize(talker, tmp_path / "out", chat, effort="best", tune_tokens=4_000, chat_template=True)
+    found = set(trained[0].flatten().tolist())
+    expected = set(tokenizer(text.read_text(), add_special_tokens=False)["input_ids"])
+    assert found <= expected | {tokenizer.bos_token_id} and len(found) > len(expected) / 2
+
+
+def test_too_little_text_is_told_before_anything_is_solved(source: Path, tmp_path: Path) -> None:
+    words = list(tiny.WORDS) * 40
+    few = tmp_path / "few.txt"
+    few.write_text(" ".join(words[:40]))
+    solved: list[Any] = []
+    with pytest.raises(BitternError, match="expected two windows of 32 tokens at least to train on, found 1"):
+        quantize(source, tmp_path / "out", few, effort="best", on_progress=solved.append)
+    assert not solved and [path.name for path in tmp_path.iterdir()] == ["few.txt"]
+    few.write_text(" ".join(words[:400]))
+    manifest = quantize(source, tmp_path / "out", few, effort="best", tune_tokens=4_000)
+    assert any("to train on" in note and "shown more than once" in note for note in manifest["notes"])
 
 
 def test_a_kill_after_training_loses_nothing_of_it(

@@ -247,6 +247,8 @@ def test_bad_input_is_refused_and_nothing_is_left(
     source = make(tmp_path / "source", tokenizer)
     with pytest.raises(BitternError, match=message):
         run(source, tmp_path / "out", text, **options)
+    with pytest.raises(BitternError, match=r"expected a folder for safetensors, found the name of a \.gguf file"):
+        run(source, tmp_path / "out.gguf", text)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 

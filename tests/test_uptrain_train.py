@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedTokenizerFast
 
@@ -245,10 +246,57 @@ def test_other_options_are_not_gone_on_with(source: Path, text: Path, tmp_path: 
 
     with pytest.raises(KeyboardInterrupt):
         run(source, output, text, tokens=640, on_progress=stop)
-    with pytest.raises(BitternError, match=r"lr 0\.001.*asked for is 0\.002.*--no-resume"):
+    with pytest.raises(BitternError, match=r"lr 0\.001, now 0\.002.*--no-resume"):
         run(source, output, text, tokens=640, lr=2e-3)
     manifest = run(source, output, text, tokens=640, lr=2e-3, resume=False)
     assert manifest["training"]["steps"] == 10
+
+
+@pytest.mark.parametrize("change", ["weights", "config", "text"])
+def test_another_source_or_text_in_the_same_place_is_not_gone_on_with(
+    change: str, source: Path, text: Path, tmp_path: Path
+) -> None:
+    copy, held = tmp_path / "copy", tmp_path / "held.txt"
+    shutil.copytree(source, copy)
+    held.write_text(text.read_text()[:2000])
+
+    def stop(_: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        uptrain(copy, tmp_path / "out", dataset=str(text), text=held, tokens=640, on_progress=stop, **OPTIONS)
+    if change == "weights":
+        weights = load_file(copy / "model.safetensors")
+        save_file(
+            {name: 1.01 * values for name, values in weights.items()}, copy / "model.safetensors", {"format": "pt"}
+        )
+    elif change == "config":
+        config = json.loads((copy / "config.json").read_text())
+        (copy / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    else:
+        held.write_text(text.read_text()[1000:3000])
+    what = {"weights": "other weight files", "config": "other config.json", "text": "other tokens of the text"}[change]
+    with pytest.raises(BitternError, match=f"{what}.*--no-resume"):
+        uptrain(copy, tmp_path / "out", dataset=str(text), text=held, tokens=640, **OPTIONS)
+
+
+def test_seconds_of_a_killed_run_count(source: Path, text: Path, tmp_path: Path) -> None:
+    def stop(_: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(source, tmp_path / "out", text, tokens=640, on_progress=stop)
+    before = state.read_story(tmp_path / ".out.training" / "state.safetensors")["seconds"]
+    manifest = run(source, tmp_path / "out", text, tokens=640)
+    assert manifest["measured"]["seconds"] > before > manifest["measured"]["conversion_seconds"] > 0
+    assert "resume" not in manifest["options"]
+
+
+@pytest.mark.parametrize("rate", [1e3, 1e30])
+def test_a_run_that_ends_in_nan_has_diverged(rate: float, source: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(BitternError, match=r"diverged before step .*smaller --lr"):
+        run(source, tmp_path / "out", text, tokens=64 * 8, lr=rate, eval_every=4, train="all")
 
 
 def test_a_run_that_diverges_ends_in_one_line_and_writes_nothing(source: Path, text: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ uniform bits. Layers that servers run as one share their bits (see :mod:`bittern
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -23,6 +24,9 @@ from bittern.quantize.sensitivity import BITS, TOKENS, Group, Sensitivity
 
 STATES = 1 << 16
 """Amounts of bits that the knapsack tells apart; budgets that are finer are rounded down to these."""
+
+_PART = re.compile(r"(.*?\.\d+\.[^.]+)?")
+"""The attention or the MLP of a block, by the names of their matrices."""
 
 PlanOf = Callable[[int | Mapping[str, int]], Plan]
 """The plan for the bits of all layers, or of each."""
@@ -83,6 +87,17 @@ def mix(plan_of: PlanOf, groups: Sequence[Group], average: float) -> tuple[Plan,
         ],
     }
     return plan, record
+
+
+def even_mix(plan_of: PlanOf, average: float) -> Plan:
+    """A plan of an average before anything is measured: every weight counts the same, what is run as one is one."""
+    parts: dict[str, list[Matrix]] = {}
+    for matrix, free in free_matrices(plan_of).items():
+        if free:
+            parts.setdefault(_PART.match(matrix.module)[0], []).append(matrix)  # type: ignore[index]
+    sizes = {part: sum(map(size, members)) for part, members in parts.items()}
+    harms = {part: {bits: sizes[part] * 4.0**-bits for bits in BITS} for part in parts}
+    return mix(plan_of, [Group(tuple(members), harms[part]) for part, members in parts.items()], average)[0]
 
 
 def measure_and_mix(

@@ -17,6 +17,7 @@ from bittern.calibration import CalibrationTokens
 from bittern.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from bittern.convert.cast import cast_tensors, cast_values
 from bittern.formats.packing import Packing
+from bittern.layout import with_old_rope
 from bittern.origin import source_record
 from bittern.quantize.plan import Plan
 from bittern.quantize.preflight import Job
@@ -130,7 +131,7 @@ def _describe_tokens(tokens: CalibrationTokens | None) -> dict[str, Any] | None:
 
 def config_files(checkpoint: Checkpoint, quantization: dict[str, Any], dtype: torch.dtype) -> dict[str, dict[str, Any]]:
     """What the configuration files of the artifact hold, by their names."""
-    config = {key: value for key, value in checkpoint.config.items() if key != "torch_dtype"}
+    config = {key: value for key, value in with_old_rope(checkpoint.config).items() if key != "torch_dtype"}
     files = {"config.json": {**config, "dtype": str(dtype).removeprefix("torch."), **quantization}}
     found = quantization["quantization_config"]
     # where GPTQModel and older readers look first

@@ -28,7 +28,7 @@ from bittern.model import Piece
 from bittern.processes import alone, check_same, share_of, together, world
 from bittern.quantize import heap
 from bittern.quantize.effort import pick_effort
-from bittern.quantize.mixed import alternating, check_average, measure_and_mix
+from bittern.quantize.mixed import alternating, check_average, even_mix, measure_and_mix
 from bittern.quantize.output import config_files, describe, finish, to_gguf, write_kept, write_layers
 from bittern.quantize.outside import check_embedding, outside_matrices, write_outside
 from bittern.quantize.plan import Plan, make_plan
@@ -37,7 +37,7 @@ from bittern.quantize.resume import WorkFolder, decided_by, stored_bytes
 from bittern.quantize.sensitivity import BITS, Sensitivity
 from bittern.quantize.solve import OwnWindows, Solver, batch_windows, default_batch
 from bittern.quantize.tune import TOKENS as TUNE_TOKENS
-from bittern.quantize.tune import tune
+from bittern.quantize.tune import tune, write_text
 from bittern.report import with_origin
 from bittern.schema import carried
 from bittern.size import planned_size, source_size, unchanged_cache
@@ -151,6 +151,8 @@ def quantize(
         stages = pick_effort(effort)
         if tune_tokens is not None and not stages.tune:
             raise BitternError(f"tune_tokens: found {tune_tokens}, but effort {effort} trains nothing; expected best")
+        if stages.tune and method == "rtn":
+            raise BitternError("effort best: needs --method gptq; rounding to nearest calibrates and trains nothing")
         tuned_on = TUNE_TOKENS if tune_tokens is None else tune_tokens
         options["tune_tokens"] = tuned_on if stages.tune else None
         _check_options(bits, method, damp_percent, dtype, batch_size, tuned_on)
@@ -183,6 +185,9 @@ def quantize(
         solved = {matrix.parameter for block in (*plan.blocks, plan.outside) for matrix, _ in block}
         kept = copied_tensors(model, checkpoint, sources, solved, kept_dtype)
         tokens = None
+        context = context_length(model.config)
+        if method == "gptq" and context is not None and seqlen > context:
+            raise BitternError(f"seqlen {seqlen}: this model's context is {context} tokens")
         if method == "gptq" and not (dry_run and not Path(dataset).exists()):
             told = None if rank else on_sampled
             tokens = _calibration(checkpoint, model, dataset, nsamples, seqlen, seed, chat_template, told)
@@ -191,6 +196,9 @@ def quantize(
         if isinstance(bits, float) and tokens is not None and not dry_run:
             meter = Sensitivity(model, checkpoint, sources, [], damp_percent, place, seed)
             plan, mixed = measure_and_mix(plan_of, meter, tokens.ids, bits, None if rank else on_measured)
+        elif isinstance(bits, float):
+            plan = even_mix(plan_of, bits)
+        if isinstance(bits, float):
             chosen, packing = _choose_packing(checkpoint, model, plan, chosen, target, damp_percent)
         solver = Solver(model, checkpoint, sources, plan, damp_percent, place, stages, kept_dtype, on_weighed)
         if rank:  # the first process writes and tells, the others help it
@@ -215,7 +223,12 @@ def quantize(
         if dry_run:
             found = predict(job, size, started)
             loads = _verdicts(job, chosen)
-            return {**found.to_dict(), "format": chosen, "loads": loads, "notes": _dry_notes(tokens, method, dataset)}
+            return {
+                **found.to_dict(),
+                "format": chosen,
+                "loads": loads,
+                "notes": _dry_notes(tokens, method, dataset, bits),
+            }
         with WorkFolder(Path(output), decided, len(plan.blocks), resume) as work:
             resumed, spent = len(work.finished), work.seconds
             unsolved = [block for position, block in enumerate(plan.blocks) if position not in work.finished]
@@ -225,6 +238,13 @@ def quantize(
             if on_note is not None:
                 for note in (*work.notes, *notes):
                     on_note(note)
+            text = {"tokens": tuned_on, "seqlen": seqlen, "seed": seed}
+            if tokens is not None and stages.tune:
+                vocabulary = model.config.get_text_config(decoder=True).vocab_size
+                with alone():
+                    left_out += write_text(
+                        checkpoint, work, dataset, chat_template, on_sampled, vocab_size=vocabulary, **text
+                    )
             _solve(solver, windows, work, on_progress)
             changed = {
                 sources[name][0].name: values
@@ -234,16 +254,7 @@ def quantize(
             tuned = None
             if tokens is not None and stages.tune:
                 with alone():
-                    tuned = tune(
-                        *(checkpoint, sources, plan, work),
-                        dataset=dataset,
-                        tokens=tuned_on,
-                        seqlen=seqlen,
-                        seed=seed,
-                        device=place,
-                        on_progress=on_point,
-                        on_sampled=on_sampled,
-                    )
+                    tuned = tune(checkpoint, sources, plan, work, **text, device=place, on_progress=on_point)
                 about |= {"tuning": tuned.record}
             with CheckpointWriter(
                 folder,
@@ -367,9 +378,6 @@ def _calibration(
     chat_template: bool,
     on_sampled: Sampled | None,
 ) -> CalibrationTokens:
-    context = context_length(model.config)
-    if context is not None and seqlen > context:
-        raise BitternError(f"seqlen {seqlen}: this model's context is {context} tokens")
     tokens = load_tokens(
         dataset,
         checkpoint.tokenizer(),
@@ -422,13 +430,15 @@ def _verdicts(job: Job, format: str) -> list[dict[str, Any]]:
     return [asdict(each) for each in verdicts(replace(layout, format=format, dequantize=job.packing.dequantize))]
 
 
-def _dry_notes(tokens: CalibrationTokens | None, method: str, dataset: str) -> list[str]:
+def _dry_notes(tokens: CalibrationTokens | None, method: str, dataset: str, bits: int | float) -> list[str]:
     """What a dry run did not look at."""
+    measured = "which layers get how many is measured first, which takes time that is not counted"
+    mixed = [f"--bits {bits}: {measured}"] if isinstance(bits, float) else []
     if tokens is not None:
-        return list(tokens.warnings)
+        return [*mixed, *tokens.warnings]
     if method == "rtn":
         return []
     what = (
         "the time to write it is not counted" if dataset == "self" else "its windows are taken to be as many as asked"
     )
-    return [f"--dataset {dataset} was not read: {what}"]
+    return [*mixed, f"--dataset {dataset} was not read: {what}"]

@@ -59,21 +59,16 @@ def decided_by(
 ) -> dict[str, str]:
     """All that decides what the solver makes of a checkpoint, in words or as hashes.
 
-    Weight files are told apart by size and time of change: hashing them would read a large checkpoint once more.
-
     Args:
         checkpoint: the source.
         options: of the command; those of :data:`WITHOUT_EFFECT` are passed over.
         tokens: hash of the calibration tokens.
         device: where it computes.
     """
-    files = [checkpoint.path] if checkpoint.gguf is not None else sorted(checkpoint.folder.iterdir())
-    weights = [(path.name, path.stat()) for path in files if path.suffix in (".safetensors", ".bin", ".gguf")]
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     return {
         **{name: _text(value) for name, value in options.items() if name not in WITHOUT_EFFECT},
-        "weight files of the source": _hash([[name, stat.st_size, stat.st_mtime_ns] for name, stat in weights]),
-        "config.json of the source": _hash(checkpoint.config),
+        **source_hashes(checkpoint),
         "calibration tokens": tokens or "none",
         "bittern": f"{bittern.__version__} {_code()}",
         "torch": torch.__version__,
@@ -81,6 +76,19 @@ def decided_by(
         "device": f"{device.type} {processor}",
         "threads": str(torch.get_num_threads()),
         "processes": str(world()[1]),
+    }
+
+
+def source_hashes(checkpoint: Checkpoint) -> dict[str, str]:
+    """What tells a source from another in its place, in words -> hash.
+
+    Weight files are told apart by size and time of change: hashing them would read a large checkpoint once more.
+    """
+    files = [checkpoint.path] if checkpoint.gguf is not None else sorted(checkpoint.folder.iterdir())
+    weights = [(path.name, path.stat()) for path in files if path.suffix in (".safetensors", ".bin", ".gguf")]
+    return {
+        "weight files of the source": _hash([[name, stat.st_size, stat.st_mtime_ns] for name, stat in weights]),
+        "config.json of the source": _hash(checkpoint.config),
     }
 
 
@@ -263,7 +271,7 @@ class WorkFolder:
         try:
             found = json.loads(run.read_text(encoding="utf-8"))
             names = [name for name in self._decided if found.get(name) != self._decided[name]]
-            changes = ", ".join(_change(name, str(found.get(name, "none")), self._decided[name]) for name in names)
+            changes = ", ".join(change(name, str(found.get(name, "none")), self._decided[name]) for name in names)
         except (OSError, ValueError, AttributeError):
             changes = "not known how"
         blocks = len(list(run.parent.glob("block-*.safetensors")))
@@ -322,6 +330,6 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
 
 
-def _change(name: str, before: str, now: str) -> str:
+def change(name: str, before: str, now: str) -> str:
     """What became of one thing that decides the result; hashes are nothing to look at."""
     return f"other {name}" if 64 in (len(before), len(now)) else f"{name} {before}, now {now}"

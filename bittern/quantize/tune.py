@@ -135,13 +135,11 @@ def tune(
     plan: Plan,
     work: WorkFolder,
     *,
-    dataset: str,
     tokens: int,
     seqlen: int,
     seed: int,
     device: torch.device,
     on_progress: Callable[[dict[str, Any]], None] | None = None,
-    on_sampled: Sampled | None = None,
 ) -> Tuned:
     """Train the scales of the blocks in a work folder, and the model's norms.
 
@@ -152,31 +150,16 @@ def tune(
         checkpoint: the full-precision model; it and the quantized one are in memory whole.
         sources: of :func:`bittern.model.weight_map`.
         plan: what was quantized.
-        work: holds all blocks.
-        dataset: text, see :func:`bittern.calibration.load_tokens`.
+        work: holds all blocks, and the windows of :func:`write_text`.
         tokens: to train on.
         seqlen: of a window.
         seed: of the order of the windows.
         device: where to train.
         on_progress: called with each point of the curve.
-        on_sampled: see :func:`bittern.calibration.load_tokens`.
-
-    Raises:
-        BitternError: when the text has no two windows.
     """
+    batch, steps = _shape(tokens, seqlen)
+    held_out, windows = _split(read_windows(_text_path(work, batch * steps), seed))
     teacher = live.load_dense(checkpoint, device=device)
-    batch = max(1, BATCH // seqlen)
-    steps = max(1, tokens // (batch * seqlen))
-    held_out, windows = _text(
-        checkpoint,
-        teacher,
-        work.folder / f"windows-{steps * batch}.npy",
-        dataset,
-        seqlen,
-        steps * batch,
-        seed,
-        on_sampled,
-    )
     student = live.build(checkpoint.config)
     pieces = _pieces(teacher, student, sources, plan, work, device)
     factors = {name: piece.factor for found in pieces.values() for name, piece in found.items()}
@@ -204,12 +187,12 @@ def tune(
         train(run, options, on_progress)  # of a run that was trained to the end already, the state is loaded
     except Diverged as error:
         why = str(error)
-    tuned = evaluate(student, held_out, batch_size=1, against=teacher)
-    before, after = float(story["kl"]), float(tuned.kl or 0.0)
-    if why is None and not after < before:
+    tuned = evaluate(student, held_out, batch_size=1, against=teacher) if why is None else None
+    before, after = float(story["kl"]), None if tuned is None else float(tuned.kl or 0.0)
+    if after is not None and not after < before:
         why = f"KL to full precision on held-out text was {before:.4g} before it and {after:.4g} after it"
     record |= {
-        "perplexity": {"solved": story["perplexity"]["converted"], "tuned": tuned.perplexity},
+        "perplexity": {"solved": story["perplexity"]["converted"], "tuned": tuned.perplexity if tuned else None},
         "kl": {"solved": before, "tuned": after},
         "curve": story["curve"],
         "refused": why,
@@ -220,38 +203,75 @@ def tune(
     return Tuned(record, path, norms)
 
 
-def _text(
+def write_text(
     checkpoint: Checkpoint,
-    teacher: PreTrainedModel,
-    path: Path,
+    work: WorkFolder,
     dataset: str,
-    seqlen: int,
-    count: int,
-    seed: int,
+    chat_template: bool,
     on_sampled: Sampled | None,
-) -> tuple[Tensor, Windows]:
-    """Windows to measure on, spread over the text, and those to train on."""
+    *,
+    tokens: int,
+    seqlen: int,
+    seed: int,
+    vocab_size: int,
+) -> list[str]:
+    """The windows that :func:`tune` reads, into the work folder: before hours are spent on what it trains.
+
+    Args:
+        checkpoint, work, tokens, seqlen: as of :func:`tune`.
+        dataset, chat_template, on_sampled, vocab_size: see :func:`bittern.calibration.load_tokens`.
+        seed: of text that the model writes.
+
+    Returns:
+        What a user should know of it.
+
+    Raises:
+        BitternError: when the text has no two windows.
+    """
+    batch, steps = _shape(tokens, seqlen)
+    path = _text_path(work, batch * steps)
     if not path.exists():
-        vocabulary = teacher.config.get_text_config(decoder=True).vocab_size
         write_windows(
             path,
             dataset,
             checkpoint.tokenizer(),
             seqlen=seqlen,
-            count=count + HELD_OUT,
-            vocab_size=vocabulary,
-            model=teacher,
+            count=batch * steps + HELD_OUT,
+            vocab_size=vocab_size,
+            model=lambda: live.load_dense(checkpoint),
             seed=seed,
+            chat_template=chat_template,
             on_sampled=on_sampled,
         )
-    windows = read_windows(path, seed)
-    found = len(windows.ids)
+    found = len(read_windows(path, seed).ids)
     if found < 2:
-        raise BitternError(f"{dataset}: expected two windows of {seqlen} tokens at least, found {found}")
+        path.unlink()
+        raise BitternError(f"{dataset}: expected two windows of {seqlen} tokens at least to train on, found {found}")
+    if found < batch * steps + HELD_OUT:
+        return [
+            f"{dataset}: {batch * steps + HELD_OUT} windows of {seqlen} tokens to train on and to measure asked for,"
+            f" {found} found, which are shown more than once"
+        ]
+    return []
+
+
+def _shape(tokens: int, seqlen: int) -> tuple[int, int]:
+    """Windows in a step, and steps."""
+    batch = max(1, BATCH // seqlen)
+    return batch, max(1, tokens // (batch * seqlen))
+
+
+def _text_path(work: WorkFolder, count: int) -> Path:
+    return work.folder / f"windows-{count}.npy"
+
+
+def _split(windows: Windows) -> tuple[Tensor, Windows]:
+    """Windows to measure on, spread over the text, and those to train on."""
+    found = len(windows.ids)
     spread = max(2, found // HELD_OUT)
     held = list(range(spread // 2, found, spread))
     others = sorted(set(range(found)) - set(held))
-    return torch.from_numpy(windows.ids[held]).long(), Windows(windows.ids[others], seed)
+    return torch.from_numpy(windows.ids[held]).long(), Windows(windows.ids[others], windows.seed)
 
 
 def _pieces(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,8 +56,9 @@ def write_windows(
     count: int,
     vocab_size: int,
     sampled: int = 0,
-    model: PreTrainedModel | None = None,
+    model: PreTrainedModel | Callable[[], PreTrainedModel] | None = None,
     seed: int = 0,
+    chat_template: bool = False,
     on_sampled: Sampled | None = None,
 ) -> int:
     """Tokenize a dataset into ``count`` windows, streamed, and put them into a file of NumPy's format.
@@ -73,8 +74,9 @@ def write_windows(
         count: windows wanted. Fewer are found in a short text.
         vocab_size: of the model; ids beyond it are an error.
         sampled: of ``count``, windows that ``model`` writes, at temperature 1; the dataset gives the others.
-        model: the source.
+        model: the source, or a function that loads it; only what is sampled needs it.
         seed: of the sampling.
+        chat_template: as in :func:`~bittern.calibration.load_tokens`.
         on_sampled: called with the windows that the source has written and their number.
 
     Returns:
@@ -83,7 +85,7 @@ def write_windows(
     Raises:
         BitternError: as :func:`~bittern.calibration.load_tokens`.
     """
-    written = [] if dataset == "self" else list(_windows(dataset, tokenizer, seqlen, count - sampled))
+    written = [] if dataset == "self" else list(_windows(dataset, tokenizer, seqlen, count - sampled, chat_template))
     missing = sampled if written else count
     if missing:
         drawn = load_tokens(
@@ -107,7 +109,7 @@ def read_windows(path: Path, seed: int) -> Windows:
 
 
 def _windows(
-    dataset: str, tokenizer: PreTrainedTokenizerBase, seqlen: int, count: int
+    dataset: str, tokenizer: PreTrainedTokenizerBase, seqlen: int, count: int, chat_template: bool
 ) -> Iterable[np.ndarray[tuple[int, int], np.dtype[np.int32]]]:
     """Windows text by text, as arrays of int32: a Python list of ids takes eight times as much."""
     bos = leading_bos(tokenizer)
@@ -122,7 +124,8 @@ def _windows(
         array = np.array(tokens, dtype=np.int32).reshape(-1, width)
         return (array if bos is None else np.insert(array, 0, bos, axis=1)).reshape(-1, seqlen)
 
-    for text in read_texts(dataset, budget=budget, pieces=pieces, tokenizer=None, text_column=None):
+    template = tokenizer if chat_template else None
+    for text in read_texts(dataset, budget=budget, pieces=pieces, tokenizer=template, text_column=None):
         rest += encode(tokenizer, text)
         whole = min(len(rest) // width, -(-(count - found) // rows))
         if whole:

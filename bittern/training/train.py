@@ -113,7 +113,8 @@ def train(run: Run, options: Training, on_progress: Callable[[dict[str, Any]], N
     """Train from the state's step to the last one; the student's parameters are what comes of it.
 
     ``run.story["curve"]`` gets a point per evaluation: step, tokens, lr, perplexity on the held-out windows; and as
-    means since the last point the loss and its terms: kl, nll, and hidden where that has a weight.
+    means since the last point the loss and its terms: kl, nll, and hidden where that has a weight. With each,
+    ``run.story["seconds"]`` grows by what was spent.
 
     Args:
         run: see there; when ``story["step"]`` is not 0, the state is loaded first.
@@ -130,7 +131,7 @@ def train(run: Run, options: Training, on_progress: Callable[[dict[str, Any]], N
     if options.recompute:
         for block in live.blocks(run.student)[1]:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    began, first = time.monotonic(), int(story["step"])
+    began, first, spent = time.monotonic(), int(story["step"]), float(story.get("seconds", 0))
     sums = torch.zeros(4, dtype=torch.float64)
     seqlen = run.windows.ids.shape[1]
     for step in range(first, options.steps):
@@ -147,7 +148,7 @@ def train(run: Run, options: Training, on_progress: Callable[[dict[str, Any]], N
         since = done - (story["curve"][-1]["step"] if story["curve"] else 0)
         loss, kl, nll, hidden = (sums / since).tolist()
         sums.zero_()
-        perplexity = held_out_perplexity(run)
+        perplexity = held_out_perplexity(run) if math.isfinite(loss) else math.nan
         _check(loss, perplexity, run, done, options)
         point = {
             "step": done,
@@ -160,7 +161,7 @@ def train(run: Run, options: Training, on_progress: Callable[[dict[str, Any]], N
             "perplexity": perplexity,
         }
         story["curve"].append(point)
-        story["step"] = done
+        story |= {"step": done, "seconds": spent + time.monotonic() - began}
         save_state(run.path, run.parameters, optimizer, story, write=world()[0] == 0)
         if on_progress is not None:
             seconds = time.monotonic() - began
@@ -169,9 +170,12 @@ def train(run: Run, options: Training, on_progress: Callable[[dict[str, Any]], N
 
 
 def held_out_perplexity(run: Run) -> float:
-    """Of the student on the held-out windows."""
-    with _precision(run.student):
-        return evaluate(run.student, run.held_out, batch_size=1).perplexity
+    """Of the student on the held-out windows; NaN where its logits are."""
+    try:
+        with _precision(run.student):
+            return evaluate(run.student, run.held_out, batch_size=1).perplexity
+    except BitternError:  # the windows were fine before the first step
+        return math.nan
 
 
 def learning_rate(step: int, options: Training) -> float:

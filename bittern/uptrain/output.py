@@ -55,7 +55,11 @@ def make_manifest(
     manifest = base_manifest(
         "uptrain",
         source_record(checkpoint),
-        {**given, "text": None if given["text"] is None else str(given["text"])},
+        {
+            key: value if key != "text" or value is None else str(value)
+            for key, value in given.items()
+            if key != "resume"
+        },
         notes=notes,
         seconds=seconds,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import shutil
 import time
@@ -17,13 +16,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bittern import model as live
-from bittern.calibration import Sampled
+from bittern.calibration import Sampled, tokens_hash
 from bittern.checkpoint import Checkpoint, open_checkpoint
 from bittern.convert.cast import DTYPES, refuse_quantized
 from bittern.errors import BitternError
 from bittern.evaluate import check_fit, evaluate, text_windows
+from bittern.formats.packing import check_name
 from bittern.processes import together, world
 from bittern.quantize.pipeline import DEFAULT_DATASET
+from bittern.quantize.resume import change, source_hashes
 from bittern.tokenizer import context_length
 from bittern.training.state import load_state, read_story, save_state
 from bittern.training.text import HELD_OUT, Windows, read_windows, write_windows
@@ -126,6 +127,7 @@ def uptrain(
         given["lr"] = _LR if init == "aligned" else _LR_POOLED
     recipe = _recipe(init, group, passes, seed)
     options = _training(given)
+    check_name(output, "safetensors")
     with together(device) as place, open_checkpoint(source, revision) as checkpoint:
         rank = world()[0]
         refuse_quantized(checkpoint)
@@ -135,7 +137,9 @@ def uptrain(
         _check_length(model, seqlen)
         held_out = _held_out(text, checkpoint, model, seqlen)
         with _training_folder(Path(output), rank) as folder:
-            settings = _settings(given, checkpoint)
+            settings = _settings(given, checkpoint, held_out)
+            state = folder / _STATE
+            spent = float(read_story(state).get("seconds", 0)) if rank == 0 and resume and state.exists() else 0.0
             run = _prepare(
                 folder,
                 checkpoint,
@@ -155,8 +159,8 @@ def uptrain(
                 _train(run, options, on_progress if rank == 0 else None)
             if rank:
                 return None
-            manifest = make_manifest(run.story, checkpoint, counts, kv_heads, given, time.monotonic() - started)
-            write_output(folder / _STATE, checkpoint, run, Path(output), manifest, dtype, max_shard_size, overwrite)
+            manifest = make_manifest(run.story, checkpoint, counts, kv_heads, given, spent + time.monotonic() - started)
+            write_output(state, checkpoint, run, Path(output), manifest, dtype, max_shard_size, overwrite)
             shutil.rmtree(folder)
     return manifest
 
@@ -254,15 +258,14 @@ def _training_folder(output: Path, rank: int) -> Iterator[Path]:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _settings(given: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
-    """What must be the same for a state to be gone on from."""
+def _settings(given: dict[str, Any], checkpoint: Checkpoint, text: Tensor | None) -> dict[str, Any]:
+    """What must be the same for a state to be gone on from: options, source, and the text that it is measured on."""
     left_out = ("resume", "overwrite", "max_shard_size", "dtype", "device", "revision")
-    names = sorted(f"{info.name} {info.dtype} {info.shape}" for info in checkpoint.tensors.values())
     return {
         **{key: str(value) for key, value in given.items() if key not in left_out},
-        "source": hashlib.sha256(
-            "\n".join([str(checkpoint.path), str(checkpoint.revision), *names]).encode()
-        ).hexdigest(),
+        "source": f"{checkpoint.path} {checkpoint.revision}",
+        **source_hashes(checkpoint),
+        "tokens of the text to measure on": "none" if text is None else tokens_hash(text),
         "processes": str(world()[1]),
     }
 
@@ -283,6 +286,7 @@ def _prepare(
     on_sampled: Sampled | None,
 ) -> Run:
     """Windows and a converted student, from the state of an earlier run or made now by the first process."""
+    began = time.monotonic()
     state = folder / _STATE
     if rank == 0 and state.exists():
         _check_resumable(state, settings, given["resume"])
@@ -292,7 +296,8 @@ def _prepare(
     if rank == 0 and not state.exists():
         story = _convert(folder, checkpoint, teacher, student, counts, recipe, given, text, on_block, on_sampled)
         # Frozen parameters are the teacher's own tensors; what is trained gets memory of its own.
-        save_state(state, parameters, None, {**story, "settings": settings, "step": 0, "curve": []})
+        story |= {"settings": settings, "step": 0, "curve": [], "seconds": time.monotonic() - began}
+        save_state(state, parameters, None, story)
     if world()[1] > 1:
         dist.barrier()
     windows, held_out = _split(read_windows(folder / _WINDOWS, given["seed"]), text, given)
@@ -314,8 +319,8 @@ def _check_resumable(state: Path, settings: dict[str, Any], resume: bool) -> Non
     for key, value in settings.items():
         if found.get(key) != value:
             raise BitternError(
-                f"{state.parent}: holds a run with {key} {found.get(key)}, now asked for is {value}; give the same"
-                " options to go on with it, or --no-resume to start over"
+                f"{state.parent}: holds a run that differs ({change(key, str(found.get(key)), value)}); what it was"
+                " started with goes on with it, --no-resume starts over"
             )
 
 
@@ -372,7 +377,7 @@ def _convert(
             "source": given["dataset"],
             "tokens_asked": given["nsamples"] * seqlen,
             "tokens_found": calibration.numel(),
-            "sha256": hashlib.sha256(calibration.numpy().astype("<i8").tobytes()).hexdigest(),
+            "sha256": tokens_hash(calibration),
         },
         "windows": found,
         "perplexity": {
