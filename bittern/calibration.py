@@ -206,6 +206,8 @@ def _rows(dataset: str, tokenizer: PreTrainedTokenizerBase | None, text_column: 
         try:
             for row in _open_rows(dataset, cache):
                 yield _row_text(row, dataset, tokenizer, text_column)
+        except StopIteration as error:  # what datasets raises of an empty file
+            raise BitternError(f"{dataset}: expected rows, found none") from error
         except (DatasetsError, OSError, ValueError, KeyError, RuntimeError) as error:
             hint = "" if Path(dataset).exists() else " (no such file here, so it was looked for on the Hub)"
             raise BitternError(f"{dataset}: cannot be read as a dataset: {first_line(error)}{hint}") from error

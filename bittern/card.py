@@ -15,6 +15,7 @@ from typing import Any
 from bittern.card_text import Facts, card_text, degraded_block
 from bittern.errors import BitternError, first_line
 from bittern.origin import HUB_ID, lineage, split_card
+from bittern.story import conditions
 
 EVALUATIONS = ".eval_results"
 """Folder of the results that the Hub collects for its benchmarks."""
@@ -106,6 +107,8 @@ def evaluation_results(facts: Facts) -> list[dict[str, Any]]:
         dataset = {"task_type": "text-generation", "dataset_name": name, "dataset_type": _dataset_type(name)}
         if record.get("what") == "text":  # tells apart results on one text with other windows
             dataset["dataset_config"] = f"{record.get('windows')} windows of {record.get('seqlen')} tokens"
+        if conditions(record):
+            dataset["dataset_config"] = (dataset.get("dataset_config", "") + conditions(record)).strip()
         settings = ("seqlen", "windows", "tokens", "questions", "sha256")
         args = {key: record[key] for key in settings if record.get(key) is not None}
         for key, metric, title in _METRICS:

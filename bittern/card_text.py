@@ -13,6 +13,7 @@ from typing import Any
 from bittern.licence import files_among
 from bittern.origin import lineage
 from bittern.report import layer_records
+from bittern.story import conditions
 
 _METHODS = {"gptq": "GPTQ", "rtn": "round to nearest"}
 _LOCAL = re.compile(r"[/~]|\.\.?/")  # begins what is a path on the machine that made it
@@ -88,6 +89,9 @@ def _opening(facts: Facts) -> str:
         what += f" and quantized to {_bits(facts)} bits" if quantization else ""
     elif quantization:
         what = f"quantized to {_bits(facts)} bits"
+    elif layer_records(dict(facts.manifest)):
+        bits = dict.fromkeys(str(record["bits"]) for record in layer_records(dict(facts.manifest)) if "bits" in record)
+        what = f"quantized to {' and '.join(bits)} bits and stored as floats"
     else:
         what = f"converted to {runs[0].get('dtype') or 'another format'}"
     record = "`bittern_manifest.json` has the record of every layer and the hash of every file."
@@ -139,7 +143,7 @@ def _done(facts: Facts) -> str:
         kept = quantize.get("kept") or {}
         if kept:
             reasons = Counter(str(why) for why in kept.values())
-            rows.append(("kept in 16 bits", f"{_layers_of(len(kept))}: {_few(reasons)}"))
+            rows.append(("left as floats", f"{_layers_of(len(kept))}: {_few(reasons)}"))
     notes = [str(note) for run in runs for note in run.get("notes") or ()]
     rows += [("note", note) for note in notes[:_SHOWN]]
     return _table(("what", "how"), rows)
@@ -174,7 +178,7 @@ def _kept(facts: Facts) -> str:
     records = [record for record in found if isinstance(record, Mapping)] if isinstance(found, list) else []
     texts = [
         (
-            f"{record.get('name')}, {record.get('windows')} x {record.get('seqlen')} tokens",
+            f"{record.get('name')}, {record.get('windows')} x {record.get('seqlen')} tokens{conditions(record)}",
             _figure(record.get("perplexity")),
             _figure(record.get("base_perplexity")),
             _figure(record.get("kl")),
@@ -183,15 +187,12 @@ def _kept(facts: Facts) -> str:
         for record in records
         if record.get("what") == "text"
     ]
-    tasks = [
-        (
-            f"{record.get('name')}, {record.get('questions')} questions",
-            _share(record.get("accuracy") if record.get("accuracy") is not None else record.get("exact_match")),
-            _share(record.get("base_accuracy")),
-        )
-        for record in records
-        if record.get("what") == "task"
-    ]
+    tasks = []
+    for record in records:
+        if record.get("what") == "task":
+            name = f"{record.get('name')}, {record.get('questions')} questions{conditions(record)}"
+            figure = "exact_match" if record.get("accuracy") is None else "accuracy"
+            tasks.append((name, _share(record.get(figure)), _share(record.get(f"base_{figure}"))))
     parts = []
     if texts:
         head = ("text", "perplexity", "of the base", "KL to the base, nats", "top-1 agreement")
@@ -225,6 +226,8 @@ def _loading(facts: Facts) -> str:
     """A command for each loader that opens the artifact, and the reason for each that does not."""
     verdicts = {verdict["consumer"]: verdict for verdict in facts.found["loads"]}
     commands = _commands(facts.repo_id, facts.revision)
+    if not facts.found.get("quantization"):
+        del commands["GPTQModel"]  # it takes floats to quantize them, not to run them
     parts = []
     for consumer, (language, command) in commands.items():
         verdict = verdicts.get(consumer)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
+from bittern.disk import read_ahead
 from bittern.errors import BitternError
 from bittern.formats.legacy_bin import BinFiles, read_bin
 from bittern.shards import Stored, TensorInfo, read_elements, read_header
@@ -376,7 +377,7 @@ class _SafetensorsFiles:
         with self._lock:
             if item.path not in self._files:
                 file = self._files[item.path] = os.open(item.path, os.O_RDONLY)
-                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_SEQUENTIAL)  # reads ahead twice as far
+                read_ahead(file)
             file = self._files[item.path]
         return read_elements(file, item.offset + start * item.info.dtype.itemsize, item.info.dtype, stop - start)
 

@@ -36,6 +36,7 @@ from bittern.options import (
     target_option,
     uptrain_options,
 )
+from bittern.runtime import MOST_THREADS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -195,11 +196,13 @@ def run(model: str, prompts: tuple[str, ...], as_json: bool, **options: Any) -> 
     """Continue prompts, or chat, with MODEL: an artifact or an unquantized checkpoint."""
     from bittern.report import peak_memory
     from bittern.runtime.generate import GenerationOptions, generate_batch
+    from bittern.tokenizer import check_text
 
     choices = GenerationOptions(**{name: options.pop(name) for name in GENERATION})
     chat = not prompts and sys.stdin.isatty() and not as_json
     if not prompts and not chat:
         prompts = (sys.stdin.read().rstrip("\n"),)
+    prompts = tuple(check_text(prompt, "--prompt or stdin") for prompt in prompts)
     if "" in prompts:
         raise BitternError("--prompt: expected text, found none there nor on stdin")
     started = time.monotonic()
@@ -211,7 +214,7 @@ def run(model: str, prompts: tuple[str, ...], as_json: bool, **options: Any) -> 
         return
     ids = [tokenizer(prompt, return_tensors="pt")["input_ids"] for prompt in prompts]
     if len(ids) == 1:
-        results = [_generate(live, tokenizer, ids[0], choices, _silent if as_json else _stream)]
+        results = [_generate(live, tokenizer, ids[0], choices, (lambda _: None) if as_json else _stream)]
         print(end="" if as_json else "\n", flush=True)
     else:
         results = generate_batch(live, tokenizer, ids, _bounded(live, ids, choices))
@@ -282,33 +285,28 @@ def _stream(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def _silent(text: str) -> None:
-    """Text that only the result carries."""
-
-
 def _chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: GenerationOptions) -> None:
-    """Answer what is typed until the end of input, with the model's chat template where it has one."""
+    """Answer what is typed until the end of input; a line that cannot be answered costs that line alone."""
     import readline  # noqa: F401  (input() edits lines once it is imported)
 
-    from bittern.runtime.generate import chat_prompt
+    from bittern.runtime.chat import Chat
 
-    template = tokenizer.chat_template is not None
-    if not template:
+    if tokenizer.chat_template is None:
         print("note: this model has no chat template; each line is continued as plain text", file=sys.stderr)
-    messages: list[dict[str, str]] = []
+    chat = Chat(model, tokenizer, options, NEW_TOKENS)
     while True:
         try:
             line = input("> ")
+            if line.strip():
+                forgotten = chat.answer(line, _stream)
+                print(flush=True)
+                if forgotten:
+                    print("note: the context is full: the oldest turns are forgotten", file=sys.stderr)
         except EOFError:
             print()
             return
-        if not line.strip():
-            continue
-        messages.append({"role": "user", "content": line})
-        ids = chat_prompt(tokenizer, messages) if template else tokenizer(line, return_tensors="pt")["input_ids"]
-        result = _generate(model, tokenizer, ids, options, _stream)
-        print()
-        messages.append({"role": "assistant", "content": result.text})
+        except BitternError as error:
+            print(f"error: {error}", file=sys.stderr)
 
 
 @_command
@@ -378,7 +376,7 @@ def inspect(path: str, revision: str | None, as_json: bool) -> None:
 @click.option("--revision", help="Branch, tag or commit of a Hub id given to --against.")
 @click.option("--logits/--no-logits", default=True, show_default=True, help="Run the models, each whole in fp32.")
 @click.option("--text", help="Run them on this instead of three short prompts.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: those of torch]")
+@click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads.  [default: those of torch]")
 @json_option
 def verify(path: str, as_json: bool, **options: Any) -> int:
     """Check that PATH is whole, and is still what it was made of. Exits with 1 when a check fails."""

@@ -103,7 +103,7 @@ def _snapshot(repo_id: str, revision: str | None, patterns: Sequence[str]) -> Pa
         raise BitternError(f"{repo_id}: {reason}") from error
     except LocalEntryNotFoundError as error:
         reason = f"the Hub cannot be reached ({_cause(error)}) and the cache holds no complete copy{at}"
-        raise BitternError(f"{repo_id}: {reason}") from error
+        raise BitternError(f"{repo_id}: no such folder here, {reason}") from error
     except HFValidationError as error:
         raise BitternError(f"{repo_id}: no such folder here, and not a Hub id: {one_line(error)}") from error
     except Exception as error:

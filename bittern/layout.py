@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from bittern.rope import says_old_rope, with_old_rope
 from bittern.weight import QuantSpec
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Layout:
         quantizer: who made it, such as ("gptqmodel:7.7.0",).
         model_type: of the config.
         tied: whether the head is the embedding.
-        old_rope: whether config.json says of RoPE what :func:`with_old_rope` has it say.
+        old_rope: whether config.json says of RoPE what :func:`bittern.rope.with_old_rope` has it say.
         lost_in_gguf: what transformers' reader of GGUF files leaves out of such a model without a word; "" for nothing.
         safetensors: whether its files are safetensors.
     """
@@ -136,33 +137,6 @@ def planned_layout(
     )
 
 
-def with_old_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration that says of RoPE what it says in ``rope_parameters`` in the old words too.
-
-    transformers 5 writes the new words alone. transformers 4, mlx-lm and exllamav2 know the old ones, ``rope_theta``
-    and ``rope_scaling`` at the top level, and take a base of 10000 where they do not find them. What is there stays.
-    """
-    result = dict(config)
-    if isinstance(config.get("text_config"), dict):
-        result["text_config"] = with_old_rope(config["text_config"])
-    return {**_old_rope(config), **result}
-
-
-def _old_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    rope = config.get("rope_parameters")
-    if not isinstance(rope, dict) or config.get("rope_scaling") is not None:
-        return {}
-    old: dict[str, Any] = {}
-    if isinstance(rope.get("full_attention"), dict) and isinstance(rope.get("sliding_attention"), dict):
-        # Gemma 3: two bases, and scaling of one
-        old["rope_local_base_freq"] = rope["sliding_attention"].get("rope_theta")
-        rope = rope["full_attention"]
-    old |= {key: rope.get(key) for key in ("rope_theta", "partial_rotary_factor")}
-    scaling = {key: value for key, value in rope.items() if key not in old}
-    old["rope_scaling"] = scaling if scaling.get("rope_type", "default") != "default" else None
-    return {key: value for key, value in old.items() if value is not None}
-
-
 def _left_out(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in names if not _NEVER_PACKED.search(name))
 
@@ -170,7 +144,7 @@ def _left_out(names: Iterable[str]) -> tuple[str, ...]:
 def _of_the_model(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "model_type": str(config.get("model_type")),
-        "old_rope": _old_rope(config).keys() <= config.keys(),
+        "old_rope": says_old_rope(config),
         "lost_in_gguf": _lost_in_gguf(config),
     }
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from bittern.runtime import MOST_THREADS
+
 Command = Callable[..., int | None]
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -224,7 +226,7 @@ def load_options(function: Command) -> Command:
             show_default=True,
             help="Bits that native kernels round the inputs of packed layers to.",
         ),
-        click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: those of torch]"),
+        click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads.  [default: those of torch]"),
         device_option,
         click.option("--dtype", type=DTYPE, help="Dtype to compute in."),
         click.option("--revision", help="Branch, tag or commit of a Hub id."),
@@ -345,7 +347,7 @@ def generation_options(function: Command) -> Command:
             help="How keys and values are kept.  [default: in the dtype of the computation]",
         ),
         click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-sequence token."),
-        click.option("--seed", type=int, default=0, show_default=True),
+        click.option("--seed", type=click.IntRange(-(2**63), 2**63 - 1), default=0, show_default=True),
         click.option("--stop", multiple=True, help="End before this text. Repeatable."),
         click.option(
             "--repetition-penalty", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True

@@ -45,6 +45,7 @@ from pathlib import Path
 from typing import Any
 
 import bittern
+from bittern.disk import read_ahead
 
 MANIFEST_FILE = "bittern_manifest.json"
 SCHEMA_VERSION = 3
@@ -243,7 +244,7 @@ def file_record(path: Path) -> dict[str, Any]:
     buffer = bytearray(_BUFFER_BYTES)
     view, digest, size = memoryview(buffer), hashlib.sha256(), 0
     with path.open("rb", buffering=0) as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)  # reads ahead twice as far
+        read_ahead(file.fileno())
         while count := file.readinto(buffer):
             digest.update(view[:count])
             size += count

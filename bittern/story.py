@@ -33,7 +33,7 @@ def source_name(manifest: Mapping[str, Any]) -> str:
 def tell(manifest: Mapping[str, Any]) -> list[str]:
     """Sentences: one for every run, the first one first, and one for every measurement of the artifact."""
     told = [tell_run(run) for run in runs(dict(manifest))]
-    return told + [tell_evaluation(found) for found in manifest.get("evaluations", ())]
+    return told + [tell_evaluation(found) for found in evaluations(manifest)]
 
 
 def tell_run(run: Mapping[str, Any]) -> str:
@@ -50,6 +50,20 @@ def tell_run(run: Mapping[str, Any]) -> str:
     return f"uptrained {subject}: {_uptraining(run)}{_seconds(run)}"
 
 
+def conditions(found: Mapping[str, Any]) -> str:
+    """How a measurement was made where that is not how an artifact runs by itself: "", or as " (inputs of 8 bits)"."""
+    settings = found.get("settings")
+    settings = settings if isinstance(settings, Mapping) else {}
+    said = ["inputs of 8 bits"] if settings.get("activations") == "a8" else []
+    said += [f"head in {settings['lm_head_bits']} bits"] if settings.get("lm_head_bits") else []
+    return f" ({', '.join(said)})" if said else ""
+
+
+def evaluations(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The recorded measurements, first those of the artifact as it runs by itself."""
+    return sorted(manifest.get("evaluations", ()), key=lambda found: conditions(found) != "")
+
+
 def tell_evaluation(found: Mapping[str, Any]) -> str:
     """What one measurement says, in a few words."""
     base = "" if not found.get("base") else f" ({short_name(found['base'])}: \0)"  # the figure goes where \0 is
@@ -59,10 +73,10 @@ def tell_evaluation(found: Mapping[str, Any]) -> str:
             said.append(f"KL {found['kl']:.3g}")
         if found.get("top1_agreement") is not None:
             said.append(f"top-1 agreement {percent(found['top1_agreement'])}")
-        return f"{found['name']}: {', '.join(said)}, {found['tokens']:,} tokens"
+        return f"{found['name']}{conditions(found)}: {', '.join(said)}, {found['tokens']:,} tokens"
     figure = "exact_match" if found.get("accuracy") is None else "accuracy"
     said = [_against(figure.replace("_", " "), found.get(figure), found.get(f"base_{figure}"), base, percent)]
-    return f"{found['name']}: {', '.join(said)}, {_count(found['questions'], 'question')}"
+    return f"{found['name']}{conditions(found)}: {', '.join(said)}, {_count(found['questions'], 'question')}"
 
 
 def grids(layers: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
@@ -185,7 +199,7 @@ def summary(manifest: Mapping[str, Any]) -> str:
     before, after = sizes(manifest)
     if before and after:
         sentences.append(f"{size_in_words(before)} became {size_in_words(after)}, {_times(before, after)}.")
-    sentences += [f"{_quality(found)}." for found in manifest.get("evaluations", ())[:1]]
+    sentences += [f"{_quality(found)}." for found in evaluations(manifest)[:1]]
     found = manifest.get("perplexity")
     if found and not manifest.get("evaluations"):
         now = found.get("converted") if found.get("trained") is None else found["trained"]

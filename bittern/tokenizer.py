@@ -19,6 +19,19 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
+def check_text(text: str, what: str) -> str:
+    """The text, unless it was no UTF-8 when it was read: Python hands such bytes on as lone surrogates.
+
+    Raises:
+        BitternError: naming what it was.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BitternError(f"{what}: expected UTF-8 text, found other bytes at character {error.start}") from error
+    return text
+
+
 def leading_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The BOS id if the tokenizer puts it before every text by itself, else None.
 

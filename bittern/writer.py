@@ -22,9 +22,10 @@ from typing import Any
 
 from torch import Tensor
 
+from bittern.disk import reserve
 from bittern.errors import BitternError
-from bittern.layout import with_old_rope
 from bittern.report import MANIFEST_FILE, file_record
+from bittern.rope import with_old_rope
 from bittern.shards import TensorInfo, header_bytes, write_elements
 
 MAX_SHARD_SIZE = 5 * 10**9  # bytes
@@ -205,7 +206,7 @@ class CheckpointWriter:
         """Make the output whole and durable, in its place.
 
         Args:
-            config: becomes config.json, with :func:`bittern.layout.with_old_rope`.
+            config: becomes config.json, with :func:`bittern.rope.with_old_rope`.
             manifest: becomes bittern_manifest.json, after ``files`` was put into it: size and hash of every other
                 file. Each weight file is read once more for that.
 
@@ -261,7 +262,7 @@ class CheckpointWriter:
         header, offsets = header_bytes(shard, metadata)
         file = os.open(self.folder / f"{name}.partial", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         self._files.append(file)
-        os.posix_fallocate(file, 0, len(header) + sum(info.nbytes for info in shard))
+        reserve(file, len(header) + sum(info.nbytes for info in shard))
         os.pwrite(file, header, 0)
         for tensor, offset in offsets.items():
             self._where[tensor] = (len(self._files) - 1, offset)

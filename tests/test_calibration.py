@@ -176,6 +176,12 @@ def test_conversations_are_rendered(key: str, tmp_path: Path, with_bos: PreTrain
         load(path, with_bos)
 
 
+def test_a_file_without_rows_is_refused(tmp_path: Path, plain: PreTrainedTokenizerFast) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(BitternError, match=r"empty\.jsonl: expected rows, found none"):
+        load(tmp_path / "empty.jsonl", plain)
+
+
 def test_fewer_tokens_than_asked_for_is_said(text: Path, plain: PreTrainedTokenizerFast) -> None:
     found = load(text, plain, nsamples=100_000)
     assert found.tokens_found == found.ids.numel() < found.tokens_asked == 1_600_000

@@ -17,6 +17,7 @@ import bittern
 from bittern.errors import BitternError
 from bittern.inspect import inspect
 from bittern.push import push
+from bittern.story import conditions, evaluations
 from tests import tiny
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -147,7 +148,7 @@ def test_the_text_says_what_the_artifact_is(artifact: Path, text_file: Path) -> 
     assert "| method | GPTQ |" in text
     assert f"| calibration | `{text_file.name}`, 128 tokens, windows of 32, seed 7 |" in text
     assert str(text_file.parent) not in text
-    assert "| kept in 16 bits | 1 layer: --skip layers.1.mlp.up_proj |" in text
+    assert "| left as floats | 1 layer: --skip layers.1.mlp.up_proj |" in text
     assert "[org/base](https://huggingface.co/org/base) (commit `0123456789ab`), quantized to 4 and 8 bits" in text
     assert f"| without embeddings | {found['bits_per_weight']['without_embeddings']:.4g} |" in text
     assert "| context | 64 tokens |" in text
@@ -168,7 +169,12 @@ def test_a_command_for_every_loader_that_opens_it_and_a_reason_for_the_others(
     offered = set(re.findall(r"^\*\*([\w.]+)\*\* \(", loading, re.MULTILINE))
     verdicts = {verdict["consumer"]: verdict for verdict in inspect(folder)["loads"]}
     known = {"bittern", "transformers", "vLLM", "SGLang", "GPTQModel", "mlx"}
-    assert offered == {name for name in known if verdicts[name]["loads"]}
+    # GPTQModel takes floats to quantize them, and runs none
+    assert offered == {name for name in known if verdicts[name]["loads"]} - (
+        {"GPTQModel"} if format == "safetensors" else set()
+    )
+    if format == "safetensors":
+        assert "quantized to 4 bits and stored as floats by" in text
     refused = dict(re.findall(r"^- ([\w.-]+): (.*)$", loading, re.MULTILINE))
     expected = {name: verdict["reason"] for name, verdict in verdicts.items() if not verdict["loads"]}
     converted = "bittern convert me/tiny-4bit -o tiny-4bit.gguf --target llama.cpp" in loading
@@ -204,6 +210,22 @@ def test_evaluations_stand_in_the_text_and_in_the_model_index(artifact: Path) ->
         ("stories", None, "accuracy"): 0.5,
     }
     assert {each.dataset_type for each in results} == {"test.txt", "org/quiz", "stories"}
+
+
+def test_measurements_with_other_settings_are_told_apart(artifact: Path) -> None:
+    text_record, task = EVALUATIONS[0], next(each for each in EVALUATIONS if each["what"] == "task")
+    rough = {**text_record, "perplexity": 6.8, "settings": {"activations": "a8", "lm_head_bits": 8}}
+    last_word = {**task, "name": "words", "accuracy": None, "exact_match": 0.5, "base_exact_match": 0.75}
+    change(artifact, evaluations=[rough, text_record, last_word])
+    text = card_of(artifact)
+    assert "| test.txt, 4 x 512 tokens (inputs of 8 bits, head in 8 bits) | 6.8 |" in text
+    assert "| test.txt, 4 x 512 tokens | 6.731 |" in text
+    assert re.search(r"\| words, \d+ questions \| 50\.0 % \| 75\.0 % \|", text)
+    _, results = model_index_to_eval_results(data_of(text)["model-index"])
+    configs = {each.dataset_config: each.metric_value for each in results if each.metric_type == "perplexity"}
+    both = "4 windows of 512 tokens (inputs of 8 bits, head in 8 bits)"
+    assert configs == {"4 windows of 512 tokens": 6.7312, both: 6.8}
+    assert [conditions(each) for each in evaluations({"evaluations": [rough, text_record]})] == ["", conditions(rough)]
 
 
 def test_benchmarks_of_the_hub_become_files_that_it_collects(artifact: Path) -> None:

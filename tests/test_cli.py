@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -466,9 +467,8 @@ def test_a_chat_uses_the_template_and_remembers(
     template = "{% for m in messages %}{{ m.content }} then {% endfor %}"
     (folder / "chat_template.jinja").write_text(template)
     prompts: list[int] = []
-    from bittern.runtime import generate as module
-
-    answer = module.generate
+    from bittern.runtime import chat as module
+    from bittern.runtime.generate import generate as answer
 
     def spy(*arguments: object, **options: object) -> object:
         prompts.append(arguments[2].shape[1])  # type: ignore[attr-defined]
@@ -480,6 +480,41 @@ def test_a_chat_uses_the_template_and_remembers(
     assert shown.code == 0
     # "the cat then", and then "the cat then", three new words, "then", "the dog then"
     assert prompts == [3, 3 + 3 + 1 + 3]
+
+
+def test_a_chat_outlives_a_full_context_and_a_bad_line(
+    run: Bittern, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = with_value(model, tmp_path / "chatty", "lm_head.weight", 0.0)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
+    lines = ["the cat", "Once \udcff", *["the dog"] * 12, "the cat " * 60, "the dog"]
+    monkeypatch.setattr(sys, "stdin", Terminal("\n".join(lines)))
+    shown = run("run", folder, "--max-new-tokens", 40, "--ignore-eos")
+    assert shown.code == 0
+    notes = shown.err.splitlines()
+    assert notes.count("error: what was typed: expected UTF-8 text, found other bytes at character 5") == 1
+    assert sum("the oldest turns are forgotten" in note for note in notes) > 5
+    assert sum(note.startswith("error: ") and "do not fit a context" in note for note in notes) == 1  # the long line
+    assert shown.out.count("> ") == len(lines) + 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", "the", "--top-p", 0.9], "top_p: needs a temperature above 0"),
+        (["--prompt", "the", "--top-k", 5], "top_k: needs a temperature above 0"),
+        (["--prompt", "Once \udcff"], "expected UTF-8 text, found other bytes at character 5"),
+    ],
+)
+def test_run_refuses(run: Bittern, model: Path, options: list[Any], message: str) -> None:
+    shown = run("run", model, *options)
+    assert shown.code == 1 and message in shown.err and len(shown.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("options", [["--threads", 257], ["--threads", 100_000], ["--seed", 2**64]])
+def test_numbers_that_nothing_takes_are_usage_errors(run: Bittern, model: Path, options: list[Any]) -> None:
+    shown = run("run", model, "--prompt", "the", *options)
+    assert shown.code == 2 and "is not in the range" in shown.err
 
 
 def test_eval_against_the_base(run: Bittern, model: Path, artifact: Path, text: Path) -> None:

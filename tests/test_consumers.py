@@ -11,7 +11,8 @@ import pytest
 
 from bittern.consumers import TARGETS, asks_dequantize, cannot_hold, check_target, choose_format, verdicts
 from bittern.errors import BitternError
-from bittern.layout import Layout, planned_layout, with_old_rope
+from bittern.layout import Layout, planned_layout
+from bittern.rope import with_old_rope
 from bittern.weight import QuantSpec
 
 PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")

@@ -159,7 +159,8 @@ def test_downloads_what_a_checkpoint_needs_and_works_offline_afterwards(hub: Hub
     assert good[:2] == same[:2] == [[1, 1, 1], COMMIT]
     assert old[:2] == [[2, 2, 2], COMMIT]
     assert other == (
-        "org/other: the Hub cannot be reached (HF_HUB_OFFLINE is set) and the cache holds no complete copy"
+        "org/other: no such folder here, the Hub cannot be reached (HF_HUB_OFFLINE is set)"
+        " and the cache holds no complete copy"
     )
 
 
@@ -174,7 +175,7 @@ def test_says_why_a_repository_cannot_be_had(hub: Hub, tmp_path: Path) -> None:
 
 def test_says_that_there_is_no_network(tmp_path: Path) -> None:
     (message,) = opened(tmp_path / "cache", [("org/good", None)], HF_ENDPOINT="http://127.0.0.1:9")
-    assert message.startswith("org/good: the Hub cannot be reached (")
+    assert message.startswith("org/good: no such folder here, the Hub cannot be reached (")
     assert "\n" not in message
     assert message.endswith("and the cache holds no complete copy")
 
@@ -185,4 +186,7 @@ def test_a_copy_without_all_its_weights_is_not_taken_for_whole(hub: Hub, tmp_pat
     (Path(folder) / "model.safetensors").unlink()
     (message,) = opened(cache, [("org/good", None)], HF_ENDPOINT=hub.endpoint, HF_HUB_OFFLINE="1")
     # huggingface_hub 2 notices by itself; 1 hands out the folder, and the reader notices.
-    assert message.startswith("org/good: the Hub cannot be reached (") or "expected model.safetensors" in message
+    assert (
+        message.startswith("org/good: no such folder here, the Hub cannot be reached (")
+        or "expected model.safetensors" in message
+    )

@@ -26,6 +26,7 @@ from bittern.convert.cast import DTYPES, tied_tensors
 from bittern.convert.gguf_model import GgufModel, read_model
 from bittern.convert.gguf_tensors import PlannedTensor, pieces, plan_tensors
 from bittern.convert.gguf_vocabulary import Vocabulary, read_vocabulary
+from bittern.disk import reserve
 from bittern.errors import BitternError
 from bittern.formats.gguf import BLOCK_BYTES, refuse
 from bittern.formats.gguf_file import CHANGED_KEY, DEGRADED_KEY, GRIDS_KEY
@@ -180,7 +181,7 @@ def write_gguf(
             available = shutil.disk_usage(path.parent).free
             if size - start > available:
                 raise BitternError(f"output {out}: needs {size} bytes of disk space, {available} are available")
-            os.posix_fallocate(file, 0, size)
+            reserve(file, size)
         done = 0
         for tensor in plan:
             error = relative = 0.0

@@ -27,7 +27,9 @@ from bittern.report import MANIFEST_FILE, runs
 from bittern.schema import check_manifest, read_manifest
 from bittern.story import (
     change_in_words,
+    conditions,
     duration,
+    evaluations,
     headline,
     percent,
     size_in_words,
@@ -152,7 +154,7 @@ def _facts(manifest: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     if size and size["output"]["bits_per_weight"]["without_embeddings"] is not None:
         bits = size["output"]["bits_per_weight"]
         found.append(("Bits per weight", f"{bits['without_embeddings']:.2f}", f"{bits['all']:.2f} with embeddings"))
-    for entry in manifest.get("evaluations", ())[:2]:
+    for entry in evaluations(manifest)[:2]:
         found += _measured(entry)
     measured = manifest["measured"]
     found.append(("Time", duration(measured["seconds"]), "of the last run"))
@@ -162,7 +164,7 @@ def _facts(manifest: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _measured(entry: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    name = entry["name"]
+    name = entry["name"] + conditions(entry)
     if entry["what"] == "text":
         found = []
         value, base = entry.get("perplexity"), entry.get("base_perplexity")

@@ -17,13 +17,13 @@ from bittern.calibration import CalibrationTokens
 from bittern.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from bittern.convert.cast import cast_tensors, cast_values
 from bittern.formats.packing import Packing
-from bittern.layout import with_old_rope
 from bittern.origin import source_record
 from bittern.quantize.plan import Plan
 from bittern.quantize.preflight import Job
 from bittern.quantize.resume import WorkFolder
 from bittern.quantize.tune import Tuned
 from bittern.report import degraded_notes, degraded_reason, make_manifest
+from bittern.rope import with_old_rope
 from bittern.writer import CheckpointWriter, to_json
 
 

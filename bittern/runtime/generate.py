@@ -63,6 +63,9 @@ class GenerationOptions:
         for message, holds in checks.items():
             if not holds:
                 raise BitternError(f"{message}, found {getattr(self, message.partition(':')[0])!r}")
+        for name in ("top_k", "top_p"):
+            if getattr(self, name) is not None and not self.temperature:
+                raise BitternError(f"{name}: needs a temperature above 0; at 0 the likeliest token is taken")
 
 
 @dataclass(frozen=True)

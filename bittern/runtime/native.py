@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bittern.errors import BitternError
+from bittern.runtime import MOST_THREADS
 from bittern.weight import QuantWeight
 
 ABI = 2
@@ -157,8 +158,12 @@ def _context(threads: int, name: str, process: int) -> int:
 
 
 def context(threads: int | None = None) -> int:
-    """The handle of the process's threads for ``threads``, default ``torch.get_num_threads()``; made once."""
-    return _context(threads or torch.get_num_threads(), instructions(), os.getpid())
+    """The handle of the process's threads, made once.
+
+    Args:
+        threads: by default ``torch.get_num_threads()``; :data:`MOST_THREADS` at most.
+    """
+    return _context(min(threads or torch.get_num_threads(), MOST_THREADS), instructions(), os.getpid())
 
 
 def check(status: int, function: str) -> None:

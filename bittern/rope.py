@@ -1,0 +1,38 @@
+"""RoPE in a config.json, in the words of transformers 5 and in those of the readers that do not know these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def with_old_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration that says of RoPE what it says in ``rope_parameters`` in the old words too.
+
+    transformers 5 writes the new words alone. transformers 4, mlx-lm and exllamav2 know the old ones, ``rope_theta``
+    and ``rope_scaling`` at the top level, and take a base of 10000 where they do not find them. What is there stays.
+    """
+    result = dict(config)
+    if isinstance(config.get("text_config"), dict):
+        result["text_config"] = with_old_rope(config["text_config"])
+    return {**_old_rope(config), **result}
+
+
+def says_old_rope(config: Mapping[str, Any]) -> bool:
+    """Whether the old words are there already."""
+    return _old_rope(config).keys() <= config.keys()
+
+
+def _old_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or config.get("rope_scaling") is not None:
+        return {}
+    old: dict[str, Any] = {}
+    if isinstance(rope.get("full_attention"), dict) and isinstance(rope.get("sliding_attention"), dict):
+        # Gemma 3: two bases, and scaling of one
+        old["rope_local_base_freq"] = rope["sliding_attention"].get("rope_theta")
+        rope = rope["full_attention"]
+    old |= {key: rope.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+    scaling = {key: value for key, value in rope.items() if key not in old}
+    old["rope_scaling"] = scaling if scaling.get("rope_type", "default") != "default" else None
+    return {key: value for key, value in old.items() if value is not None}
