@@ -7,7 +7,7 @@ from typing import Any
 
 
 def with_old_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration that says of RoPE what it says in ``rope_parameters`` in the old words too.
+    """A configuration that says of RoPE what it says in ``rope_parameters`` in the old words too, where there are some.
 
     transformers 5 writes the new words alone. transformers 4, mlx-lm and exllamav2 know the old ones, ``rope_theta``
     and ``rope_scaling`` at the top level, and take a base of 10000 where they do not find them. What is there stays.
@@ -15,23 +15,27 @@ def with_old_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(config)
     if isinstance(config.get("text_config"), dict):
         result["text_config"] = with_old_rope(config["text_config"])
-    return {**_old_rope(config), **result}
+    return {**(_old_rope(config) or {}), **result}
 
 
 def says_old_rope(config: Mapping[str, Any]) -> bool:
-    """Whether the old words are there already."""
-    return _old_rope(config).keys() <= config.keys()
+    """Whether the old words say already what there is to say."""
+    old = _old_rope(config)
+    return old is not None and old.keys() <= config.keys()
 
 
-def _old_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+def _old_rope(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The old words, none where they are there or none are needed; None where there are none for this."""
     rope = config.get("rope_parameters")
     if not isinstance(rope, dict) or config.get("rope_scaling") is not None:
         return {}
     old: dict[str, Any] = {}
-    if isinstance(rope.get("full_attention"), dict) and isinstance(rope.get("sliding_attention"), dict):
-        # Gemma 3: two bases, and scaling of one
-        old["rope_local_base_freq"] = rope["sliding_attention"].get("rope_theta")
-        rope = rope["full_attention"]
+    if any(isinstance(value, dict) for value in rope.values()):  # by the type of layer
+        full, sliding = rope.get("full_attention"), rope.get("sliding_attention")
+        if config.get("model_type") != "gemma3_text" or not isinstance(full, dict) or not isinstance(sliding, dict):
+            return None
+        old["rope_local_base_freq"] = sliding.get("rope_theta")
+        rope = full
     old |= {key: rope.get(key) for key in ("rope_theta", "partial_rotary_factor")}
     scaling = {key: value for key, value in rope.items() if key not in old}
     old["rope_scaling"] = scaling if scaling.get("rope_type", "default") != "default" else None

@@ -371,6 +371,25 @@ def test_rope_in_the_old_words_says_the_same(kind: str, rope: dict[str, Any]) ->
     assert with_old_rope(both) == both
 
 
+def test_transformers_reads_the_same_rope_of_every_architecture() -> None:
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    def rope(config: Any) -> list[Any]:
+        return [getattr(part, "rope_parameters", None) for part in (config, getattr(config, "text_config", None))]
+
+    seen = 0
+    for kind, made in CONFIG_MAPPING.items():
+        try:
+            words = json.loads(made().to_json_string())
+            expected = rope(AutoConfig.for_model(**copy.deepcopy(words)))
+        except Exception:
+            continue
+        seen += any(expected)
+        found = rope(AutoConfig.for_model(**copy.deepcopy(with_old_rope(words))))
+        assert found == expected, kind
+    assert seen > 100
+
+
 def test_rope_that_is_told_already_is_left_alone() -> None:
     scaling = {"rope_type": "linear", "factor": 2.0}
     told = {"rope_theta": 7.0, "rope_scaling": scaling, "rope_parameters": {"rope_type": "default", "rope_theta": 9.0}}
