@@ -19,9 +19,12 @@ def with_old_rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def says_old_rope(config: Mapping[str, Any]) -> bool:
-    """Whether the old words say already what there is to say."""
+    """Whether who reads the old words alone reads what is meant: a base of 10000 need not be said of a Llama."""
     old = _old_rope(config)
-    return old is not None and old.keys() <= config.keys()
+    if old is None:
+        return False
+    missing = {key: value for key, value in old.items() if key not in config}
+    return not missing or (missing == {"rope_theta": 10000} and config.get("model_type") == "llama")
 
 
 def _old_rope(config: Mapping[str, Any]) -> dict[str, Any] | None:

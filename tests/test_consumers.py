@@ -12,7 +12,7 @@ import pytest
 from bittern.consumers import TARGETS, asks_dequantize, cannot_hold, check_target, choose_format, verdicts
 from bittern.errors import BitternError
 from bittern.layout import Layout, planned_layout
-from bittern.rope import with_old_rope
+from bittern.rope import says_old_rope, with_old_rope
 from bittern.weight import QuantSpec
 
 PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")
@@ -398,6 +398,22 @@ def test_rope_that_is_told_already_is_left_alone() -> None:
     assert with_old_rope(inner)["text_config"]["rope_theta"] == 9.0
     for broken in ({}, {"rope_parameters": None}, {"rope_parameters": {"full_attention": 1, "rope_theta": None}}):
         assert with_old_rope(broken) == broken
+
+
+@pytest.mark.parametrize(
+    ("kind", "rope", "said"),
+    [
+        ("llama", {"rope_theta": 1e4, "rope_type": "default"}, True),
+        ("llama", {"rope_theta": 5e5, "rope_type": "default"}, False),
+        ("llama", LLAMA3, False),
+        ("qwen2", {"rope_theta": 1e4, "rope_type": "default"}, False),
+        ("lfm3", {"full_attention": SCALED, "sliding_attention": SCALED}, False),
+    ],
+)
+def test_who_reads_the_old_words_alone(kind: str, rope: dict[str, Any], said: bool) -> None:
+    config = {"model_type": kind, "rope_parameters": rope}
+    assert says_old_rope(config) == said
+    assert says_old_rope(with_old_rope(config)) == (kind != "lfm3")
 
 
 @pytest.mark.parametrize(
