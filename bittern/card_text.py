@@ -89,8 +89,8 @@ def _opening(facts: Facts) -> str:
         what += f" and quantized to {_bits(facts)} bits" if quantization else ""
     elif quantization:
         what = f"quantized to {_bits(facts)} bits"
-    elif layer_records(dict(facts.manifest)):
-        bits = dict.fromkeys(str(record["bits"]) for record in layer_records(dict(facts.manifest)) if "bits" in record)
+    elif records := layer_records(dict(facts.manifest)):
+        bits = dict.fromkeys(str(each["bits"]) for each in records if "bits" in each)
         what = f"quantized to {' and '.join(bits)} bits and stored as floats"
     else:
         what = f"converted to {runs[0].get('dtype') or 'another format'}"

@@ -272,13 +272,12 @@ def _bounded(model: PreTrainedModel, prompts: Sequence[Tensor], options: Generat
     """Without --max-new-tokens: what the context holds beside the longest prompt, and NEW_TOKENS at most."""
     from dataclasses import replace
 
-    from bittern.tokenizer import context_length
+    from bittern.runtime.generate import room_beside
 
     if options.max_new_tokens is not None:
         return options
-    limit, longest = context_length(model.config), max(ids.shape[-1] for ids in prompts)
-    room = NEW_TOKENS if limit is None else max(1, min(NEW_TOKENS, limit - longest))
-    return replace(options, max_new_tokens=room)
+    longest = max(ids.shape[-1] for ids in prompts)
+    return replace(options, max_new_tokens=room_beside(model, longest, NEW_TOKENS))
 
 
 def _stream(text: str) -> None:

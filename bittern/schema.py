@@ -80,9 +80,8 @@ def carried(checkpoint: Checkpoint) -> tuple[dict[str, Any] | None, list[str]]:
 
 def told_by_gguf(checkpoint: Checkpoint) -> dict[str, list[str]]:
     """What a GGUF source has in the place of such a manifest: ``changed``, where it says so."""
-    return (
-        {"changed": sorted(checkpoint.gguf.changed)} if checkpoint.gguf is not None and checkpoint.gguf.changed else {}
-    )
+    changed = checkpoint.gguf.changed if checkpoint.gguf is not None else ()
+    return {"changed": sorted(changed)} if changed else {}
 
 
 @cache

@@ -42,6 +42,17 @@ def leading_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return ids[0] if len(ids) > 1 and ids[0] == tokenizer.bos_token_id else None
 
 
+def check_length(config: PretrainedConfig, seqlen: int) -> None:
+    """Refuse windows that are longer than a model's context.
+
+    Raises:
+        BitternError: naming both.
+    """
+    context = context_length(config)
+    if context is not None and seqlen > context:
+        raise BitternError(f"seqlen {seqlen}: this model's context is {context} tokens")
+
+
 def context_length(config: PretrainedConfig) -> int | None:
     """Tokens that a model was made for; None where its config sets no limit (ALiBi, state spaces)."""
     text = config.get_text_config(decoder=True)

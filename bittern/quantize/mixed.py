@@ -25,8 +25,8 @@ from bittern.quantize.sensitivity import BITS, TOKENS, Group, Sensitivity
 STATES = 1 << 16
 """Amounts of bits that the knapsack tells apart; budgets that are finer are rounded down to these."""
 
-_PART = re.compile(r"(.*?\.\d+\.[^.]+)?")
-"""The attention or the MLP of a block, by the names of their matrices."""
+_INSIDE = re.compile(r"(?<=\.)(\d+\.[^.]+)\..*")
+"""What follows the attention or the MLP of a block in the names of their matrices, and these two."""
 
 PlanOf = Callable[[int | Mapping[str, int]], Plan]
 """The plan for the bits of all layers, or of each."""
@@ -94,7 +94,7 @@ def even_mix(plan_of: PlanOf, average: float) -> Plan:
     parts: dict[str, list[Matrix]] = {}
     for matrix, free in free_matrices(plan_of).items():
         if free:
-            parts.setdefault(_PART.match(matrix.module)[0], []).append(matrix)  # type: ignore[index]
+            parts.setdefault(_INSIDE.sub(r"\1", matrix.module), []).append(matrix)
     sizes = {part: sum(map(size, members)) for part, members in parts.items()}
     harms = {part: {bits: sizes[part] * 4.0**-bits for bits in BITS} for part in parts}
     return mix(plan_of, [Group(tuple(members), harms[part]) for part, members in parts.items()], average)[0]

@@ -131,6 +131,7 @@ def _describe_tokens(tokens: CalibrationTokens | None) -> dict[str, Any] | None:
 
 def config_files(checkpoint: Checkpoint, quantization: dict[str, Any], dtype: torch.dtype) -> dict[str, dict[str, Any]]:
     """What the configuration files of the artifact hold, by their names."""
+    # The writer would put the old words in as well; here they count as bytes that will be written.
     config = {key: value for key, value in with_old_rope(checkpoint.config).items() if key != "torch_dtype"}
     files = {"config.json": {**config, "dtype": str(dtype).removeprefix("torch."), **quantization}}
     found = quantization["quantization_config"]

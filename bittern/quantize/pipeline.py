@@ -41,7 +41,7 @@ from bittern.quantize.tune import tune, write_text
 from bittern.report import with_origin
 from bittern.schema import carried
 from bittern.size import planned_size, source_size, unchanged_cache
-from bittern.tokenizer import context_length
+from bittern.tokenizer import check_length
 from bittern.weight import QuantSpec
 from bittern.writer import MAX_SHARD_SIZE, CheckpointWriter, check_output, check_space
 
@@ -185,9 +185,8 @@ def quantize(
         solved = {matrix.parameter for block in (*plan.blocks, plan.outside) for matrix, _ in block}
         kept = copied_tensors(model, checkpoint, sources, solved, kept_dtype)
         tokens = None
-        context = context_length(model.config)
-        if method == "gptq" and context is not None and seqlen > context:
-            raise BitternError(f"seqlen {seqlen}: this model's context is {context} tokens")
+        if method == "gptq":
+            check_length(model.config, seqlen)
         if method == "gptq" and not (dry_run and not Path(dataset).exists()):
             told = None if rank else on_sampled
             tokens = _calibration(checkpoint, model, dataset, nsamples, seqlen, seed, chat_template, told)

@@ -229,14 +229,14 @@ def write_text(
         BitternError: when the text has no two windows.
     """
     batch, steps = _shape(tokens, seqlen)
-    path = _text_path(work, batch * steps)
+    path, wanted = _text_path(work, batch * steps), batch * steps + HELD_OUT
     if not path.exists():
         write_windows(
             path,
             dataset,
             checkpoint.tokenizer(),
             seqlen=seqlen,
-            count=batch * steps + HELD_OUT,
+            count=wanted,
             vocab_size=vocab_size,
             model=lambda: live.load_dense(checkpoint),
             seed=seed,
@@ -247,9 +247,9 @@ def write_text(
     if found < 2:
         path.unlink()
         raise BitternError(f"{dataset}: expected two windows of {seqlen} tokens at least to train on, found {found}")
-    if found < batch * steps + HELD_OUT:
+    if found < wanted:
         return [
-            f"{dataset}: {batch * steps + HELD_OUT} windows of {seqlen} tokens to train on and to measure asked for,"
+            f"{dataset}: {wanted} windows of {seqlen} tokens to train on and to measure asked for,"
             f" {found} found, which are shown more than once"
         ]
     return []

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from bittern.runtime.generate import GenerationOptions, chat_prompt, generate
+from bittern.runtime.generate import GenerationOptions, chat_prompt, generate, room_beside
 from bittern.tokenizer import check_text, context_length
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Chat:
             while ids.shape[1] + min(self._wanted, self._limit // 4) > self._limit and first < len(turns) - 1:
                 first += 2  # a question and its answer
                 ids = self._prompt(turns[first:])
-        room = self._wanted if self._limit is None else max(1, min(self._wanted, self._limit - ids.shape[1]))
+        room = room_beside(self._model, ids.shape[1], self._wanted)
         options = replace(self._options, max_new_tokens=room)
         result = generate(self._model, self._tokenizer, ids, options, on_text)
         self._turns = [*turns[first:], {"role": "assistant", "content": result.text}]

@@ -260,6 +260,12 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[s
     return ids
 
 
+def room_beside(model: PreTrainedModel, prompt_tokens: int, wanted: int) -> int:
+    """How many new tokens a model's context holds beside a prompt: ``wanted`` at most, and one at least."""
+    limit = context_length(model.config)
+    return wanted if limit is None else max(1, min(wanted, limit - prompt_tokens))
+
+
 def _room(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int], options: GenerationOptions
 ) -> int:

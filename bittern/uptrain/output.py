@@ -52,14 +52,11 @@ def make_manifest(
     origin, left_out = carried(checkpoint)
     length, cache = cache_size(checkpoint.config)
     notes = [*left_out, *story["notes"], *degraded_notes(reason)]
+    options = {**given, "text": None if given["text"] is None else str(given["text"])}
     manifest = base_manifest(
         "uptrain",
         source_record(checkpoint),
-        {
-            key: value if key != "text" or value is None else str(value)
-            for key, value in given.items()
-            if key != "resume"
-        },
+        {key: value for key, value in options.items() if key != "resume"},
         notes=notes,
         seconds=seconds,
     )

@@ -25,7 +25,7 @@ from bittern.formats.packing import check_name
 from bittern.processes import together, world
 from bittern.quantize.pipeline import DEFAULT_DATASET
 from bittern.quantize.resume import change, source_hashes
-from bittern.tokenizer import context_length
+from bittern.tokenizer import check_length
 from bittern.training.state import load_state, read_story, save_state
 from bittern.training.text import HELD_OUT, Windows, read_windows, write_windows
 from bittern.training.train import Run, Training, shard
@@ -134,7 +134,7 @@ def uptrain(
         check_output(Path(output), checkpoint.path, overwrite)
         model = live.build(checkpoint.config)
         counts = head_counts(model, kv_heads)
-        _check_length(model, seqlen)
+        check_length(model.config, seqlen)
         held_out = _held_out(text, checkpoint, model, seqlen)
         with _training_folder(Path(output), rank) as folder:
             settings = _settings(given, checkpoint, held_out)
@@ -230,12 +230,6 @@ def _training(given: dict[str, Any]) -> Training:
         logits=given["logits"],
         recompute=given["recompute"],
     )
-
-
-def _check_length(model: PreTrainedModel, seqlen: int) -> None:
-    context = context_length(model.config)
-    if context is not None and seqlen > context:
-        raise BitternError(f"seqlen {seqlen}: this model's context is {context} tokens")
 
 
 @contextmanager
