@@ -42,7 +42,9 @@ PEER = "gptqmodel"
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of the unquantized checkpoint")
-    parser.add_argument("--calibration", required=True, help="calibration text")
+    parser.add_argument(
+        "--calibration", nargs="+", required=True, metavar="FILE", help="calibration texts, a share of each"
+    )
     parser.add_argument(
         "--text", type=named, action="append", required=True, metavar="NAME=FILE", help="evaluation text"
     )
@@ -124,7 +126,7 @@ def calibration_ids(options: argparse.Namespace) -> tuple[Path, str]:
 
 def dataset_words(options: argparse.Namespace) -> list[str]:
     """The options by which bittern finds the same tokens."""
-    words = ["--dataset", options.calibration]
+    words = [word for path in options.calibration for word in ("--dataset", path)]
     for name in ("nsamples", "seqlen", "seed"):
         words += [f"--{name}", str(getattr(options, name))]
     return words
@@ -305,7 +307,7 @@ def show(options: argparse.Namespace, found: Sequence[Mapping[str, Any]], base: 
     print("\n" + quality_table(found, base, options.gap) + "\n\n" + cost_table(found) + "\n")
     print(
         f"{options.model}, group {options.group_size}, calibration {options.nsamples} x {options.seqlen} tokens of "
-        f"{options.calibration}, evaluation "
+        f"{', '.join(options.calibration)}, evaluation "
         + ", ".join(
             f"{base['texts'][name]['windows']} x {options.eval_seqlen} of {file}" for name, file in options.text
         )

@@ -10,6 +10,8 @@ How windows are chosen, so that anybody can make the same ones:
    ``torch.randperm(windows, generator=torch.Generator().manual_seed(seed))`` and kept in the order
    of the text. A corpus sorted by topic is thus sampled all over.
 
+Of several datasets each gives the same number of windows, and they take turns.
+
 However large the source, only about ``POOL`` windows per sample asked for are read and tokenized: a
 larger .txt file in ``nsamples`` pieces spread evenly over it, rows in their order.
 """
@@ -20,7 +22,7 @@ import codecs
 import hashlib
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +57,7 @@ class CalibrationTokens:
 
     Attributes:
         ids: int64 (samples, seqlen).
-        source: the dataset, as asked for.
+        source: the datasets, as asked for, with commas between them.
         tokens_asked: ``nsamples * seqlen``.
         tokens_found: ``ids.numel()``.
         sha256: of ``ids``, see :func:`tokens_hash`.
@@ -71,7 +73,7 @@ class CalibrationTokens:
 
 
 def load_tokens(
-    dataset: str,
+    dataset: str | Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     *,
     nsamples: int,
@@ -88,7 +90,7 @@ def load_tokens(
     Args:
         dataset: a .txt, .jsonl, .json, .parquet or .arrow file; or a dataset on the Hub as
             ``name[:config][@split]`` (split ``train`` unless named); or ``self``, text that
-            ``model`` writes: sampled at temperature 1 from BOS, never stopped at EOS.
+            ``model`` writes: sampled at temperature 1 from BOS, never stopped at EOS. Or several of them.
         tokenizer: the model's own.
         nsamples: windows wanted. Fewer found is a warning in the result.
         seqlen: tokens in a window.
@@ -106,33 +108,77 @@ def load_tokens(
     """
     if nsamples < 1 or seqlen < 2:
         raise BitternError(f"nsamples, seqlen: expected at least 1 and 2, found {nsamples} and {seqlen}")
-    if dataset == "self":
-        from transformers import PreTrainedModel
-
-        if chat_template:
-            raise BitternError("--chat-template: needs a dataset with messages, found --dataset self")
-        if model is None:
-            raise BitternError("--dataset self: needs the whole model to write the text, found none")
-        live = model if isinstance(model, PreTrainedModel) else model()
-        ids = _sample(live, tokenizer, nsamples, seqlen, seed, on_sampled)
-    else:
-        texts = read_texts(
-            dataset,
-            budget=POOL * BYTES_PER_TOKEN * nsamples * seqlen,
-            pieces=nsamples,
-            tokenizer=tokenizer if chat_template else None,
-            text_column=text_column,
-        )
-        ids = _choose(_windows(texts, tokenizer, seqlen, dataset), nsamples, seed)
-    if vocab_size is not None:
-        check_vocabulary(ids, tokenizer, vocab_size)
+    parts: list[Tensor] = []
     warnings: list[str] = []
-    if len(ids) < nsamples:
-        warnings.append(
-            f"{dataset}: {nsamples} x {seqlen} = {nsamples * seqlen} calibration tokens asked for, "
-            f"{len(ids)} x {seqlen} = {ids.numel()} found"
+    for name, count in shares(dataset, nsamples):
+        if name == "self":
+            ids = _sample(_writer(model, chat_template), tokenizer, count, seqlen, seed, on_sampled)
+        else:
+            texts = read_texts(
+                name,
+                budget=POOL * BYTES_PER_TOKEN * count * seqlen,
+                pieces=count,
+                tokenizer=tokenizer if chat_template else None,
+                text_column=text_column,
+            )
+            ids = _choose(_windows(texts, tokenizer, seqlen, name), count, seed)
+        if vocab_size is not None:
+            check_vocabulary(ids, tokenizer, vocab_size)
+        if len(ids) < count:
+            warnings.append(
+                f"{name}: {count} x {seqlen} = {count * seqlen} calibration tokens asked for, "
+                f"{len(ids)} x {seqlen} = {ids.numel()} found"
+            )
+        parts.append(ids)
+    ids = _in_turn(parts)
+    source = ", ".join(dataset_names(dataset))
+    return CalibrationTokens(ids, source, nsamples * seqlen, ids.numel(), tokens_hash(ids), tuple(warnings))
+
+
+def dataset_names(dataset: str | Sequence[str]) -> tuple[str, ...]:
+    """One dataset or several, as a tuple.
+
+    Raises:
+        BitternError: for none, and for one that is named twice.
+    """
+    names = (dataset,) if isinstance(dataset, str) else tuple(dataset)
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if not names or twice:
+        raise BitternError(
+            f"dataset: expected at least one, each once, found {', '.join(twice) + ' twice' if twice else 'none'}"
         )
-    return CalibrationTokens(ids, dataset, nsamples * seqlen, ids.numel(), tokens_hash(ids), tuple(warnings))
+    return names
+
+
+def shares(dataset: str | Sequence[str], count: int) -> list[tuple[str, int]]:
+    """How many of ``count`` windows each dataset gives: the same number, or one more for the first ones.
+
+    Raises:
+        BitternError: as :func:`dataset_names`, and for fewer windows than datasets.
+    """
+    names = dataset_names(dataset)
+    if count < len(names):
+        raise BitternError(
+            f"dataset: expected a window of each of {len(names)} at least, found {count} windows asked for"
+        )
+    return [(name, len(range(index, count, len(names)))) for index, name in enumerate(names)]
+
+
+def _in_turn(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of all, each part's spread evenly over the whole."""
+    places = torch.cat([(torch.arange(len(part)) + 0.5) / len(part) for part in parts])
+    return torch.cat(list(parts))[places.argsort(stable=True)]
+
+
+def _writer(model: PreTrainedModel | Callable[[], PreTrainedModel] | None, chat_template: bool) -> PreTrainedModel:
+    """The model that writes its own text."""
+    from transformers import PreTrainedModel
+
+    if chat_template:
+        raise BitternError("--chat-template: needs a dataset with messages, found --dataset self")
+    if model is None:
+        raise BitternError("--dataset self: needs the whole model to write the text, found none")
+    return model if isinstance(model, PreTrainedModel) else model()
 
 
 def tokens_hash(ids: Tensor) -> str:

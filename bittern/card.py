@@ -202,10 +202,11 @@ def _datasets(facts: Facts) -> list[str] | None:
     found = []
     for run in lineage(dict(facts.manifest)):
         calibration = run.get("calibration")
-        name = str(calibration.get("source", "")) if isinstance(calibration, Mapping) else ""
-        name = re.split("[:@]", name)[0]
-        if HUB_ID.fullmatch(name) and not name.endswith(_FILE_SUFFIXES):
-            found.append(name)
+        names = str(calibration.get("source", "")) if isinstance(calibration, Mapping) else ""
+        for name in names.split(", "):
+            name = re.split("[:@]", name)[0]
+            if HUB_ID.fullmatch(name) and not name.endswith(_FILE_SUFFIXES):
+                found.append(name)
     return list(dict.fromkeys(found)) or None
 
 

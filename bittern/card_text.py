@@ -164,12 +164,15 @@ def _calibration(run: Mapping[str, Any]) -> str:
     found = run.get("calibration")
     if not isinstance(found, Mapping):
         return "none"
-    name, tokens = str(found.get("source")), found.get("tokens_found")
-    # Of a local file its last name; a dataset of the Hub is org/name.
-    name = name if name.count("/") <= 1 and not name.startswith((".", "/", "~")) else PurePosixPath(name).name
+    names = ", ".join(f"`{_dataset(name)}`" for name in str(found.get("source")).split(", "))
     options = run.get("options") or {}
     windows = f", windows of {options['seqlen']}" if options.get("seqlen") else ""
-    return f"`{name}`, {_number(tokens)} tokens{windows}, seed {options.get('seed')}"
+    return f"{names}, {_number(found.get('tokens_found'))} tokens{windows}, seed {options.get('seed')}"
+
+
+def _dataset(name: str) -> str:
+    """Of a local file its last name; a dataset of the Hub is org/name."""
+    return name if name.count("/") <= 1 and not name.startswith((".", "/", "~")) else PurePosixPath(name).name
 
 
 def _kept(facts: Facts) -> str:

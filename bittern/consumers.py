@@ -67,7 +67,7 @@ class Verdict:
 
 def verdicts(layout: Layout) -> list[Verdict]:
     """Who opens a checkpoint."""
-    return [Verdict(consumer, *rule(layout)) for consumer, rule in _RULES.items()]
+    return [Verdict(consumer, *_judge(consumer, layout)) for consumer in _RULES]
 
 
 def choose_format(target: str, layout: Layout, *, allow_inexact: bool = False) -> str:
@@ -107,7 +107,7 @@ def check_target(target: str, layout: Layout) -> None:
     """
     _formats(target)
     name = layout.format or "safetensors"
-    loads, reason = _RULES[_CONSUMERS[target]](_written(target, layout, name))
+    loads, reason = _judge(_CONSUMERS[target], _written(target, layout, name))
     if loads:
         return
     other = next((other for other in TARGETS[target] if _refusal(target, layout, other) is None), None)
@@ -154,7 +154,7 @@ def _refusal(target: str, layout: Layout, name: str, allow_inexact: bool = False
     reason = None if rounds else cannot_hold(name, layout)
     if reason is not None:
         return reason
-    loads, reason = _RULES[_CONSUMERS[target]](_written(target, layout, name))
+    loads, reason = _judge(_CONSUMERS[target], _written(target, layout, name))
     return None if loads else reason
 
 
@@ -172,6 +172,16 @@ def _written(target: str, layout: Layout, name: str) -> Layout:
         dequantize=asks_dequantize(target, layout),
         quantizer=("bittern",),
     )
+
+
+def _judge(consumer: str, layout: Layout) -> tuple[bool, str]:
+    """What the consumer's rule says, unless layers have names that no other loader knows."""
+    if layout.own_names and layout.format not in (None, "gguf") and consumer not in ("bittern", "llama.cpp"):
+        return (
+            False,
+            f"{layout.own_names}: experts of one tensor, which are packed one by one under names of bittern's own",
+        )
+    return _RULES[consumer](layout)
 
 
 # The rules: one function for each loader, which says whether it opens a layout, and why not or on what condition.
@@ -365,8 +375,11 @@ def _mlx(layout: Layout) -> tuple[bool, str]:
     if layout.format is None:
         return layout.safetensors, f"{_PLAIN} of an architecture that it has" if layout.safetensors else _NO_SAFETENSORS
     if layout.format == "mlx":
-        packed = layout.experts and layout.model_type == "qwen3_moe"
-        refusal = "mlx-lm takes no packed experts of Qwen3-MoE" if packed else None
+        refusal = None
+        if layout.model_type == "gpt2":
+            refusal = "mlx-lm takes no packed layers of GPT-2"
+        elif layout.experts and layout.model_type == "qwen3_moe":
+            refusal = "mlx-lm takes no packed experts of Qwen3-MoE"
         return _answer(refusal, "mlx-lm, of an architecture that it has")
     if layout.format != "awq":
         found = "no g_idx" if layout.format in (V1, V2) and layout.has_g_idx else f"no {_NAMES[layout.format]}"

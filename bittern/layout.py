@@ -16,9 +16,13 @@ if TYPE_CHECKING:
 EXPERTS = re.compile(r"(^|\.)experts($|\.)|block_sparse_moe\.(in|out)put_linear$")
 """Found in the names of layers that are experts."""
 
+ROUTER = re.compile(r"(^|\.)(gate|router)(\.|$)")
+"""Found in the names of what chooses experts."""
+
 _IN_A_BLOCK = re.compile(r"\.\d+\..*\.weight$")
-# routers of experts are no Linear layers in transformers: nobody packs them
-_NEVER_PACKED = re.compile(r"(^|\.)(gate|router)(\.|$)|conv1d$|norm|embed")
+_ONE_OF_A_TENSOR = re.compile(r"\.\d+$")  # what bittern.model names it
+# norms and embeddings, and routers of experts: nobody packs those
+_NEVER_PACKED = re.compile(rf"{ROUTER.pattern}|conv1d$|norm|embed")
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,11 @@ class Layout:
     def act_order(self) -> bool:
         """Whether columns of one group lie apart; a group of the whole row has no order."""
         return self.desc_act and self.groups != {-1}
+
+    @property
+    def own_names(self) -> str | None:
+        """An expert that is packed under a name of bittern's own: its checkpoint keeps all of them in one tensor."""
+        return next((name for name in self.packed if _ONE_OF_A_TENSOR.search(name)), None)
 
     @property
     def experts(self) -> bool:

@@ -85,6 +85,18 @@ def format_option(formats: Sequence[str], default: str) -> Callable[[Command], C
     return click.option("--format", type=click.Choice(formats), help=help)
 
 
+def dataset_option(what: str) -> Callable[[Command], Command]:
+    """``--dataset``, one or several; None where none is named, for the function knows its default."""
+    return click.option(
+        "--dataset",
+        metavar="D",
+        multiple=True,
+        callback=lambda _, __, found: found[0] if len(found) == 1 else found or None,
+        help=f"{what}: a Hub dataset, a .txt/.jsonl/.parquet/.arrow file, or self; repeatable, the same share of each."
+        "  [default: allenai/c4:en]",
+    )
+
+
 def output_options(function: Command) -> Command:
     """The options of the commands that write a checkpoint."""
     for option in (
@@ -141,12 +153,7 @@ def quantize_options(function: Command) -> Command:
         click.option(
             "--nsamples", type=click.IntRange(min=1), default=128, show_default=True, help="Calibration windows."
         ),
-        click.option(
-            "--dataset",
-            metavar="D",
-            help="Calibration text: a Hub dataset, a .txt/.jsonl/.parquet/.arrow file, or self.  "
-            "[default: allenai/c4:en]",
-        ),
+        dataset_option("Calibration text"),
         target_option,
         format_option(FORMATS[1:], "gptq, asymmetric gptq_v2"),
         click.option(
@@ -301,11 +308,7 @@ def uptrain_options(function: Command) -> Command:
         click.option(
             "--nsamples", type=click.IntRange(min=1), default=128, show_default=True, help="Windows to convert with."
         ),
-        click.option(
-            "--dataset",
-            metavar="D",
-            help="Text: a Hub dataset, a .txt/.jsonl/.parquet/.arrow file, or self.  [default: allenai/c4:en]",
-        ),
+        dataset_option("Text"),
         click.option(
             "--passes",
             type=click.IntRange(min=0),
@@ -344,7 +347,7 @@ def generation_options(function: Command) -> Command:
         click.option(
             "--kv-cache",
             type=click.Choice(["fp32", "bf16", "int8"]),
-            help="How keys and values are kept.  [default: in the dtype of the computation]",
+            help="How layers of full attention keep keys and values.  [default: in the dtype of the computation]",
         ),
         click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-sequence token."),
         click.option("--seed", type=click.IntRange(-(2**63), 2**63 - 1), default=0, show_default=True),

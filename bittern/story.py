@@ -128,7 +128,8 @@ def _calibration(run: Mapping[str, Any]) -> str:
     found = run.get("calibration")
     if not found or "tokens_found" not in found:
         return ""
-    return f", calibrated on {_count(found['tokens_found'], 'token')} of {short_name(str(found.get('source', '?')))}"
+    names = ", ".join(short_name(name) for name in str(found.get("source", "?")).split(", "))
+    return f", calibrated on {_count(found['tokens_found'], 'token')} of {names}"
 
 
 def _repacking(run: Mapping[str, Any]) -> str:

@@ -26,6 +26,7 @@ ALLOWED = {
     "writer": {"disk", "errors", "report", "rope", "shards"},
     "formats": {"errors", "weight", "shards"},
     "checkpoint": {"disk", "errors", "shards", "writer", "formats", "hub"},
+    "ties": {"errors", "checkpoint"},
     "schema": {"errors", "report", "checkpoint"},
     "model": {"errors", "weight", "checkpoint"},
     "processes": {"errors", "model"},
@@ -52,6 +53,7 @@ ALLOWED = {
         "report",
         "schema",
         "size",
+        "ties",
     },
     "calibration": {"errors", "tokenizer"},
     "training": {"errors", "tokenizer", "calibration", "model", "processes", "evaluate", "writer"},
@@ -78,6 +80,7 @@ ALLOWED = {
         "rope",
         "schema",
         "size",
+        "ties",
     },
     "uptrain": {
         "formats",
@@ -98,8 +101,9 @@ ALLOWED = {
         "artifact",
         "schema",
         "size",
+        "ties",
     },
-    "runtime": {"errors", "weight", "formats", "checkpoint", "artifact", "tokenizer", "model"},
+    "runtime": {"errors", "weight", "formats", "checkpoint", "artifact", "tokenizer", "model", "ties"},
     "evaluate": {"errors", "tokenizer"},
     "tasks": {"errors", "tokenizer"},
     "story": {"report"},
@@ -125,7 +129,7 @@ ALLOWED = {
     },
     "verify": {"errors", "weight", "checkpoint", "compare", "model", "report", "runtime", "schema", "tokenizer"},
     "page": {"errors", "report", "schema", "story", "writer"},
-    "record": {"errors", "evaluate", "report", "schema", "tasks", "writer"},
+    "record": {"errors", "evaluate", "report", "schema", "tasks", "tokenizer", "writer"},
     "options": {"runtime"},  # its limits; nothing else stands in that folder's __init__
     "progress": {"report", "convert", "push"},
 }

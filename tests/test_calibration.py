@@ -107,6 +107,45 @@ def test_windows_begin_with_bos_where_the_tokenizer_puts_one(text: Path, with_bo
     assert all(str(with_bos.decode(row[1:])) in whole for row in ids)
 
 
+def test_several_datasets_give_the_same_share_and_take_turns(tmp_path: Path, plain: PreTrainedTokenizerFast) -> None:
+    paths = [str(tmp_path / f"{name}.txt") for name in "abc"]
+    for path, seed in zip(paths, (1, 2, 3), strict=True):
+        Path(path).write_text(words(1200, seed=seed), encoding="utf-8")
+    found = load_tokens(paths, plain, nsamples=8, seqlen=16, seed=4)
+    alone = [
+        load_tokens(path, plain, nsamples=count, seqlen=16, seed=4).ids.tolist()
+        for path, count in zip(paths, (3, 3, 2), strict=True)
+    ]
+    rows = found.ids.tolist()
+    of = [next(index for index, part in enumerate(alone) if row in part) for row in rows]
+    assert of == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert sorted(rows) == sorted(row for part in alone for row in part)
+    assert found.source == ", ".join(paths) and found.tokens_asked == found.tokens_found == 8 * 16
+
+
+def test_a_short_dataset_among_several_is_told(tmp_path: Path, text: Path, plain: PreTrainedTokenizerFast) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text(words(60), encoding="utf-8")
+    found = load_tokens([str(text), str(short)], plain, nsamples=32, seqlen=16, seed=0)
+    assert len(found.ids) < 32 and found.tokens_found == found.ids.numel()
+    assert len(found.warnings) == 1 and found.warnings[0].startswith(f"{short}: 16 x 16 = 256")
+
+
+@pytest.mark.parametrize(
+    ("names", "nsamples", "message"),
+    [
+        ([], 4, "expected at least one, each once, found none"),
+        (["a.txt", "b.txt", "a.txt"], 4, "expected at least one, each once, found a.txt twice"),
+        (["a.txt", "b.txt"], 1, "expected a window of each of 2 at least, found 1"),
+    ],
+)
+def test_datasets_that_cannot_share(
+    names: list[str], nsamples: int, message: str, plain: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(BitternError, match=message):
+        load_tokens(names, plain, nsamples=nsamples, seqlen=16, seed=0)
+
+
 def test_the_seed_decides(text: Path, plain: PreTrainedTokenizerFast) -> None:
     assert load(text, plain, seed=1).sha256 == load(text, plain, seed=1).sha256
     assert load(text, plain, seed=1).sha256 != load(text, plain, seed=2).sha256

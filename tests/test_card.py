@@ -351,6 +351,13 @@ def test_the_commands_that_make_it_again_name_no_place_on_this_machine(artifact:
     ]
 
 
+def test_every_dataset_of_the_hub_is_named(artifact: Path) -> None:
+    change(artifact, calibration={"source": "org/one:en@train, /home/me/mine.txt, org/two"})
+    text = card_of(artifact)
+    assert data_of(text)["datasets"] == ["org/one", "org/two"]
+    assert "| calibration | `org/one:en@train`, `mine.txt`, `org/two`, 128 tokens" in text and "/home/me" not in text
+
+
 def test_a_manifest_from_elsewhere_breaks_no_table(artifact: Path) -> None:
     change(artifact, notes=["a | b\n\n# headline"], source={"name": "/home/somebody/secret place/model"})
     text = card_of(artifact)

@@ -337,7 +337,7 @@ def test_a_group_size_that_does_not_divide_lists_those_that_fit(
         (["--skip", "no_such"], ["no_such", "none of"]),
         (["--skip", "."], ["nothing to quantize"]),
         (["--damp-percent", "0"], ["damp_percent", "0"]),
-        (["--seqlen", "32", "--dataset", "self", "--chat-template"], ["--chat-template", "self"]),
+        (["--seqlen", "32", "--dataset", "self", "--chat-template"], ["--chat-template", "needs rows with messages"]),
         (["--seqlen", "5000"], ["5000"]),
     ],
 )

@@ -39,6 +39,12 @@ def experts(spec: QuantSpec = FOUR) -> dict[str, Any]:
     return {"packed": dict.fromkeys(names, spec), "shapes": dict.fromkeys(names, (256, 256))}
 
 
+def fused_experts() -> dict[str, Any]:
+    """Of a checkpoint that keeps all experts of a block in one tensor."""
+    names = [*NAMES[:4], *(f"model.layers.0.mlp.experts.gate_up_proj.{expert}" for expert in (0, 1))]
+    return {"packed": dict.fromkeys(names, FOUR), "shapes": dict.fromkeys(names, (256, 256))}
+
+
 def found(made: Layout) -> dict[str, tuple[bool, str]]:
     return {verdict.consumer: (verdict.loads, verdict.reason) for verdict in verdicts(made)}
 
@@ -225,7 +231,8 @@ REFUSED = None
         (layout(None, **experts()), (CT, "gptq", "gptq", "gptq", "gguf", "mlx")),
         (layout(None, **experts(ASYM)), (REFUSED, CT, CT, "gptq_v2", "gguf", "mlx")),
         (layout(None, desc_act=True), ("gptq", REFUSED, "gptq", "gptq", REFUSED, REFUSED)),
-        (layout(None, model_type="gpt2"), (REFUSED, "gptq", "gptq", "gptq", "gguf", "mlx")),
+        (layout(None, model_type="gpt2"), (REFUSED, "gptq", "gptq", "gptq", "gguf", REFUSED)),
+        (layout(None, **fused_experts()), (REFUSED, REFUSED, REFUSED, REFUSED, "gguf", REFUSED)),
         (Layout(format=None), ("safetensors", "safetensors", "safetensors", "safetensors", "gguf", "safetensors")),
     ],
 )

@@ -16,9 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import bittern
 from bittern.checkpoint import open_checkpoint
 from bittern.convert.cast import cast_values, convert
 from bittern.errors import BitternError
+from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -92,6 +94,16 @@ def test_zeros_cost_nothing_and_underflow_costs_everything() -> None:
     assert report.max_relative_error == 1
     assert cast_values(values, torch.float32)[1].max_relative_error == 0
     assert cast_values(torch.zeros(70000), torch.bfloat16)[1].max_relative_error == 0
+
+
+@pytest.mark.parametrize("output", ["out", "out.gguf"])
+def test_clamp_is_refused_where_nothing_would_clamp(tmp_path: Path, output: str) -> None:
+    bittern.quantize(
+        tiny.save(tiny.random_model(), tmp_path / "in"), tmp_path / "made", bits=4, group_size=32, method="rtn"
+    )
+    source, what = (tmp_path / "made", "packed layers") if output == "out" else (tmp_path / "in", "gguf")
+    with pytest.raises(BitternError, match=f"clamp: expected floats of a plain checkpoint .*, found {what}"):
+        bittern.convert(source, tmp_path / output, dtype="fp16", clamp=True)
 
 
 def test_overflow_is_refused_or_clamped_and_counted(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from bittern.checkpoint import open_checkpoint
 from bittern.convert.gguf import GgufSummary, check_gguf, write_gguf
 from bittern.convert.gguf_model import read_model
 from bittern.errors import BitternError
+from bittern.model import build
 from bittern.weight import QuantSpec, QuantWeight
 from tests import tiny
 
@@ -317,6 +318,15 @@ def test_refuses_what_llama_cpp_would_compute_otherwise(
 ) -> None:
     saved = tiny.save(tiny.random_model(model_type, **config), tmp_path / "m")
     refused(saved, tmp_path / "a.gguf", words, tokenizer=False)
+
+
+def test_a_file_that_is_named_mistral_has_no_window_for_it(tmp_path: Path) -> None:
+    """transformers takes a llama of that name for a Mistral, whose window is 4096 unless a file says otherwise."""
+    source = tiny.save(tiny.random_model("mistral", sliding_window=None), tmp_path / "mistral")
+    write(source, tmp_path / "out.gguf", tokenizer=False)
+    with open_checkpoint(tmp_path / "out.gguf") as checkpoint:
+        assert checkpoint.config.get("sliding_window") is None
+        assert build(checkpoint.config).config.sliding_window is None
 
 
 def test_a_window_that_llama_cpp_does_not_have_shortens_the_context(tmp_path: Path) -> None:

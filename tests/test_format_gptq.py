@@ -225,6 +225,10 @@ def test_refuses_to_plan(out_features: int, in_features: int, group_size: int, m
         ({"g_idx": torch.zeros(64, dtype=torch.int32)}, "g_idx: puts 64 columns in one of the 2 groups"),
         ({"g_idx": torch.full((64,), 2, dtype=torch.int32)}, "g_idx: expected groups 0 to 1, found 2 to 2"),
         ({"g_idx": torch.full((64,), -1, dtype=torch.int32)}, "g_idx: expected groups 0 to 1, found -1 to -1"),
+        (
+            {"g_idx": (torch.arange(64) >= 31).int()},
+            "g_idx: expected each of 2 groups for 33 columns, found another number",
+        ),
         ({"g_idx": torch.zeros(63, dtype=torch.int32)}, "g_idx: expected int32 of shape"),
         ({"qzeros": torch.full((2, 4), -1, dtype=torch.int32)}, "qzeros: found a stored 15, which readers"),
         ({"qzeros": torch.zeros(2, 4, dtype=torch.int32)}, "qzeros: expected 8 everywhere in a symmetric 'gptq'"),

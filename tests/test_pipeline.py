@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -143,6 +144,23 @@ def test_an_older_checkpoint_without_the_prefix(source: Path, text: Path, tmp_pa
     assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+def test_several_texts(source: Path, text: Path, tmp_path: Path) -> None:
+    """They are named in the manifest and in its command, which makes the same bytes; a dry run says which it left."""
+    other = tiny.write_text(tmp_path / "other.txt", words=900)
+    shared = [str(text), str(other)]
+    manifest = run(source, tmp_path / "out", text, dataset=shared)
+    assert manifest["calibration"]["source"] == ", ".join(shared) and manifest["calibration"]["tokens_found"] == 6 * 32
+    command = manifest["command"]
+    assert [command[at + 1] for at, word in enumerate(command) if word == "--dataset"] == shared
+    again = [tmp_path / "again" if word == "OUT" else word for word in command[1:]]
+    subprocess.run([sys.executable, "-m", "bittern", *again], check=True, capture_output=True)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again")]
+    assert weights[0] == weights[1]
+    assert run(source, tmp_path / "one", text)["calibration"]["sha256"] != manifest["calibration"]["sha256"]
+    notes = run(source, tmp_path / "dry", text, dataset=[str(text), "org/a", "self"], dry_run=True)["notes"]
+    assert [note.split(" was not read")[0] for note in notes] == ["--dataset org/a", "--dataset self"]
+
+
 def test_self_calibration_needs_no_file(source: Path, tmp_path: Path) -> None:
     manifest = run(source, tmp_path / "out", Path("self"), nsamples=4)
     assert manifest["calibration"]["source"] == "self" and manifest["calibration"]["tokens_found"] == 4 * 32
@@ -230,6 +248,30 @@ def test_what_fp16_cannot_hold_is_named(source: Path, text: Path, tmp_path: Path
     run(broken, tmp_path / "out", text, dtype="bf16")
 
 
+def test_a_head_of_its_own_that_the_configuration_ties_is_not_lost(
+    source: Path, text: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tied = tiny.save(tiny.random_model(tie_word_embeddings=True), tmp_path / "tied", tokenizer)
+    tensors = load_file(tied / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    embedding = tensors["model.embed_tokens.weight"]
+    for head in (embedding.clone(), embedding.bfloat16()):  # a copy, and one in another dtype
+        save_file({**tensors, "lm_head.weight": head}, tied / "model.safetensors", {"format": "pt"})
+        run(tied, tmp_path / "out", text, overwrite=True)
+        bittern.load(tied, device="cpu")
+    other = embedding.clone()
+    other[3, 5] += 1
+    save_file({**tensors, "lm_head.weight": other}, tied / "model.safetensors", {"format": "pt"})
+    for attempt in (
+        lambda: run(tied, tmp_path / "lost", text),
+        lambda: bittern.load(tied, device="cpu"),
+        lambda: bittern.uptrain(tied, tmp_path / "lost", kv_heads=1, dataset=str(text), seqlen=32, nsamples=2),
+    ):
+        with pytest.raises(BitternError, match=r"lm_head\.weight is no copy of the embedding, but tie"):
+            attempt()
+    assert not (tmp_path / "lost").exists()
+
+
 def test_a_wrong_tokenizer_is_refused(source: Path, text: Path, tmp_path: Path) -> None:
     small = tiny.save(tiny.random_model(vocab_size=32, hidden_size=64), tmp_path / "small", tiny.make_tokenizer(text))
     with pytest.raises(BitternError, match="does not fit the model"):
@@ -290,6 +332,57 @@ def test_kill_at_any_moment_leaves_nothing_that_opens(source: Path, text: Path, 
     run(source, out, text)
     assert (out / "config.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "others"),
+    [
+        (
+            "qwen3_moe",
+            {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16},
+            ["model.layers.0.mlp.gate", "model.layers.1.mlp.gate"],
+        ),
+        (
+            "opt",
+            {"word_embed_proj_dim": 32, "ffn_dim": 96, "do_layer_norm_before": False},
+            ["model.decoder.project_in", "model.decoder.project_out"],
+        ),
+    ],
+)
+@pytest.mark.parametrize("format", ["compressed-tensors", "awq", "gptq"])
+def test_matrices_that_are_never_packed_are_named_where_readers_ask(
+    family: str, config: dict[str, Any], others: list[str], format: str, tmp_path: Path
+) -> None:
+    """vLLM takes every Linear for packed that compressed-tensors and AWQ do not name; so does transformers."""
+    source = tiny.save(tiny.random_model(family, **config), tmp_path / "source")
+    bittern.quantize(source, tmp_path / "made", bits=4, group_size=32, method="rtn")
+    bittern.quantize(source, tmp_path / "direct", bits=4, group_size=32, method="rtn", format=format)
+    bittern.convert(tmp_path / "made", tmp_path / "repacked", format=format)
+    for name in ("direct", "repacked"):
+        found = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
+        key = {"compressed-tensors": "ignore", "awq": "modules_to_not_convert"}.get(format, "dynamic")
+        told = found.get(key) or []
+        if format == "gptq":
+            assert not told
+            continue
+        named = {
+            other
+            for other in others
+            for target in told
+            if other == target or re.match(target.removeprefix("re:"), other)
+        }
+        assert named == set(others)
+        assert not any("embed_tokens" in target for target in told)
+        assert Artifact(open_checkpoint(tmp_path / name)).layers
+
+
+def test_a_linear_router_of_experts_is_no_layer_to_pack(tmp_path: Path) -> None:
+    config: dict[str, Any] = {"num_experts": 32, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+    config |= {"num_dense_layers": 1, "num_shared_experts": 1, "layer_types": ["full_attention"] * 2}
+    source = tiny.save(tiny.random_model("afmoe", **config), tmp_path / "source")
+    manifest = bittern.quantize(source, tmp_path / "out", bits=2, group_size=32, method="rtn")
+    assert manifest["kept"] == {"model.layers.1.mlp.router.gate": "a router of experts: nobody reads one packed"}
+    assert any(".experts.31." in layer["layer"] for layer in manifest["layers"])
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,23 @@ def test_a_part_of_the_windows_is_what_the_source_writes(tmp_path: Path, tokeniz
     assert mixed[-2, 0] == mixed[-1, 4] == tokenizer.bos_token_id  # sampled from BOS, the second from its middle on
 
 
+def test_several_texts_give_the_same_share_of_the_windows(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = [str(tiny.write_text(tmp_path / f"{name}.txt", words=400)) for name in "ab"]
+    Path(texts[1]).write_text(Path(texts[0]).read_text()[::-1])
+    options: dict[str, Any] = {"seqlen": 8, "vocab_size": 256}
+    parts = []
+    for text, count in zip(texts, (6, 5), strict=True):
+        write_windows(tmp_path / "w.npy", text, tokenizer, count=count, **options)
+        parts.append(read_windows(tmp_path / "w.npy", 0).ids.tolist())
+    assert [len(part) for part in parts] == [6, 5]  # however many bytes its tokens take
+    assert write_windows(tmp_path / "w.npy", texts, tokenizer, count=11, **options) == 11
+    assert read_windows(tmp_path / "w.npy", 0).ids.tolist() == parts[0] + parts[1]
+    model = tiny.random_model("llama")
+    assert write_windows(tmp_path / "w.npy", [texts[0], "self"], tokenizer, count=11, model=model, **options) == 11
+    mixed = read_windows(tmp_path / "w.npy", 0).ids
+    assert mixed[:6].tolist() == parts[0] and mixed[6, 0] == tokenizer.bos_token_id
+
+
 def test_every_second_window_begins_with_bos(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer(adds_bos=True)
     path, text = tmp_path / "w.npy", tiny.write_text(tmp_path / "text.txt", words=60)

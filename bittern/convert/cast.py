@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bittern.checkpoint import Checkpoint, CheckpointWriter, TensorInfo, open_checkpoint
 from bittern.errors import BitternError
@@ -27,6 +27,7 @@ from bittern.origin import source_record
 from bittern.report import base_manifest, with_origin
 from bittern.schema import carried, told_by_gguf
 from bittern.size import count_parameters, planned_size, size_record, stored_bytes
+from bittern.ties import tied_tensors
 from bittern.writer import MAX_SHARD_SIZE, check_output
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _PIECE_BYTES = 8 * 2**20
 _BLOCK = 2**15 - 1  # elements that stay in the cache, just too few for torch to wake its own threads
 _THREADS = 2
-_HEADS = ("lm_head", "embed_out")
 
 
 @dataclass(frozen=True)
@@ -214,28 +214,18 @@ def cast_values(values: Tensor, dtype: torch.dtype, name: str = "") -> tuple[Ten
     return result, cast
 
 
-def tied_tensors(checkpoint: Checkpoint) -> list[str]:
-    """Output heads that the configuration ties to the embedding and that equal it, so need not be stored.
-
-    Such a head and the embedding are read once more for this, up to the first difference.
-    """
-    heads = [name for name in checkpoint.tensors if name.removesuffix(".weight").rpartition(".")[2] in _HEADS]
-    if not heads or not _ties_embeddings(checkpoint.config):
-        return []
-    return [
-        head for head in heads if any(_equal(checkpoint, head, name) for name in checkpoint.tensors if name != head)
-    ]
-
-
 def cast_tensors(
-    checkpoint: Checkpoint, writer: CheckpointWriter | None, plan: Sequence[tuple[TensorInfo, str]], clamp: bool = False
+    checkpoint: Checkpoint,
+    writer: CheckpointWriter | None,
+    plan: Sequence[tuple[TensorInfo, str]],
+    clamp: bool | None = None,
 ) -> Iterator[Cast]:
     """Copy tensors from a checkpoint to a writer, cast to their planned dtypes.
 
     Args:
         writer: None only finds out whether the values fit.
         plan: what to write, and the name of each in the checkpoint.
-        clamp: as in :func:`convert`.
+        clamp: as in :func:`convert`; None where nobody can ask for it.
 
     Yields:
         The outcome of each tensor, in order.
@@ -296,6 +286,23 @@ def copied_tensors(
     return copied
 
 
+def other_matrices(
+    model: PreTrainedModel, sources: dict[str, tuple[Piece, ...]], infos: Iterable[TensorInfo]
+) -> list[str]:
+    """Layers among tensors that multiply something, as far as shapes tell: all matrices but embeddings.
+
+    Args:
+        model, sources: as of :func:`copied_tensors`.
+        infos: tensors of a checkpoint.
+    """
+    tables = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    known = {
+        name for table in tables for piece in sources.get(f"{table}.weight", ()) for name in (piece.name, piece.source)
+    }
+    matrices = [info.name for info in infos if len(info.shape) == 2 and info.name.endswith(".weight")]
+    return [name.removesuffix(".weight") for name in matrices if name not in known]
+
+
 def _in_order(
     move: Callable[[TensorInfo, str, int, int], Cast], work: Iterable[tuple[TensorInfo, str, int, int]]
 ) -> Iterator[Cast]:
@@ -320,13 +327,14 @@ def _relative_error(exact: Tensor, cast: Tensor) -> float:
     return max(1 - low, high - 1)
 
 
-def _refuse_values(cast: Cast, clamp: bool) -> None:
+def _refuse_values(cast: Cast, clamp: bool | None) -> None:
     if cast.not_finite:
         raise BitternError(f"{cast.name}: expected finite values, found {cast.not_finite} that are NaN or Inf")
     if cast.overflowed and not clamp:
+        offer = "" if clamp is None else f"--clamp would change {cast.overflowed} values, "
         raise BitternError(
-            f"{cast.name}: its largest magnitude {cast.max_magnitude:g} does not fit {cast.dtype}; --clamp would change"
-            f" {cast.overflowed} values, --dtype bf16 would hold them"
+            f"{cast.name}: its largest magnitude {cast.max_magnitude:g} does not fit {cast.dtype}; {offer}--dtype bf16"
+            " would hold them"
         )
 
 
@@ -338,27 +346,6 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
     for name in checkpoint.tensors:
         if name.endswith(".qweight"):
             raise BitternError(f"{checkpoint.source}: expected floating-point weights, found quantized ones ({name})")
-
-
-def _ties_embeddings(config: dict[str, Any]) -> bool:
-    for part in (config, config.get("text_config")):
-        if isinstance(part, dict) and "tie_word_embeddings" in part:
-            return bool(part["tie_word_embeddings"])
-    from transformers import CONFIG_MAPPING  # heavy, and needed only where config.json leaves it to the default
-
-    kind = str(config.get("model_type"))
-    return kind in CONFIG_MAPPING and bool(getattr(CONFIG_MAPPING[kind](), "tie_word_embeddings", False))
-
-
-def _equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
-    one, other = checkpoint.tensors[first], checkpoint.tensors[second]
-    if (one.shape, one.dtype) != (other.shape, other.dtype):
-        return False
-    step = _PIECE_BYTES // one.dtype.itemsize
-    return all(
-        torch.equal(*(checkpoint.read_elements(name, start, min(start + step, one.numel)) for name in (first, second)))
-        for start in range(0, one.numel, step)
-    )
 
 
 def _manifest(

@@ -22,7 +22,7 @@ from typing import Any
 import bittern
 from bittern.artifact import Artifact
 from bittern.checkpoint import Checkpoint, read_json
-from bittern.convert.cast import DTYPES, tied_tensors
+from bittern.convert.cast import DTYPES
 from bittern.convert.gguf_model import GgufModel, read_model
 from bittern.convert.gguf_tensors import PlannedTensor, pieces, plan_tensors
 from bittern.convert.gguf_vocabulary import Vocabulary, read_vocabulary
@@ -34,6 +34,7 @@ from bittern.formats.packing import check_name
 from bittern.origin import LICENCE_KEYS, checkpoint_card
 from bittern.report import MANIFEST_FILE, changed_names, degraded_notes, degraded_reason
 from bittern.shards import write_elements
+from bittern.ties import tied_tensors
 from bittern.weight import QuantSpec
 from bittern.writer import explained, fsync
 

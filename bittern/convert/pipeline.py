@@ -71,6 +71,9 @@ def convert(
         check_name(output, format)
         if format not in FORMATS:
             raise BitternError(f"format: expected one of {', '.join(FORMATS)}, found {format!r}")
+        if clamp and (packed or format != "safetensors"):
+            what = "packed layers" if packed else format
+            raise BitternError(f"clamp: expected floats of a plain checkpoint to be cast to safetensors, found {what}")
         if format == "gguf":
             from bittern.convert.gguf import write_gguf
 

@@ -18,7 +18,7 @@ from bittern import model as live
 from bittern.artifact import Artifact
 from bittern.checkpoint import Checkpoint, CheckpointWriter, TensorInfo, open_checkpoint
 from bittern.consumers import asks_dequantize
-from bittern.convert.cast import DTYPES, cast_tensors, cast_values, target_dtype, with_dtype
+from bittern.convert.cast import DTYPES, cast_tensors, cast_values, other_matrices, target_dtype, with_dtype
 from bittern.errors import BitternError
 from bittern.formats import gptq, mlx
 from bittern.formats.packing import Packing
@@ -122,8 +122,8 @@ def repack(
             for name, layer in artifact.layers.items()
             for info in packing.plan(name, layer.out_features, layer.in_features, layer.spec)
         ]
-        config = packing.config(contents.commonest, contents.grids)
         kept = contents.kept_plan(floats)
+        config = packing.config(contents.commonest, contents.grids, contents.others)
         plan = [info for info, _ in kept] + packed
         records = []
         with CheckpointWriter(
@@ -222,6 +222,7 @@ class _Contents:
         sources: see :func:`bittern.model.weight_map`.
         matrices: of the blocks, and a head of its own; parts named as in the checkpoint.
         kept: the tensors that are no part of a packed layer, without zero biases that the model lacks.
+        others: matrices among these that are no layers of the blocks, see :func:`bittern.convert.cast.other_matrices`.
         notes: what was left out.
     """
 
@@ -230,6 +231,7 @@ class _Contents:
     sources: dict[str, tuple[Piece, ...]]
     matrices: list[Matrix]
     kept: dict[str, TensorInfo]
+    others: list[str]
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -312,6 +314,7 @@ def _contents(checkpoint: Checkpoint) -> _Contents:
         sources=sources,
         matrices=live.stored_matrices(model, sources),
         kept=kept,
+        others=other_matrices(model, sources, kept.values()),
         notes=[f"{len(notes)} biases of zeros left out, which the model has no place for"] if notes else [],
     )
 

@@ -350,6 +350,8 @@ def _infer_groups(g_idx: Tensor | None, in_features: int, groups: int) -> tuple[
     if -(-in_features // group_size) != groups:
         raise BitternError(f"g_idx: puts {group_size} columns in one of the {groups} groups of {in_features} columns")
     in_order = torch.arange(in_features, device=g_idx.device) // group_size
+    if not torch.equal(g_idx.long().sort().values, in_order):
+        raise BitternError(f"g_idx: expected each of {groups} groups for {group_size} columns, found another number")
     return group_size, None if torch.equal(g_idx.long(), in_order) else g_idx.to(torch.int32)
 
 

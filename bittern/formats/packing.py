@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,13 +79,18 @@ class Packing:
         except BitternError as error:
             raise BitternError(f"{layer}: {error}") from error
 
-    def config(self, spec: QuantSpec, layers: Mapping[str, QuantSpec | None]) -> dict[str, Any]:
+    def config(
+        self, spec: QuantSpec, layers: Mapping[str, QuantSpec | None], others: Iterable[str] = ()
+    ) -> dict[str, Any]:
         """What config.json gets.
 
         Args:
             spec: the grid of most layers.
             layers: every matrix by its checkpoint name, with its grid or None when it stays floats.
+            others: matrices that are never packed, such as routers of experts. Readers of compressed-tensors and of AWQ
+                take every layer of theirs for packed that is not named; those of GPTQ and MLX look.
         """
+        named = {**layers, **{name: None for name in others if name not in layers}}
         if self.format in (gptq.V1, gptq.V2):
             found = gptq.config(
                 spec,
@@ -96,11 +101,11 @@ class Packing:
             )
             return {"quantization_config": found}
         if self.format == "awq":
-            return {"quantization_config": awq.config(spec, layers)}
+            return {"quantization_config": awq.config(spec, named)}
         if self.format == "mlx":
             found = mlx.config(spec, layers)
             return {"quantization": found, "quantization_config": found}
-        return {"quantization_config": compressed_tensors.config(spec, layers, dequantize=self.dequantize)}
+        return {"quantization_config": compressed_tensors.config(spec, named, dequantize=self.dequantize)}
 
     @property
     def metadata(self) -> dict[str, str]:

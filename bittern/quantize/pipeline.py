@@ -15,10 +15,10 @@ import torch
 
 from bittern import model as live
 from bittern.artifact import Artifact
-from bittern.calibration import CalibrationTokens, Sampled, load_tokens
+from bittern.calibration import CalibrationTokens, Sampled, dataset_names, load_tokens
 from bittern.checkpoint import Checkpoint, open_checkpoint
 from bittern.consumers import asks_dequantize, cannot_hold, check_target, choose_format, verdicts
-from bittern.convert.cast import DTYPES, cast_tensors, copied_tensors, refuse_quantized
+from bittern.convert.cast import DTYPES, cast_tensors, copied_tensors, other_matrices, refuse_quantized
 from bittern.convert.pipeline import FORMATS as CONVERT_FORMATS
 from bittern.errors import BitternError, first_line
 from bittern.formats.gptq import V1, V2
@@ -41,6 +41,7 @@ from bittern.quantize.tune import tune, write_text
 from bittern.report import with_origin
 from bittern.schema import carried
 from bittern.size import planned_size, source_size, unchanged_cache
+from bittern.ties import refuse_untied
 from bittern.tokenizer import check_length
 from bittern.weight import QuantSpec
 from bittern.writer import MAX_SHARD_SIZE, CheckpointWriter, check_output, check_space
@@ -64,7 +65,7 @@ def quantize(
     tune_tokens: int | None = None,
     format: str | None = None,
     target: str | None = None,
-    dataset: str = DEFAULT_DATASET,
+    dataset: str | Sequence[str] = DEFAULT_DATASET,
     nsamples: int = 128,
     seqlen: int = 512,
     seed: int = 0,
@@ -158,6 +159,7 @@ def quantize(
         _check_options(bits, method, damp_percent, dtype, batch_size, tuned_on)
         checkpoint = stack.enter_context(open_checkpoint(source, revision))
         refuse_quantized(checkpoint)
+        refuse_untied(checkpoint)
         if not is_gguf(output):  # of a file, check_gguf is the judge
             check_output(Path(output), checkpoint.path, overwrite)
         model = live.build(checkpoint.config)
@@ -187,7 +189,8 @@ def quantize(
         tokens = None
         if method == "gptq":
             check_length(model.config, seqlen)
-        if method == "gptq" and not (dry_run and not Path(dataset).exists()):
+        unread = [name for name in dataset_names(dataset) if not Path(name).exists()] if dry_run else []
+        if method == "gptq" and not unread:
             told = None if rank else on_sampled
             tokens = _calibration(checkpoint, model, dataset, nsamples, seqlen, seed, chat_template, told)
         windows = OwnWindows() if tokens is None else batch_windows(tokens.ids, batch_size, stages)
@@ -210,11 +213,12 @@ def quantize(
         about: dict[str, Any] = {"size": {"source": source_size(Artifact(checkpoint)), "output": output_size}}
         about |= unchanged_cache(checkpoint.config)
         solving = {**options, "effort": stages}
-        decided = decided_by(checkpoint, solving, tokens.sha256 if tokens else None, place)
+        decided = decided_by(checkpoint, solving, plan.layers, tokens.sha256 if tokens else None, place)
         for _ in cast_tensors(checkpoint, None, kept):
             pass  # what the output cannot hold is refused now
+        others = other_matrices(model, sources, (info for info, _ in kept))
         grid = plan.commonest if isinstance(bits, float) else QuantSpec(bits, plan.group_size, sym)
-        quantization = packing.config(grid, _all_layers(model, sources, plan))
+        quantization = packing.config(grid, _all_layers(model, sources, plan), others)
         files = config_files(checkpoint, quantization, kept_dtype)
         samples = 0 if method == "rtn" else share_of(nsamples if tokens is None else len(tokens.ids))
         job = Job(solver, packing, kept, samples, seqlen, batch_size, tuned_on)
@@ -226,7 +230,7 @@ def quantize(
                 **found.to_dict(),
                 "format": chosen,
                 "loads": loads,
-                "notes": _dry_notes(tokens, method, dataset, bits),
+                "notes": _dry_notes(tokens, method, unread, bits),
             }
         with WorkFolder(Path(output), decided, len(plan.blocks), resume) as work:
             resumed, spent = len(work.finished), work.seconds
@@ -370,7 +374,7 @@ def _kept_dtype(checkpoint: Checkpoint, asked: str | None) -> torch.dtype:
 def _calibration(
     checkpoint: Checkpoint,
     model: PreTrainedModel,
-    dataset: str,
+    dataset: str | Sequence[str],
     nsamples: int,
     seqlen: int,
     seed: int,
@@ -429,15 +433,14 @@ def _verdicts(job: Job, format: str) -> list[dict[str, Any]]:
     return [asdict(each) for each in verdicts(replace(layout, format=format, dequantize=job.packing.dequantize))]
 
 
-def _dry_notes(tokens: CalibrationTokens | None, method: str, dataset: str, bits: int | float) -> list[str]:
-    """What a dry run did not look at."""
+def _dry_notes(tokens: CalibrationTokens | None, method: str, unread: Sequence[str], bits: int | float) -> list[str]:
+    """What a dry run did not look at, datasets that are no files here among it."""
     measured = "which layers get how many is measured first, which takes time that is not counted"
     mixed = [f"--bits {bits}: {measured}"] if isinstance(bits, float) else []
     if tokens is not None:
         return [*mixed, *tokens.warnings]
     if method == "rtn":
         return []
-    what = (
-        "the time to write it is not counted" if dataset == "self" else "its windows are taken to be as many as asked"
-    )
-    return [*mixed, f"--dataset {dataset} was not read: {what}"]
+    written = "the time to write it is not counted"
+    taken = "its windows are taken to be as many as asked"
+    return [*mixed, *(f"--dataset {name} was not read: {written if name == 'self' else taken}" for name in unread)]

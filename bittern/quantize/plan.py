@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from bittern.checkpoint import TensorInfo
 from bittern.errors import BitternError
 from bittern.formats.packing import Packing
+from bittern.layout import EXPERTS, ROUTER
 from bittern.model import Matrix
 from bittern.weight import QuantSpec
 
@@ -100,8 +101,11 @@ def make_plan(
     chosen: list[list[tuple[Matrix, int]]] = []
     for matrices in blocks:
         chosen.append([])
+        routed = any(EXPERTS.search(part) for matrix in matrices for part, _, _ in matrix.parts)
         for matrix in matrices:
             reason = _why_kept(matrix, skipped)
+            if reason is None and routed and all(ROUTER.search(part) for part, _, _ in matrix.parts):
+                reason = "a router of experts: nobody reads one packed"
             if reason is not None:
                 plan.kept.update({part: reason for part, _, _ in matrix.parts})
                 plan.layers.update({part: None for part, _, _ in matrix.parts})

@@ -17,6 +17,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -55,20 +56,27 @@ _CHANGED = "changed."  # before the names of parameters that are not quantized
 
 
 def decided_by(
-    checkpoint: Checkpoint, options: Mapping[str, Any], tokens: str | None, device: torch.device
+    checkpoint: Checkpoint,
+    options: Mapping[str, Any],
+    layers: Mapping[str, QuantSpec | None],
+    tokens: str | None,
+    device: torch.device,
 ) -> dict[str, str]:
     """All that decides what the solver makes of a checkpoint, in words or as hashes.
 
     Args:
         checkpoint: the source.
         options: of the command; those of :data:`WITHOUT_EFFECT` are passed over.
+        layers: their grids; gradients chose those of an average of bits, which a GPU sums in any order.
         tokens: hash of the calibration tokens.
         device: where it computes.
     """
+    grids = [[name, None if grid is None else asdict(grid)] for name, grid in layers.items()]
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     return {
         **{name: _text(value) for name, value in options.items() if name not in WITHOUT_EFFECT},
         **source_hashes(checkpoint),
+        **({"bits of the layers": _hash(grids)} if isinstance(options["bits"], float) else {}),
         "calibration tokens": tokens or "none",
         "bittern": f"{bittern.__version__} {_code()}",
         "torch": torch.__version__,

@@ -8,7 +8,7 @@ its dense weights, which is freed as soon as it is there; no layer needs to know
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bittern import model as live
-from bittern.calibration import Sampled
+from bittern.calibration import Sampled, dataset_names
 from bittern.checkpoint import Checkpoint
 from bittern.errors import BitternError
 from bittern.evaluate import evaluate
@@ -206,7 +206,7 @@ def tune(
 def write_text(
     checkpoint: Checkpoint,
     work: WorkFolder,
-    dataset: str,
+    dataset: str | Sequence[str],
     chat_template: bool,
     on_sampled: Sampled | None,
     *,
@@ -243,13 +243,13 @@ def write_text(
             chat_template=chat_template,
             on_sampled=on_sampled,
         )
-    found = len(read_windows(path, seed).ids)
+    found, named = len(read_windows(path, seed).ids), ", ".join(dataset_names(dataset))
     if found < 2:
         path.unlink()
-        raise BitternError(f"{dataset}: expected two windows of {seqlen} tokens at least to train on, found {found}")
+        raise BitternError(f"{named}: expected two windows of {seqlen} tokens at least to train on, found {found}")
     if found < wanted:
         return [
-            f"{dataset}: {wanted} windows of {seqlen} tokens to train on and to measure asked for,"
+            f"{named}: {wanted} windows of {seqlen} tokens to train on and to measure asked for,"
             f" {found} found, which are shown more than once"
         ]
     return []

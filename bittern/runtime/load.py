@@ -30,6 +30,7 @@ from bittern.runtime import attention, native
 from bittern.runtime.ends import place_ends, plan_ends
 from bittern.runtime.linear import NativeMatrix, PackedExperts, QuantLinear, share_inputs
 from bittern.runtime.packed import PackedMatrix
+from bittern.ties import refuse_untied
 from bittern.weight import QuantWeight
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ def load(
         if dtype is None:
             dtype = _stored_dtype(checkpoint.config) if target.type == "cuda" else torch.float32
         place = _Place(dtype, target, settings)
+        refuse_untied(checkpoint)
         model = build(checkpoint.config, dtype)
         artifact = Artifact(checkpoint)
         sources = weight_map(model, artifact.plain, artifact.layers)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bittern.calibration import BYTES_PER_TOKEN, Sampled, load_tokens, read_texts
+from bittern.calibration import BYTES_PER_TOKEN, Sampled, load_tokens, read_texts, shares
 from bittern.errors import BitternError
 from bittern.tokenizer import check_vocabulary, encode, leading_bos
 
@@ -21,8 +22,12 @@ if TYPE_CHECKING:
 HELD_OUT = 32
 """Windows kept for evaluation when no other text is given, and a tenth of all at most."""
 
-_SPARE = 1.25  # times the bytes that the tokens should take: some text takes more
+_SPARE = 1.25  # times the bytes that the tokens should take
 _TOGETHER = 16  # windows of a large text file that are read from one place: stories and arguments go on across windows
+
+
+Rows = np.ndarray[tuple[int, int], np.dtype[np.int32]]
+"""Windows, (windows, seqlen): a Python list of their ids would take eight times as much."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Windows:
         seed: of the order.
     """
 
-    ids: np.ndarray[tuple[int, int], np.dtype[np.int32]]
+    ids: Rows
     seed: int
 
     def take(self, start: int, stop: int) -> Tensor:
@@ -49,7 +54,7 @@ class Windows:
 
 def write_windows(
     path: Path,
-    dataset: str,
+    dataset: str | Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     *,
     seqlen: int,
@@ -68,7 +73,7 @@ def write_windows(
 
     Args:
         path: the file, which appears when it is whole.
-        dataset: as in :func:`bittern.calibration.load_tokens`, ``self`` too.
+        dataset: as in :func:`bittern.calibration.load_tokens`, ``self`` too; of several each gives its share.
         tokenizer: the model's own.
         seqlen: tokens in a window.
         count: windows wanted. Fewer are found in a short text.
@@ -85,11 +90,15 @@ def write_windows(
     Raises:
         BitternError: as :func:`~bittern.calibration.load_tokens`.
     """
-    written = [] if dataset == "self" else list(_windows(dataset, tokenizer, seqlen, count - sampled, chat_template))
-    missing = sampled if written else count
-    if missing:
+    written = []
+    for name, wanted in shares(dataset, count - sampled):
+        if name == "self":
+            sampled += wanted
+        else:
+            written += _windows(name, tokenizer, seqlen, wanted, chat_template)
+    if sampled:
         drawn = load_tokens(
-            "self", tokenizer, nsamples=missing, seqlen=seqlen, seed=seed, model=model, on_sampled=on_sampled
+            "self", tokenizer, nsamples=sampled, seqlen=seqlen, seed=seed, model=model, on_sampled=on_sampled
         )
         rows = drawn.ids.numpy().astype(np.int32)
         rows[1::2] = np.roll(rows[1::2], seqlen // 2, axis=1)  # the end of a text, BOS, its beginning
@@ -110,17 +119,31 @@ def read_windows(path: Path, seed: int) -> Windows:
 
 def _windows(
     dataset: str, tokenizer: PreTrainedTokenizerBase, seqlen: int, count: int, chat_template: bool
-) -> Iterable[np.ndarray[tuple[int, int], np.dtype[np.int32]]]:
-    """Windows text by text, as arrays of int32: a Python list of ids takes eight times as much."""
+) -> list[Rows]:
+    """Windows text by text; of a text file as much is read as they take, from places all over it."""
+    path = Path(dataset)
+    if path.suffix != ".txt":  # rows come one by one
+        return list(_cut(dataset, tokenizer, seqlen, count, chat_template, sys.maxsize))
+    budget = round(_SPARE * BYTES_PER_TOKEN * count * seqlen)
+    while True:
+        found = list(_cut(dataset, tokenizer, seqlen, count, chat_template, budget))
+        if sum(map(len, found)) == count or budget >= path.stat().st_size:
+            return found
+        budget *= 2  # a token of many a script takes more bytes
+
+
+def _cut(
+    dataset: str, tokenizer: PreTrainedTokenizerBase, seqlen: int, count: int, chat_template: bool, budget: int
+) -> Iterator[Rows]:
+    """At most ``count`` windows of at least ``budget`` bytes, text by text."""
     bos = leading_bos(tokenizer)
     rows = 1 if bos is None else 2  # that share a BOS
     width = rows * seqlen - (bos is not None)
-    budget = round(_SPARE * BYTES_PER_TOKEN * count * seqlen)
     rest: list[int] = []
     found = 0
     pieces = max(1, count // _TOGETHER)
 
-    def cut(tokens: list[int], width: int) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
+    def cut(tokens: list[int], width: int) -> Rows:
         array = np.array(tokens, dtype=np.int32).reshape(-1, width)
         return (array if bos is None else np.insert(array, 0, bos, axis=1)).reshape(-1, seqlen)
 

@@ -6,7 +6,7 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bittern import model as live
-from bittern.calibration import Sampled, tokens_hash
+from bittern.calibration import Sampled, dataset_names, tokens_hash
 from bittern.checkpoint import Checkpoint, open_checkpoint
 from bittern.convert.cast import DTYPES, refuse_quantized
 from bittern.errors import BitternError
@@ -25,6 +25,7 @@ from bittern.formats.packing import check_name
 from bittern.processes import together, world
 from bittern.quantize.pipeline import DEFAULT_DATASET
 from bittern.quantize.resume import change, source_hashes
+from bittern.ties import refuse_untied
 from bittern.tokenizer import check_length
 from bittern.training.state import load_state, read_story, save_state
 from bittern.training.text import HELD_OUT, Windows, read_windows, write_windows
@@ -54,7 +55,7 @@ def uptrain(
     group: str | None = None,
     init: str = "aligned",
     passes: int | None = None,
-    dataset: str = DEFAULT_DATASET,
+    dataset: str | Sequence[str] = DEFAULT_DATASET,
     nsamples: int = 128,
     seqlen: int = 512,
     tokens: int = 0,
@@ -131,6 +132,7 @@ def uptrain(
     with together(device) as place, open_checkpoint(source, revision) as checkpoint:
         rank = world()[0]
         refuse_quantized(checkpoint)
+        refuse_untied(checkpoint)
         check_output(Path(output), checkpoint.path, overwrite)
         model = live.build(checkpoint.config)
         counts = head_counts(model, kv_heads)
@@ -331,6 +333,7 @@ def _convert(
     on_sampled: Sampled | None,
 ) -> dict[str, Any]:
     """Read the text, regroup the student's heads; what is to be known of both."""
+    named = ", ".join(dataset_names(given["dataset"]))
     seqlen, wanted = given["seqlen"], given["nsamples"] + -(-given["tokens"] // given["seqlen"])
     held = 0 if text is not None else HELD_OUT
     vocabulary = teacher.config.get_text_config(decoder=True).vocab_size
@@ -351,7 +354,7 @@ def _convert(
     notes = []
     if len(windows.ids) < wanted:
         notes.append(
-            f"{given['dataset']}: {wanted} windows of {seqlen} tokens asked for, {len(windows.ids)} found"
+            f"{named}: {wanted} windows of {seqlen} tokens asked for, {len(windows.ids)} found"
             + (", which are shown more than once" if given["tokens"] else "")
         )
     before = evaluate(teacher, held_out).perplexity
@@ -368,14 +371,14 @@ def _convert(
         "conversion_seconds": time.monotonic() - began,
         "blocks": records,
         "calibration": {
-            "source": given["dataset"],
+            "source": named,
             "tokens_asked": given["nsamples"] * seqlen,
             "tokens_found": calibration.numel(),
             "sha256": tokens_hash(calibration),
         },
         "windows": found,
         "perplexity": {
-            "text": Path(given["text"]).name if given["text"] is not None else f"held out of {given['dataset']}",
+            "text": Path(given["text"]).name if given["text"] is not None else f"held out of {named}",
             "tokens": held_out.shape[0] * (held_out.shape[1] - 1),
             "source": before,
             "converted": evaluate(student, held_out).perplexity,
@@ -405,7 +408,8 @@ def _split(windows: Windows, text: Tensor | None, given: dict[str, Any]) -> tupl
     count = len(windows.ids) - given["sampled"] // given["seqlen"]  # what the source writes comes last
     if count < 2:
         raise BitternError(
-            f"{given['dataset']}: expected two windows of {given['seqlen']} tokens at least, found {count}"
+            f"{', '.join(dataset_names(given['dataset']))}: expected two windows of {given['seqlen']} tokens at least,"
+            f" found {count}"
         )
     spread = max(10, count // HELD_OUT)
     held = list(range(spread // 2, count, spread)) or [count - 1]
