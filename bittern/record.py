@@ -16,6 +16,7 @@ from bittern.evaluate import EvalResult, check_fit, evaluate, text_windows
 from bittern.report import MANIFEST_FILE, file_record
 from bittern.schema import LARGEST_FLOAT, problem, read_manifest
 from bittern.tasks import TaskResult, evaluate_task
+from bittern.tokenizer import check_same_tokens
 from bittern.writer import explained, replace_file
 
 if TYPE_CHECKING:
@@ -86,6 +87,9 @@ def measure(
         if len(ids) < windows:
             found.notes.append(f"{text}: {windows} windows asked for, {len(ids)} found")
     base, base_tokenizer = (None, None) if against is None else load(against, decoder=False, **place | _OF_THE_MODEL)
+    if ids is not None and base is not None and base_tokenizer is not None:
+        check_fit(base, base_tokenizer, ids)
+        check_same_tokens(tokenizer, base_tokenizer, ids)
     kernels = str(vars(live)["kernels"])
     about = {"settings": {**{name: place.get(name) for name in _SETTINGS}, "kernels": kernels}, "base": against}
     if text is not None and ids is not None:

@@ -63,6 +63,20 @@ def context_length(config: PretrainedConfig) -> int | None:
     return None
 
 
+def check_same_tokens(tokenizer: PreTrainedTokenizerBase, base: PreTrainedTokenizerBase, ids: Tensor) -> None:
+    """Refuse ids that mean something else to a base: predictions of different tokens cannot be compared.
+
+    Raises:
+        BitternError: naming the first such id and what it is to both.
+    """
+    for token in ids.unique().tolist():  # type: ignore[no-untyped-call]
+        here, there = (each.convert_ids_to_tokens(token) for each in (tokenizer, base))
+        if here != there:
+            raise BitternError(
+                f"--against {base.name_or_path}: token {token} is {there!r} to its tokenizer, {here!r} to the model's"
+            )
+
+
 def check_vocabulary(ids: Tensor, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
     """Refuse ids that the model has no embedding for, the mark of a wrong tokenizer.
 

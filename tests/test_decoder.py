@@ -307,11 +307,38 @@ def test_check() -> None:
         ("olmo2", {}, "Olmo2ForCausalLM .* not among the decoders"),
         ("llama", {"hidden_act": "relu"}, "activation relu"),
         ("gemma3_text", {"head_dim": 16, "use_bidirectional_attention": True}, "not causal"),
+        ("gemma3_text", {"head_dim": 16, "attn_logit_softcapping": 50.0}, "Gemma 3 ignores it"),
+        (
+            "smollm3",
+            {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4},
+            "SmolLM3 slides by them",
+        ),
     ],
 )
 def test_models_that_are_left_to_transformers(model_type: str, config: dict[str, Any], reason: str) -> None:
     with pytest.raises(Unsupported, match=reason):
         attach(make(model_type, **config))
+
+
+def test_larger_tables_leave_those_in_use_alone() -> None:
+    """A call of another thread may still read them."""
+    ropes = attach(make())._ropes
+    small, held = ropes.tables(0, 10)
+    before = [(table.cos, table.sin, table.end) for table in small]
+    large, _ = ropes.tables(0, 1000)
+    assert large is not small and large[0].end >= 1000
+    assert [(table.cos, table.sin, table.end) for table in small] == before
+    assert [tensor.data_ptr() for tensor in held] == [before[0][0], before[0][1]]
+
+
+def test_a_cache_that_memory_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> Tensor:
+        raise RuntimeError("can't allocate memory")
+
+    made = attach(make())
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(BitternError, match=r"cache: 2 x 7 tokens do not fit the memory: .*can't allocate memory"):
+        made.new_cache(2, 7)
 
 
 def test_layers_that_are_left_to_transformers() -> None:

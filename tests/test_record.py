@@ -113,6 +113,25 @@ def test_the_figures_are_recorded_with_the_base_s_own(
     }  # fmt: skip
 
 
+def test_a_base_that_reads_the_text_otherwise_is_refused(
+    source: Path, artifact: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(source, tmp_path / "other")
+    path = other / "tokenizer.json"
+    found = json.loads(path.read_text())
+    known = found["model"]["vocab"]
+    first, second = sorted(known, key=known.get)[-2:]
+    known[first], known[second] = known[second], known[first]
+    path.write_text(json.dumps(found))
+    code, _, err = run(capsys, artifact, *options(text), "--against", other)
+    assert code == 1 and f"--against {other}: token " in err and repr(first) in err and repr(second) in err
+    small = tiny.save(tiny.random_model(max_position_embeddings=16), tmp_path / "small")
+    for file in source.glob("tokenizer*"):
+        shutil.copy(file, small)
+    code, _, err = run(capsys, artifact, *options(text), "--against", small)
+    assert code == 1 and "seqlen: expected at most 16" in err
+
+
 def test_a_base_is_measured_on_tasks_alone_too(
     source: Path, artifact: Path, tasks: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -193,10 +193,39 @@ def test_windows_are_not_written_out(kind: str, where: str, monkeypatch: pytest.
         AttentionInterface.register(attention.NAME, spy)
         found = model(ids).logits
     AttentionInterface.register(attention.NAME, actual)
-    assert all(mask is None or mask.shape == (1, 1, 5, 0) for mask in masks)
+    assert all(mask is None or mask.shape == (1, 1, 0, 5) for mask in masks)
     assert any(mask is not None for mask in masks)
     tolerance = 0.1 if where == "half" else 1e-4
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("where", ["native", "torch"])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_a_window_when_queries_are_left_out(queries: int, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if where == "torch":
+        monkeypatch.setattr(native, "_load", lambda: (None, "not here"))
+    query, key, value = (torch.randn(2, heads, 9, 8) for heads in (4, 2, 2))
+    window = torch.empty(1, 1, 0, 5, dtype=torch.bool)
+    module = nn.Linear(1, 1)
+    whole, _ = attention.attention(module, query, key, value, window)
+    last, _ = attention.attention(module, query[:, :, -queries:], key, value, window[:, :, -queries:])
+    torch.testing.assert_close(last, whole[:, -queries:])
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_layers_that_take_keys_from_others_slide_too(kept: int) -> None:
+    """Gemma 4 computes its last layers for the tokens alone whose logits are asked for."""
+    options = {"num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8, "sliding_window": 5}
+    options |= {"num_hidden_layers": 6, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8}
+    options |= {"vocab_size_per_layer_input": 97}
+    kinds = ["sliding_attention", "full_attention"] * 3
+    model = tiny("gemma4_text", **options, layer_types=kinds)
+    ids = torch.randint(97, (2, 19), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert attention.use(model) == attention.NAME
+        found = model(ids, logits_to_keep=kept).logits
+    torch.testing.assert_close(found, expected[:, -kept:] if kept else expected, atol=1e-4, rtol=1e-4)
 
 
 def test_chunks_are_no_windows() -> None:
@@ -206,7 +235,7 @@ def test_chunks_are_no_windows() -> None:
     options: dict[str, Any] = {"batch_size": 1, "q_length": 8, "kv_length": 8, "local_size": 4, "device": "cpu"}
     assert attention._mask(**options, config=config).shape == (1, 1, 8, 8)  # type: ignore[union-attr]
     config.attention_chunk_size = None
-    assert attention._mask(**options, config=config).shape == (1, 1, 4, 0)  # type: ignore[union-attr]
+    assert attention._mask(**options, config=config).shape == (1, 1, 0, 4)  # type: ignore[union-attr]
     packed = {**options, "allow_is_causal_skip": False}
     assert attention._mask(**packed, config=config).shape == (1, 1, 8, 8)  # type: ignore[union-attr]
 
@@ -220,6 +249,7 @@ def test_chunks_are_no_windows() -> None:
         ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2}, BIASED),
         ("gptj", {**GPT, "rotary_dim": 4}, "eager"),
         ("falcon", {"alibi": True}, "sdpa"),
+        ("deepseek_v32", {"kv_lora_rank": 16, "q_lora_rank": 16, "n_routed_experts": 2, "index_topk": 4}, "sdpa"),
     ],
 )
 def test_architectures_that_keep_their_own(family: str, options: dict[str, Any], expected: str) -> None:

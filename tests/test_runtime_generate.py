@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 import bittern
 from bittern.errors import BitternError
-from bittern.runtime import attention, native
+from bittern.runtime import attention, cache, native, step
 from bittern.runtime.generate import (
     GenerationOptions,
     GenerationResult,
@@ -34,6 +34,21 @@ SMALL = {
     "intermediate_size": 48,
     "max_position_embeddings": 64,
     "eos_token_id": 1,
+}
+
+
+TURN = 14  # tokens, beyond which LongRoPE takes its long factors
+LONGROPE: dict[str, Any] = {
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "original_max_position_embeddings": TURN,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": TURN,
+        "short_factor": [1.0, 1.1, 1.2, 1.3],
+        "long_factor": [2.0, 5.0, 9.0, 17.0],
+    },
 }
 
 
@@ -95,6 +110,7 @@ def run(
         ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
         ("bloom", {"n_layer": 2, "n_head": 4}),
         ("mamba", {"state_size": 4}),
+        ("phi3", LONGROPE),
     ],
 )
 @pytest.mark.parametrize("penalty", [1.0, 1.7])
@@ -242,6 +258,7 @@ BATCHED: dict[str, dict[str, Any]] = {
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64},
     "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4},
     "mamba": {"state_size": 4},
+    "phi3": LONGROPE,
     "lfm2": {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]},
 }
 ALONE = ("mamba", "lfm2")
@@ -301,6 +318,40 @@ def test_the_native_decoder_says_what_the_layers_say(
     assert native_decoder(cast(Any, model).bfloat16()) is None
 
 
+@pytest.mark.parametrize("decoder", [False, True])
+def test_what_longrope_turned_otherwise_is_computed_anew(
+    decoder: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Every step says what the model says of the whole sequence, before the turn and behind it."""
+    if decoder and not native.available():
+        pytest.skip(f"native runtime: {native.why_not()}")
+    tiny(tokenizer, **LONGROPE).save_pretrained(tmp_path)
+    model = bittern.load(tmp_path, device="cpu", decoder=decoder)
+    assert (native_decoder(model) is not None) == decoder
+    ids = torch.randint(len(tokenizer), (1, 20), generator=torch.Generator().manual_seed(2))
+    prompt, *others = ids[0, :10].tolist(), *ids[0, 10:].tolist()
+    forward = make_step(model, [prompt], [10], None)
+    with torch.no_grad():
+        found = [forward([prompt])[0], *(forward([[token]])[0] for token in others)]
+        for end, logits in enumerate(found, 10):
+            expected = model(ids[:, :end], use_cache=False).logits[0, -1]
+            torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_room_is_made_when_it_is_needed(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    actual = cache.new_cache
+
+    def watched(config: Any, capacity: int, stored: str | None) -> Any:
+        made.append(capacity)
+        return actual(config, capacity, stored)
+
+    monkeypatch.setattr(step, "new_cache", watched)
+    monkeypatch.setattr(step, "_AHEAD", 4)
+    result = run(tiny(tokenizer), tokenizer, max_new_tokens=None)
+    assert made == [result.prompt_tokens + 4] and result.prompt_tokens + result.new_tokens == 64
+
+
 def test_a_prompt_of_a_batch_that_does_not_fit(tokenizer: PreTrainedTokenizerFast) -> None:
     prompts = [ids_of(tokenizer, "d"), ids_of(tokenizer, "a b c" * 12)]
     with pytest.raises(BitternError, match="do not fit a context of 64"):
@@ -318,9 +369,9 @@ def test_smaller_caches(kv_cache: str, bound: float, tokenizer: PreTrainedTokeni
     prompt = ids_of(tokenizer, "duck swam away")[0].tolist()
     found = {}
     for stored in (None, "fp32", kv_cache):
-        step = make_step(model, [prompt], [30], stored)
+        forward = make_step(model, [prompt], [30], stored)
         with torch.no_grad():
-            found[stored] = torch.stack([step([prompt])[0], *(step([[token]])[0] for token in (5, 9, 200))])
+            found[stored] = torch.stack([forward([prompt])[0], *(forward([[token]])[0] for token in (5, 9, 200))])
     assert torch.equal(found["fp32"], found[None])
     error = (found[kv_cache] - found[None]).norm() / found[None].norm()
     assert 1e-6 < error < 8 * bound

@@ -20,14 +20,17 @@ if TYPE_CHECKING:
 
 NAME = "bittern"
 # What an architecture may ask of its attention and SDPA cannot do.
-_UNSUPPORTED = ("softcap", "s_aux", "position_bias", "cache")
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias", "cache", "indices", "block_indices")
+# They mask what their indexers leave out for transformers' own attention alone, which they know by its name.
+_SPARSE = ("axk2", "deepseek_v32", "dots3_note", "glm_moe_dsa", "hy_v4", "minimax_m3_vl", "mistral_large4")
 
 
 def use(model: PreTrainedModel) -> str:
     """Give a model this attention if it can have it; the name of the implementation that it ends up with.
 
-    Architectures that compute attention themselves (GPT-J, Falcon with ALiBi) or ask for more than SDPA does (soft
-    caps in Gemma 2, sinks in gpt-oss) keep their own code. BLOOM and MPT get that of alibi.py, where it runs.
+    Architectures that compute attention themselves (GPT-J, Falcon with ALiBi), ask for more than SDPA does (soft caps
+    in Gemma 2, sinks in gpt-oss) or choose which keys a query sees (DeepSeek-V3.2) keep their own code. BLOOM and MPT
+    get that of alibi.py, where it runs.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -39,6 +42,8 @@ def use(model: PreTrainedModel) -> str:
         return alibi.NAME
     if getattr(config, "attn_logit_softcapping", None) is not None or not model._supports_sdpa:
         implementation = "eager"
+    elif config.model_type.removesuffix("_text") in _SPARSE:
+        implementation = "sdpa"
     elif model._can_set_attn_implementation():
         AttentionInterface.register(NAME, attention)
         AttentionMaskInterface.register(NAME, _mask)
@@ -69,7 +74,8 @@ def attention(
         key, value: (batch, key_value_heads, keys, head_dim); key_value_heads divides heads.
         attention_mask: (batch, 1 or heads, queries, keys), boolean (True attends) or added to the scores.
             None means causal, the queries being the last ones, or the first ones of an empty static cache.
-            (1, 1, window, 0) stands for a window over keys that are as many as queries.
+            (1, 1, 0, window) stands for a window over the keys, the queries being the last ones: whoever leaves queries
+            out (Gemma 4 all but the last) cuts nothing off it.
         dropout, scaling: as in SDPA.
 
     Returns:
@@ -82,7 +88,7 @@ def attention(
         if kwargs.get(name) is not None:
             raise BitternError(f"attention: {type(module).__name__} asks for {name}; load it with its own attention")
     if attention_mask is not None and attention_mask.numel() == 0:
-        return _windowed(query, key, value, attention_mask.shape[2], dropout, scaling), None
+        return _windowed(query, key, value, attention_mask.shape[3], dropout, scaling), None
     batch, heads, queries, head_dim = query.shape
     key_value_heads = key.shape[1]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -125,7 +131,7 @@ def _mask(
     unpadded = attention_mask is None or bool(attention_mask.all())
     whole = q_length == kv_length > 1 and int(q_offset) == 0
     if window and unpadded and whole and allow_is_causal_skip and kv_length >= cast(int, local_size):
-        return torch.empty(1, 1, cast(int, local_size), 0, dtype=torch.bool, device=options.get("device"))
+        return torch.empty(1, 1, 0, cast(int, local_size), dtype=torch.bool, device=options.get("device"))
     mask: Tensor | None = sdpa_mask(
         q_length=q_length,
         kv_length=kv_length,
@@ -146,8 +152,8 @@ def _windowed(query: Tensor, key: Tensor, value: Tensor, window: int, dropout: f
     if fit and native.available():
         scale = head_dim**-0.5 if scaling is None else scaling
         return flash_attention(query, key, value, scale=scale, window=window)
-    positions = torch.arange(queries, device=query.device)
-    distances = positions[:, None] - positions
+    positions = torch.arange(key.shape[2], device=query.device)
+    distances = positions[-queries:, None] - positions
     output = functional.scaled_dot_product_attention(
         query,
         key,

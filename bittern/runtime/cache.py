@@ -116,4 +116,8 @@ def new_cache(config: PreTrainedConfig, capacity: int, stored: str | None = None
         if type(layer) is DynamicLayer:
             made = CompactLayer(capacity, str(stored)) if compact else PreallocatedLayer(capacity)
             cache.layers[index] = made
+    if compact and not any(isinstance(layer, CompactLayer) for layer in cache.layers):
+        raise BitternError(
+            f"kv_cache: expected a layer of full attention to store in {stored}, found none in {config.model_type}"
+        )
     return cache

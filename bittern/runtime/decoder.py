@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import dataclasses
+import threading
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from bittern.errors import BitternError
+from bittern.errors import BitternError, first_line
 from bittern.runtime import native
 from bittern.runtime.linear import native_matrix
 from bittern.tokenizer import context_length
@@ -163,7 +164,7 @@ class Decoder:
             _epsilon(body.norm),
             config.hidden_size**0.5 if config.model_type == "gemma3_text" else 1.0,
             attention.scaling,
-            getattr(config, "attn_logit_softcapping", None) or 0.0,
+            0.0,  # a cap of scores: no class among these has one
             getattr(config, "final_logit_softcapping", None) or 0.0,
             self._address(native.dense_matrix(_floats("embed_tokens", body.embed_tokens.weight))),
             self._address(_matrix("lm_head", head)),
@@ -191,7 +192,13 @@ class Decoder:
             raise BitternError(f"cache: expected room for something, found {sequences} sequences of {capacity} tokens")
         if self._limit is not None and capacity > self._limit and not self._ropes.dynamic:
             raise BitternError(f"cache: {capacity} tokens do not fit the model's context of {self._limit}")
-        return Cache(*self._shape, sequences, capacity, dtype)
+        try:
+            return Cache(*self._shape, sequences, capacity, dtype)
+        except RuntimeError as error:  # of torch: no memory
+            room = f"{sequences} x {capacity} tokens"
+            raise BitternError(
+                f"cache: {room} do not fit the memory: {first_line(error)}; max_new_tokens makes it smaller"
+            ) from error
 
     def forward(self, cache: Cache, tokens: Sequence[Sequence[int]]) -> Tensor:
         """Append tokens to sequences, all of them in one pass.
@@ -222,12 +229,13 @@ class Decoder:
             raise BitternError(f"tokens: expected ids below {self.vocab_size}, found {min(flat)} to {max(flat)}")
         first = min(cache.lengths[index] for index in active)
         logits = torch.empty(len(active), self.vocab_size)
+        ropes, _held = self._ropes.tables(first, end)
         integers = ctypes.c_int32
         status = native.library().bt_forward(
             native.context(self._threads),
             ctypes.byref(self._view),
             ctypes.byref(cache.view),
-            self._ropes.tables(first, end),
+            ropes,
             (integers * len(flat))(*flat),
             (integers * len(counts))(*counts),
             (integers * len(counts))(*cache.lengths),
@@ -328,31 +336,35 @@ class _Ropes:
         # These choose their frequencies by the longest sequence of a call, longrope between two sets.
         self.dynamic = any("dynamic" in each for each in types)
         self._moving = self.dynamic or "longrope" in types
+        self._lock = threading.Lock()
         self._end = 0
-        self._keep: list[Tensor] = []
-        self._made = (_Rope * len(kinds))()
+        self._made: tuple[ctypes.Array[_Rope], list[Tensor]] | None = None
 
     def table_of(self, layer: int) -> int:
         """Which table a layer uses."""
         return self._tables[layer] if len(self._kinds) > 1 else 0
 
-    def tables(self, first: int, end: int) -> ctypes.Array[_Rope]:
-        """Tables for new tokens at positions [first, end)."""
-        if self._moving:
-            ids = torch.arange(first, end)
-        elif end <= self._end:
+    def tables(self, first: int, end: int) -> tuple[ctypes.Array[_Rope], list[Tensor]]:
+        """Tables for new tokens at positions [first, end), and the tensors that they point into: another thread may
+        have larger ones made meanwhile.
+        """
+        with self._lock:
+            if not self._moving and self._made is not None and end <= self._end:
+                return self._made
+            if self._moving:
+                ids = torch.arange(first, end)
+            else:  # for more positions than asked, or every step would make them anew
+                ids = torch.arange(max(2 * self._end, end, 256))
+                self._end = len(ids)
+            made, keep = (_Rope * len(self._kinds))(), []
+            for table, kind in zip(made, self._kinds, strict=True):
+                cos, sin = (each[0].contiguous() for each in self._module(torch.empty(0), ids[None], **kind))
+                keep += [cos, sin]
+                table.cos, table.sin = cos.data_ptr(), sin.data_ptr()
+                table.first, table.end = int(ids[0]), int(ids[-1]) + 1
+                table.stride = table.rotary = cos.shape[1]
+            self._made = made, keep
             return self._made
-        else:  # for more positions than asked, or every step would make them anew
-            ids = torch.arange(max(2 * self._end, end, 256))
-            self._end = len(ids)
-        self._keep = []
-        for table, kind in zip(self._made, self._kinds, strict=True):
-            cos, sin = (each[0].contiguous() for each in self._module(torch.empty(0), ids[None], **kind))
-            self._keep += [cos, sin]
-            table.cos, table.sin = cos.data_ptr(), sin.data_ptr()
-            table.first, table.end = int(ids[0]), int(ids[-1]) + 1
-            table.stride = table.rotary = cos.shape[1]
-        return self._made
 
 
 def attach(model: PreTrainedModel, activations: str = "a16", threads: int | None = None) -> Decoder:
@@ -382,6 +394,10 @@ def attach(model: PreTrainedModel, activations: str = "a16", threads: int | None
         raise Unsupported(f"activation {_activation(config)} is not among {', '.join(_ACTIVATIONS)}")
     if getattr(config, "use_bidirectional_attention", None):
         raise Unsupported("use_bidirectional_attention: attention is not causal")
+    if config.model_type == "gemma3_text" and getattr(config, "attn_logit_softcapping", None) is not None:
+        raise Unsupported("attn_logit_softcapping: transformers' Gemma 3 ignores it")
+    if config.model_type == "smollm3" and not config.use_sliding_window and "sliding_attention" in config.layer_types:
+        raise Unsupported("layer_types: transformers' SmolLM3 slides by them, its attention layers do not know")
     if config.model_type == "mistral" and getattr(config, "layer_types", None) is not None:
         raise Unsupported("layer_types: transformers' Mistral ignores them")
     return Decoder(model, activations, threads)

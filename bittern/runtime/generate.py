@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bittern.errors import BitternError
 from bittern.runtime.cache import TYPES as CACHE_TYPES
-from bittern.runtime.step import can_batch, make_step, native_decoder
+from bittern.runtime.step import can_batch, longrope_turn, make_step, native_decoder
 from bittern.runtime.stream import TextStream
 from bittern.tokenizer import check_vocabulary, context_length
 
@@ -139,7 +139,10 @@ def generate_batch(
     rooms = [_room(model, tokenizer, prompt, options) for prompt in ids]
     limit = None if native_decoder(model) is not None else context_length(model.config)
     # Shorter prompts are filled up to the longest one, and go on as long as the one with most room.
-    fits = bool(ids) and (limit is None or max(map(len, ids)) + max(rooms) <= limit)
+    longest = max(map(len, ids)) + max(rooms) if ids else 0
+    fits = bool(ids) and (limit is None or longest <= limit)
+    turn = longrope_turn(model)  # one that is longer has all of them turned as it needs it
+    fits = fits and (turn is None or longest <= turn or len(ids) == 1)
     together = [ids] if fits and can_batch(model) else [[prompt] for prompt in ids]
     return [result for some in together for result in _generate(model, tokenizer, some, options, _unheard)]
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from bittern.runtime.decoder import Decoder
 
 Step = Callable[[Sequence[Sequence[int]]], Tensor]
+_AHEAD = 4096  # tokens that torch's cache has room for beyond the prompts at first; more of them double it
 # Models whose forward takes no positions because distances are all they look at.
 _RELATIVE = ("bloom", "mpt")
 _PADDED_LAYERS = ("full_attention", "sliding_attention")
@@ -59,16 +60,57 @@ def make_step(
         From new tokens by sequence to the logits after the last of them, fp32 (sequences, vocabulary) on the CPU;
         rows of sequences without new tokens hold anything.
     """
+    turn = longrope_turn(model)
+    if turn is not None and len(prompts) == 1:
+        return _begun_anew(turn, lambda: _plain_step(model, prompts, rooms, kv_cache))
+    return _plain_step(model, prompts, rooms, kv_cache)
+
+
+def longrope_turn(model: PreTrainedModel) -> int | None:
+    """The length beyond which LongRoPE turns all keys by other angles than up to it; None for other kinds of RoPE."""
+    config = model.config.get_text_config(decoder=True)
+    found = getattr(config, "rope_parameters", None) or {}
+    kinds = [found, *(each for each in found.values() if isinstance(each, dict))]
+    return next(
+        (int(each["original_max_position_embeddings"]) for each in kinds if each.get("rope_type") == "longrope"), None
+    )
+
+
+def _begun_anew(turn: int, make: Callable[[], Step]) -> Step:
+    """A step for one sequence that computes all of it once more where it passes ``turn``, as transformers does.
+
+    The keys in the cache were turned by the angles of a short one.
+    """
+    step = make()
+    tokens: list[int] = []
+
+    def forward(new: Sequence[Sequence[int]]) -> Tensor:
+        nonlocal step
+        before = len(tokens)
+        tokens.extend(new[0])
+        if not 0 < before <= turn < len(tokens):
+            return step(new)
+        step = make()
+        return step([tokens])
+
+    return forward
+
+
+def _plain_step(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], rooms: Sequence[int], kv_cache: str | None
+) -> Step:
+    """As :func:`make_step`, whatever becomes of RoPE."""
     decoder = native_decoder(model)
     if decoder is not None:
         longest = max(len(prompt) + room for prompt, room in zip(prompts, rooms, strict=True))
         cache = decoder.new_cache(len(prompts), longest, cast(Any, kv_cache or "fp32"))
         return lambda tokens: decoder.forward(cache, tokens)
-    capacity = max(map(len, prompts)) + max(rooms)
+    width = max(map(len, prompts))
+    capacity = width + max(rooms)
     parameters = inspect.signature(model.forward).parameters
     # State-space models call their cache by another name.
     name = "cache_params" if "cache_params" in parameters else "past_key_values"
-    fixed: dict[str, Any] = {name: new_cache(model.config, capacity, kv_cache), "use_cache": True}
+    fixed: dict[str, Any] = {name: new_cache(model.config, min(capacity, width + _AHEAD), kv_cache), "use_cache": True}
     if "logits_to_keep" in parameters:
         fixed["logits_to_keep"] = 1
     if len({len(prompt) for prompt in prompts}) == 1:
