@@ -313,6 +313,7 @@ def _chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: G
 @click.option("--text", type=click.Path(path_type=Path), help="Text to predict.")
 @click.option("--seqlen", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens in a window.")
 @click.option("--windows", type=click.IntRange(min=1), default=64, show_default=True, help="Windows, from the start.")
+@click.option("--bos", is_flag=True, help="Begin every window with BOS, without which Gemma predicts badly.")
 @click.option("--against", metavar="BASE", help="Also what this model is worth, and how far from it MODEL is.")
 @click.option("--tasks", type=click.Path(path_type=Path), multiple=True, help="File of requests. Repeatable.")
 @click.option("--limit", type=click.IntRange(min=1), help="Questions of a task, from the first.")

@@ -48,9 +48,14 @@ class EvalResult:
 
 
 def text_windows(
-    path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase, *, seqlen: int, windows: int | None = None
+    path: str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seqlen: int,
+    windows: int | None = None,
+    bos: bool = False,
 ) -> Tensor:
-    """The first non-overlapping windows of a text, int64 (windows, seqlen), without BOS.
+    """The first non-overlapping windows of a text, int64 (windows, seqlen).
 
     The text is tokenized as one stream. Fewer windows than asked for come back when it is short: the
     caller says so.
@@ -60,9 +65,10 @@ def text_windows(
         tokenizer: the model's own.
         seqlen: tokens in a window, at least 2.
         windows: how many; None for all.
+        bos: each is BOS and ``seqlen - 1`` tokens of the text; otherwise it begins as the text stands.
 
     Raises:
-        BitternError: no such file, not UTF-8, or shorter than one window.
+        BitternError: no such file, not UTF-8, shorter than one window, or a tokenizer without BOS.
     """
     path = Path(path)
     if seqlen < 2 or (windows is not None and windows < 1):
@@ -74,12 +80,16 @@ def text_windows(
         raise BitternError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise BitternError(f"{path}: expected UTF-8 text, found {error}") from error
+    if bos and tokenizer.bos_token_id is None:
+        raise BitternError(f"bos: the tokenizer {tokenizer.name_or_path!r} has no BOS token")
     ids = encode(tokenizer, text)
-    count = len(ids) // seqlen
+    width = seqlen - 1 if bos else seqlen
+    count = len(ids) // width
     if count == 0:
         raise BitternError(f"{path}: expected at least one window of {seqlen} tokens, found {len(ids)} tokens")
     count = count if windows is None else min(count, windows)
-    return torch.tensor(ids[: count * seqlen], dtype=torch.int64).view(count, seqlen)
+    found = torch.tensor(ids[: count * width], dtype=torch.int64).view(count, width)
+    return torch.cat([torch.full((count, 1), tokenizer.bos_token_id), found], dim=1) if bos else found
 
 
 def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: Tensor) -> None:

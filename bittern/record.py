@@ -16,7 +16,7 @@ from bittern.evaluate import EvalResult, check_fit, evaluate, text_windows
 from bittern.report import MANIFEST_FILE, file_record
 from bittern.schema import LARGEST_FLOAT, problem, read_manifest
 from bittern.tasks import TaskResult, evaluate_task
-from bittern.tokenizer import check_same_tokens
+from bittern.tokenizer import check_same_tokens, leading_bos
 from bittern.writer import explained, replace_file
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def measure(
     tasks: Sequence[Path],
     limit: int | None,
     batch_size: int,
+    bos: bool = False,
     **place: Any,
 ) -> Measurement:
     """Measure a model on a text and tasks, and a base beside it.
@@ -73,29 +74,38 @@ def measure(
         against: the base: KL divergence and agreement on the text, and its own figures on everything.
         tasks, limit: files of requests, and how many questions of each.
         batch_size: windows at a time.
+        bos: begin every window of the text with BOS.
         place: how models are loaded; a revision and a packed head are the model's alone.
 
     Raises:
         BitternError: for files, models and lengths that do not fit; see what this calls.
     """
     found = Measurement()
+    if bos and text is None:
+        raise BitternError("bos: windows of a text begin with it, and there is no text")
     live, tokenizer = load(model, decoder=False, **place)
     ids = None
     if text is not None:
-        ids = text_windows(text, tokenizer, seqlen=seqlen, windows=windows)
+        ids = text_windows(text, tokenizer, seqlen=seqlen, windows=windows, bos=bos)
         check_fit(live, tokenizer, ids)
         if len(ids) < windows:
             found.notes.append(f"{text}: {windows} windows asked for, {len(ids)} found")
+        if not bos and "gemma" in live.config.model_type and leading_bos(tokenizer) is not None:
+            found.notes.append(
+                "windows begin as the text stands, and Gemma predicts badly without BOS: --bos gives it one"
+            )
     base, base_tokenizer = (None, None) if against is None else load(against, decoder=False, **place | _OF_THE_MODEL)
     if ids is not None and base is not None and base_tokenizer is not None:
         check_fit(base, base_tokenizer, ids)
         check_same_tokens(tokenizer, base_tokenizer, ids)
     kernels = str(vars(live)["kernels"])
-    about = {"settings": {**{name: place.get(name) for name in _SETTINGS}, "kernels": kernels}, "base": against}
+    settings = {**{name: place.get(name) for name in _SETTINGS}, "kernels": kernels}
+    about = {"settings": settings, "base": against}
     if text is not None and ids is not None:
         with bar("windows") as on_progress:
             found.text = evaluate(live, ids, against=base, batch_size=batch_size, on_progress=on_progress)
-        found.entries.append(_text_entry(text, seqlen, found.text) | about)
+        entry = _text_entry(text, seqlen, found.text) | about
+        found.entries.append(entry | {"settings": {**settings, "bos": True}} if bos else entry)
     for file in tasks:
         with bar(file.name) as on_progress:
             result = evaluate_task(live, tokenizer, file, limit=limit, on_progress=on_progress)
@@ -149,7 +159,7 @@ def record(model: str, entries: Sequence[dict[str, Any]]) -> None:
 
 def _replaces(new: dict[str, Any], old: dict[str, Any]) -> bool:
     """Whether a measurement makes an older one useless."""
-    settings = all(new["settings"].get(name) == (old.get("settings") or {}).get(name) for name in _SETTINGS)
+    settings = all(new["settings"].get(name) == (old.get("settings") or {}).get(name) for name in (*_SETTINGS, "bos"))
     same = settings and all(new.get(name) == old.get(name) for name in _SAME)
     return same and old.get("base") in (None, new["base"])
 

@@ -51,11 +51,12 @@ def tell_run(run: Mapping[str, Any]) -> str:
 
 
 def conditions(found: Mapping[str, Any]) -> str:
-    """How a measurement was made where that is not how an artifact runs by itself: "", or as " (inputs of 8 bits)"."""
+    """How a measurement was made where that is not how an artifact runs by itself: "", or " (inputs of 8 bits)"."""
     settings = found.get("settings")
     settings = settings if isinstance(settings, Mapping) else {}
     said = ["inputs of 8 bits"] if settings.get("activations") == "a8" else []
     said += [f"head in {settings['lm_head_bits']} bits"] if settings.get("lm_head_bits") else []
+    said += ["windows from BOS"] if settings.get("bos") else []
     return f" ({', '.join(said)})" if said else ""
 
 

@@ -179,6 +179,18 @@ def test_windows_are_cut_from_the_start_without_bos(tmp_path: Path, tokenizer: P
         text_windows(path, tokenizer, seqlen=60, windows=1)
 
 
+def test_windows_may_begin_with_bos(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(f"w{i}" for i in range(1, 60)), encoding="utf-8")
+    tokenizer.bos_token = None
+    with pytest.raises(BitternError, match="has no BOS token"):
+        text_windows(path, tokenizer, seqlen=8, bos=True)
+    tokenizer.bos_token = "w90"
+    found = text_windows(path, tokenizer, seqlen=8, windows=3, bos=True)
+    assert found[:, 0].tolist() == [90] * 3
+    assert found[:, 1:].tolist() == torch.arange(1, 22).view(3, 7).tolist()
+
+
 def test_what_text_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(BitternError, match=r"none.txt: cannot be read: No such file"):
         text_windows(tmp_path / "none.txt", tokenizer, seqlen=8)

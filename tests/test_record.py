@@ -21,6 +21,7 @@ from bittern.evaluate import evaluate, text_windows
 from bittern.record import check_recordable, record
 from bittern.report import MANIFEST_FILE
 from bittern.schema import read_manifest
+from bittern.story import conditions
 from bittern.tasks import evaluate_task
 from bittern.verify import verify
 from tests import manifests, tiny
@@ -162,6 +163,26 @@ def test_the_same_again_replaces_and_another_is_added(
     assert found()[2:] == [(text.name, 16, False), ("choice", 8, False), ("choice", 4, False)]
     run(capsys, artifact, *options(text), "--record", "--dtype", "fp32")
     assert len(found()) == 6
+    run(capsys, artifact, *options(text), "--record", "--bos")
+    last = read_manifest(artifact)["evaluations"][-1]
+    assert len(found()) == 7 and last["settings"]["bos"] and conditions(last) == " (windows from BOS)"
+
+
+def test_gemma_without_bos_is_told(
+    text: Path,
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("bittern.record.leading_bos", lambda _: 0)
+    for family, told in (("gemma3_text", True), ("llama", False)):
+        model = tiny.save(tiny.random_model(family, head_dim=16), tmp_path / family, tokenizer)
+        for more in ([], ["--bos"]):
+            code, _, err = run(capsys, model, *options(text), *more)
+            assert code == 0 and ("Gemma predicts badly without BOS" in err) == (told and not more)
+    code, _, err = run(capsys, model, "--tasks", "none.jsonl", "--bos")
+    assert code == 1 and "bos: windows of a text begin with it, and there is no text" in err
 
 
 def test_the_rest_of_the_artifact_stays_as_it_is(

@@ -86,6 +86,9 @@ def value_of(point: Point, what: str) -> float | None:
     return None if found is None else float(found)
 
 
+_TEST = ("what", "sha256", "seqlen", "windows", "questions")
+
+
 def _points(manifest: Mapping[str, Any], name: str) -> list[Point]:
     """Every measurement in a manifest's chain of runs, and the base of each."""
     chain = runs(dict(manifest))
@@ -94,7 +97,7 @@ def _points(manifest: Mapping[str, Any], name: str) -> list[Point]:
     for number, run in enumerate(chain, 1):
         model = name if number == len(chain) else f"{_MADE[kind_of(run)]} {short_name(run['source']['name'])}"
         for entry in run.get("evaluations", ()):
-            test = tuple(entry.get(key) for key in ("what", "sha256", "seqlen", "windows", "questions"))
+            test = *(entry.get(key) for key in _TEST), (entry.get("settings") or {}).get("bos", False)
             found.append(Point(test, entry["name"], model, _bits(run, "output"), entry))
             base = entry.get("base")
             if base is not None:
