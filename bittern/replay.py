@@ -46,13 +46,16 @@ def capture(model: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> tuple[Tenso
         The hidden state before the first block, and one call per block.
 
     Raises:
-        BitternError: for a model that changes the hidden state between its blocks.
+        BitternError: for a model that changes the hidden state between its blocks, or shares keys among them (Gemma 4).
     """
     for as_tuple in (False, True):
         recorded = _record(model, blocks, ids, as_tuple)
         if recorded is not None:
             return recorded
-    raise BitternError(f"{type(model).__name__}: changes the hidden state between its blocks, which is not supported")
+    raise BitternError(
+        f"{type(model).__name__}: its blocks are given more of each other than the hidden state that one returns, which"
+        " is not supported; quantizing with --method rtn needs no walk through them"
+    )
 
 
 def _record(
@@ -101,7 +104,7 @@ def logits_after(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, hidden: T
         Logits, (batch, positions, vocabulary).
 
     Raises:
-        BitternError: for a model that changes the hidden state between its blocks.
+        BitternError: for a model that changes the hidden state between its blocks, or shares keys among them (Gemma 4).
     """
     for as_tuple in (False, True):
         seen: list[Tensor] = []
@@ -119,7 +122,9 @@ def logits_after(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, hidden: T
                 continue
         if all(state is hidden for state in seen[1:]) and logits.shape[:2] == hidden.shape[:2]:
             return logits
-    raise BitternError(f"{type(model).__name__}: changes the hidden state between its blocks, which is not supported")
+    raise BitternError(
+        f"{type(model).__name__}: its blocks are given more of each other than the hidden state that one returns"
+    )
 
 
 @contextmanager
