@@ -45,7 +45,13 @@ def together(device: str) -> Iterator[torch.device]:
     try:
         place = live.pick_device(device)
         if place.type == "cuda":
-            place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            local, devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if local >= devices:
+                raise BitternError(
+                    f"torchrun: expected a CUDA device for each process of this machine, found {devices};"
+                    f" --nproc-per-node {devices}, or --device cpu"
+                )
+            place = torch.device("cuda", local)
             torch.cuda.set_device(place)
         group = "nccl" if place.type == "cuda" else "gloo"
         dist.init_process_group(group, store=store, rank=rank, world_size=size, timeout=WAIT)

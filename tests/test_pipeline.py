@@ -376,6 +376,18 @@ def test_matrices_that_are_never_packed_are_named_where_readers_ask(
         assert Artifact(open_checkpoint(tmp_path / name)).layers
 
 
+def test_blocks_behind_those_of_experts_are_walked_in_stages(
+    text: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Qwen3-MoE with an MLP in its last block: what drifts in the blocks before it is corrected there."""
+    config = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+    model = tiny.random_model("qwen3_moe", num_hidden_layers=3, mlp_only_layers=[2], **config)
+    source = tiny.save(model, tmp_path / "source", tokenizer)
+    manifest = run(source, tmp_path / "out", text, bits=2, nsamples=16)
+    drifts = {layer["layer"]: "drift" in layer["left"] for layer in manifest["layers"]}
+    assert {name.split(".")[2] for name, drift in drifts.items() if drift} == {"2"}
+
+
 def test_a_linear_router_of_experts_is_no_layer_to_pack(tmp_path: Path) -> None:
     config: dict[str, Any] = {"num_experts": 32, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
     config |= {"num_dense_layers": 1, "num_shared_experts": 1, "layer_types": ["full_attention"] * 2}

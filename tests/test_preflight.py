@@ -134,6 +134,13 @@ def test_memory_of_a_tiny_model_is_as_predicted(source: Path, text: Path, tmp_pa
     assert measured["peak_memory_bytes"] == pytest.approx(predicted["peak_memory_bytes"], rel=0.15)
 
 
+def test_a_gguf_file_needs_room_for_what_it_is_made_of(source: Path, text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    plain, file = (run(source, tmp_path / name, text, dry_run=True) for name in ("out", "out.gguf"))
+    assert file["disk_bytes"] > plain["disk_bytes"] + file["prediction"]["bytes"] / 2
+    assert file["disk_bytes"] == file["prediction"]["bytes"] + file["work_bytes"]
+
+
 def test_the_activations_of_a_long_run_are_counted(source: Path, text: Path, tmp_path: Path) -> None:
     few, many = (
         run(source, tmp_path / "out", text, dry_run=True, nsamples=1 << 20, batch_size=batch, dataset="self")

@@ -120,6 +120,25 @@ def test_an_error_of_one_ends_the_others(sources: dict[str, Path], text: Path, t
     assert "cannot be written" in done.stderr
 
 
+def test_a_dry_run_needs_no_help(sources: dict[str, Path], letters: Path, tmp_path: Path) -> None:
+    """The first process rehearses by itself; it waited for the others, which had left."""
+    done = launch(TORCHRUN, sources["dense"], "-o", tmp_path / "out", "--dataset", letters, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("peak memory") == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_process_without_a_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes, "rendezvous", lambda *_, **__: iter([(object(), 1, 2)]))
+    monkeypatch.setattr(processes, "_is_first", lambda _: True)
+    monkeypatch.setattr("bittern.model.pick_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    few = "expected a CUDA device for each process of this machine, found 1"
+    with pytest.raises(BitternError, match=few), processes.together("auto"):
+        pass
+
+
 def test_a_process_without_windows_is_refused(sources: dict[str, Path], tmp_path: Path) -> None:
     short = tiny.write_text(tmp_path / "short.txt", words=40)
     done = launch(TORCHRUN, sources["dense"], "-o", tmp_path / "out", "--dataset", short)

@@ -105,13 +105,13 @@ def _groups(blocks: Sequence[Mapping[str, Any]], count: int) -> Chart | None:
         grid.append([(_tone(group_of[h]), str(group_of[h])) if h in group_of else None for h in range(shown)])
     width = max(map(len, grid))
     grid = [row + [None] * (width - len(row)) for row in grid]
-    title = "Group of each query head"
+    title = "Group of each key and value head of the source"
     summary = "Heads with the same number in a block share one key and value head, whichever heads those were before."
     heads = [str(head) for head in range(width)]
     svg = cells("groups", title, summary, [_row(block) for block in blocks], heads, grid, "block") if width else None
     table = Table(
         title,
-        ("Block", "Groups of query heads"),
+        ("Block", "Groups of these heads"),
         tuple((str(b["layer"]), "; ".join(", ".join(map(str, group)) for group in b["groups"])) for b in blocks),
         (0, 1),
     )

@@ -44,7 +44,6 @@ class Balancer:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self.model, self.dtype = model, dtype
-        self._computes_the_same: dict[Any, bool] = {}
 
     def balance(
         self,
@@ -66,8 +65,8 @@ class Balancer:
 
         Returns:
             The parameters that are no matrices of a stage and were changed, by their live names; and the matrices that
-            were, with what is left of the expected noise of those whose columns were. Nothing for a kind of block that
-            does not compute the same afterwards: its channels mean something else than they seem to.
+            were, with what is left of the expected noise of those whose columns were. Nothing for a block that does not
+            compute the same afterwards: its channels mean something else than they seem to.
         """
         original = {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
         factors: list[Tensor | None] = []
@@ -83,14 +82,10 @@ class Balancer:
                     matrices |= dict.fromkeys(stage.matrices, left)
                     if maker is not None:
                         matrices.setdefault(maker)
-            # A stage that was not worth it in one block may be wrong to touch in the next.
-            kind = (type(block), tuple(sorted(_short(matrix) for matrix in matrices)))
-            if kind not in self._computes_the_same:
-                squares = torch.stack([(call.run(block, before) - after).norm(), (after - before).norm()]).square_()
-                add_up(squares)
-                error, size = squares.sqrt().tolist()
-                self._computes_the_same[kind] = error < _TOLERANCE * max(size, 1e-30)
-            if not self._computes_the_same[kind]:
+            squares = torch.stack([(call.run(block, before) - after).norm(), (after - before).norm()]).square_()
+            add_up(squares)
+            error, size = squares.sqrt().tolist()
+            if not error < _TOLERANCE * max(size, 1e-30):
                 for name, parameter in block.named_parameters():
                     parameter.copy_(original[name])
                 return {}, {}
@@ -206,7 +201,3 @@ def _maker(stage: Stage, stages: Sequence[Stage]) -> Matrix | None:
 def _all(stages: Sequence[Stage]) -> Iterator[Matrix]:
     for stage in stages:
         yield from stage.matrices
-
-
-def _short(matrix: Matrix) -> str:
-    return ".".join(matrix.module.split(".")[-2:])

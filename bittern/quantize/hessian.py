@@ -195,7 +195,7 @@ class _Recorder(TorchFunctionMode):
             found.append(Inputs(readers, accumulator.mean(), accumulator.tokens))
         reached = {matrix for inputs in found for matrix in inputs.matrices}
         unreached = [m for m in (*self.modules.values(), *self.experts.values()) if m not in reached]
-        found += [Inputs([m], torch.zeros(m.in_features, m.in_features), 0) for m in unreached]
+        found += [Inputs([m], torch.zeros(m.in_features, m.in_features, device=self.device), 0) for m in unreached]
         return shrink_experts(found)
 
 
@@ -258,7 +258,7 @@ def shrink_experts(found: list[Inputs]) -> list[Inputs]:
         total = sum(inputs.tokens for inputs in group)
         if total == 0:
             continue
-        pooled = sum((inputs.hessian * (inputs.tokens / total) for inputs in group), torch.zeros(()))
+        pooled = sum((inputs.hessian * (inputs.tokens / total) for inputs in group), group[0].hessian.new_zeros(()))
         for inputs in group:
             inputs.prior = inputs.matrices[0].in_features / (inputs.tokens + inputs.matrices[0].in_features)
             inputs.hessian = torch.lerp(inputs.hessian, pooled.to(inputs.hessian), inputs.prior)

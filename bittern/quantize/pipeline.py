@@ -192,7 +192,7 @@ def quantize(
         unread = [name for name in dataset_names(dataset) if not Path(name).exists()] if dry_run else []
         if method == "gptq" and not unread:
             told = None if rank else on_sampled
-            tokens = _calibration(checkpoint, model, dataset, nsamples, seqlen, seed, chat_template, told)
+            tokens = _calibration(checkpoint, model, dataset, nsamples, seqlen, seed, chat_template, place, told)
         windows = OwnWindows() if tokens is None else batch_windows(tokens.ids, batch_size, stages)
         mixed: dict[str, Any] = {}
         if isinstance(bits, float) and tokens is not None and not dry_run:
@@ -221,10 +221,14 @@ def quantize(
         quantization = packing.config(grid, _all_layers(model, sources, plan), others)
         files = config_files(checkpoint, quantization, kept_dtype)
         samples = 0 if method == "rtn" else share_of(nsamples if tokens is None else len(tokens.ids))
-        job = Job(solver, packing, kept, samples, seqlen, batch_size, tuned_on)
+        beside = (
+            sum(info.nbytes for info in planned) if chosen == "gguf" else 0
+        )  # that file is made of another artifact
+        job = Job(solver, packing, kept, samples, seqlen, batch_size, tuned_on, beside)
         size = artifact_bytes(job, planned, max_shard_size, files.values()) if chosen != "gguf" else gguf_bytes(job)
         if dry_run:
-            found = predict(job, size, started)
+            with alone():  # the other processes have left
+                found = predict(job, size, started)
             loads = _verdicts(job, chosen)
             return {
                 **found.to_dict(),
@@ -235,8 +239,7 @@ def quantize(
         with WorkFolder(Path(output), decided, len(plan.blocks), resume) as work:
             resumed, spent = len(work.finished), work.seconds
             unsolved = [block for position, block in enumerate(plan.blocks) if position not in work.finished]
-            copies = 2 if chosen == "gguf" else 1  # that one is made of another artifact
-            check_space(folder, copies * sum(info.nbytes for info in planned) + stored_bytes(unsolved))
+            check_space(folder, beside + sum(info.nbytes for info in planned) + stored_bytes(unsolved))
             about["prediction"], notes = _foresee(job, size, started, work, on_prediction)
             if on_note is not None:
                 for note in (*work.notes, *notes):
@@ -246,7 +249,7 @@ def quantize(
                 vocabulary = model.config.get_text_config(decoder=True).vocab_size
                 with alone():
                     left_out += write_text(
-                        checkpoint, work, dataset, chat_template, on_sampled, vocab_size=vocabulary, **text
+                        checkpoint, work, dataset, chat_template, place, on_sampled, vocab_size=vocabulary, **text
                     )
             _solve(solver, windows, work, on_progress)
             changed = {
@@ -379,6 +382,7 @@ def _calibration(
     seqlen: int,
     seed: int,
     chat_template: bool,
+    place: torch.device,
     on_sampled: Sampled | None,
 ) -> CalibrationTokens:
     tokens = load_tokens(
@@ -389,7 +393,7 @@ def _calibration(
         seed=seed,
         chat_template=chat_template,
         vocab_size=model.config.get_text_config(decoder=True).vocab_size,
-        model=lambda: live.load_dense(checkpoint),
+        model=lambda: live.load_dense(checkpoint, device=place),
         on_sampled=on_sampled,
     )
     check_same(int(tokens.sha256[:12], 16), "as the start of the calibration tokens' hash")

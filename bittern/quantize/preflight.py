@@ -71,6 +71,7 @@ class Job:
         samples, seqlen, batch_size: calibration windows, their tokens, how many run together; no samples
             mean rounding to nearest.
         tune_tokens: that scales and norms are trained on, where they are.
+        beside: bytes of an artifact that only is on the way, which a GGUF file is made of.
     """
 
     solver: Solver
@@ -80,6 +81,7 @@ class Job:
     seqlen: int
     batch_size: int
     tune_tokens: int
+    beside: int = 0
 
     @property
     def exact_samples(self) -> int:
@@ -96,7 +98,7 @@ class Prediction:
         block_seconds: per block, when it is solved, and when it only runs since it is solved already.
         peak_memory_bytes: of the process.
         bytes: of the artifact.
-        work_bytes: of finished blocks, on the disk beside the output.
+        work_bytes: of finished blocks, and of the artifact that a GGUF file is made of, on the disk beside the output.
     """
 
     stages: dict[str, float]
@@ -198,7 +200,7 @@ def predict(job: Job, size: int, started: float) -> Prediction:
     pieces = min(_PIECES, 3 * sum(job.solver.checkpoint.tensors[stored].nbytes for _, stored in job.kept))
     held.append(pieces + max(_writing_bytes(entries, write) for entries in job.solver.plan.blocks))
     peak = max(peak_memory(), base + int(max(held)))
-    return Prediction(stages, per_block, peak, size, stored_bytes(job.solver.plan.blocks))
+    return Prediction(stages, per_block, peak, size, stored_bytes(job.solver.plan.blocks) + job.beside)
 
 
 def _block_seconds(

@@ -155,8 +155,11 @@ class Solver:
             before = exact[0].clone() if exact and self.effort.balance else None
             stages = exact_stages(self.model, block, list(entries), exact, block_calls[: len(exact)])
             check_same(0 if stages is None else len(stages), f"stages of {name}")
-            if stages is None:
-                exact.clear()  # it has not come through this block
+            if stages is None:  # it has not come through this block
+                if any(matrix.expert is not None for matrix in entries) and self._walks_after(position, missing):
+                    _advance(block, exact, block_calls[: len(exact)])
+                else:
+                    exact.clear()
             if position in finished:
                 if work is not None:
                     self._restore(position, work)
@@ -185,6 +188,11 @@ class Solver:
             heap.trim()
         if windows.exact:
             heap.for_solving()
+
+    def _walks_after(self, position: int, missing: Sequence[int]) -> bool:
+        """Whether a block without experts is still to be solved."""
+        later = [self.plan.blocks[other] for other in missing if other > position]
+        return any(all(matrix.expert is None for matrix, _ in block) for block in later)
 
     def _guide(self, batches: Sequence[Tensor]) -> Sizes:
         """What each token counts for each matrix; nothing of blocks of experts, which are not walked in stages."""

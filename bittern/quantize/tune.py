@@ -208,6 +208,7 @@ def write_text(
     work: WorkFolder,
     dataset: str | Sequence[str],
     chat_template: bool,
+    device: torch.device,
     on_sampled: Sampled | None,
     *,
     tokens: int,
@@ -220,7 +221,8 @@ def write_text(
     Args:
         checkpoint, work, tokens, seqlen: as of :func:`tune`.
         dataset, chat_template, on_sampled, vocab_size: see :func:`bittern.calibration.load_tokens`.
-        seed: of text that the model writes.
+        device: where the model writes.
+        seed: of text that it writes.
 
     Returns:
         What a user should know of it.
@@ -238,7 +240,7 @@ def write_text(
             seqlen=seqlen,
             count=wanted,
             vocab_size=vocab_size,
-            model=lambda: live.load_dense(checkpoint),
+            model=lambda: live.load_dense(checkpoint, device=device),
             seed=seed,
             chat_template=chat_template,
             on_sampled=on_sampled,

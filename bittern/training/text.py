@@ -47,7 +47,9 @@ class Windows:
         count = len(self.ids)
         rows = []
         for around in range(start // count, (stop - 1) // count + 1):
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + around))
+            order = torch.randperm(
+                count, generator=torch.Generator().manual_seed((self.seed * 1_000_003 + around) % 2**63)
+            )
             rows.append(order[max(start - around * count, 0) : stop - around * count])
         return torch.from_numpy(self.ids[torch.cat(rows).numpy()].astype(np.int64))
 

@@ -149,7 +149,7 @@ def train(run: Run, options: Training, on_progress: Callable[[dict[str, Any]], N
         loss, kl, nll, hidden = (sums / since).tolist()
         sums.zero_()
         perplexity = held_out_perplexity(run) if math.isfinite(loss) else math.nan
-        _check(loss, perplexity, run, done, options)
+        _check(loss, perplexity, run, done)
         point = {
             "step": done,
             "tokens": done * options.batch_size * seqlen,
@@ -253,12 +253,10 @@ def _decayed(parameters: dict[str, nn.Parameter], weight_decay: float) -> Iterat
             yield {"params": members, "weight_decay": weight_decay if matrices else 0.0}
 
 
-def _check(loss: float, perplexity: float, run: Run, step: int, options: Training) -> None:
+def _check(loss: float, perplexity: float, run: Run, step: int) -> None:
     before = run.story["perplexity"]["converted"]
     if math.isfinite(loss) and perplexity <= DIVERGED * before:
         return
-    last = run.story["step"]
     raise Diverged(
-        f"training diverged before step {step}: loss {loss:.4g}, perplexity {perplexity:.4g}, at first {before:.4g};"
-        f" a smaller --lr than {options.lr:g} may help (the state of step {last} is kept)"
+        f"training diverged before step {step}: loss {loss:.4g}, perplexity {perplexity:.4g}, at first {before:.4g}"
     )

@@ -29,7 +29,7 @@ from bittern.ties import refuse_untied
 from bittern.tokenizer import check_length
 from bittern.training.state import load_state, read_story, save_state
 from bittern.training.text import HELD_OUT, Windows, read_windows, write_windows
-from bittern.training.train import Run, Training, shard
+from bittern.training.train import Diverged, Run, Training, shard
 from bittern.training.train import train as run_training
 from bittern.uptrain.heads import Counts, attention_prefixes
 from bittern.uptrain.output import make_manifest, write_output
@@ -422,4 +422,7 @@ def _train(run: Run, options: Training, on_progress: Report | None) -> None:
         shard(run.teacher)
         shard(run.student)
         run.parameters = trained_parameters(run.student, options.trained)
-    run_training(run, options, on_progress)
+    try:
+        run_training(run, options, on_progress)
+    except Diverged as error:
+        raise Diverged(f"{error}; a smaller --lr than {options.lr:g} may help, with --no-resume") from error

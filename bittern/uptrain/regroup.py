@@ -124,6 +124,7 @@ def regroup(
     calls = [recorded for _, recorded in captured]
     calls = [share_equal(recorded, calls[0]) for recorded in calls]
     source = [state.clone() for state, _ in captured]
+    del captured  # with the masks that each batch had to itself
     state = [state.clone() for state in source]
     for position, (block, new) in enumerate(zip(blocks, new_blocks, strict=True)):
         name = f"{prefix}.{position}"
