@@ -161,7 +161,8 @@ def quantize_options(function: Command) -> Command:
             type=click.Choice(["plain", "fast", "best"]),
             default="fast",
             show_default=True,
-            help="plain: classic GPTQ; fast; best: trains scales and norms after that, which takes longer.",
+            help="plain: classic GPTQ; fast: also corrects drift, evens out channels, polishes; best: also weighs "
+            "tokens and trains scales and norms, which takes several times as long.",
         ),
         click.option(
             "--tune-tokens",
