@@ -120,6 +120,14 @@ def test_compact_layers_round_each_position_by_itself(stored: str) -> None:
     assert layer.keys.element_size() * layer.keys.shape[-1] == {"bf16": 32, "int8": 20}[stored]
 
 
+def test_a_model_without_full_attention_stores_nothing_smaller() -> None:
+    config = AutoConfig.for_model("mistral", num_hidden_layers=2, sliding_window=8)
+    with pytest.raises(
+        BitternError, match="expected a layer of full attention to store in int8, found none in mistral"
+    ):
+        new_cache(config, 16, "int8")
+
+
 def test_another_way_to_store() -> None:
     config = AutoConfig.for_model("llama", **SMALL)
     with pytest.raises(BitternError, match="kv_cache: expected one of fp32, bf16, int8, found 'int4'"):

@@ -98,6 +98,7 @@ def test_windows_come_in_a_new_order_each_time_around_and_from_any_place() -> No
     assert first.tolist() != second.tolist()
     assert torch.equal(windows.take(3, 8), torch.cat([first[3:], second[:3]]))
     assert not torch.equal(Windows(windows.ids, seed=4).take(0, 5), first)
+    assert sorted(Windows(windows.ids, seed=2**63 - 1).take(0, 5)[:, 0].tolist()) == [0, 2, 4, 6, 8]
 
 
 def test_windows_of_a_short_text_are_its_tokens(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
