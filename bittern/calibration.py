@@ -131,8 +131,9 @@ def load_tokens(
             )
         parts.append(ids)
     ids = _in_turn(parts)
-    source = ", ".join(dataset_names(dataset))
-    return CalibrationTokens(ids, source, nsamples * seqlen, ids.numel(), tokens_hash(ids), tuple(warnings))
+    return CalibrationTokens(
+        ids, dataset_title(dataset), nsamples * seqlen, ids.numel(), tokens_hash(ids), tuple(warnings)
+    )
 
 
 def dataset_names(dataset: str | Sequence[str]) -> tuple[str, ...]:
@@ -148,6 +149,11 @@ def dataset_names(dataset: str | Sequence[str]) -> tuple[str, ...]:
             f"dataset: expected at least one, each once, found {', '.join(twice) + ' twice' if twice else 'none'}"
         )
     return names
+
+
+def dataset_title(dataset: str | Sequence[str]) -> str:
+    """What messages and manifests call one dataset or several: their names with commas between them."""
+    return ", ".join(dataset_names(dataset))
 
 
 def shares(dataset: str | Sequence[str], count: int) -> list[tuple[str, int]]:

@@ -219,9 +219,8 @@ def _complete(parsed: dict[str, Any], reader: GGUFReader, architecture: str) -> 
         parsed["query_pre_attn_scalar"] = scalar
     if architecture == "llama":
         # A file whose name is "mistral" is parsed as one, with a window of 4096 that the file does not have.
-        parsed |= (
-            {"sliding_window": None} if "sliding_window" in parsed or parsed.get("model_type") == "mistral" else {}
-        )
+        if "sliding_window" in parsed or parsed.get("model_type") == "mistral":
+            parsed["sliding_window"] = None
         parsed["attention_bias"] = "blk.0.attn_output.bias" in tensors
         parsed["mlp_bias"] = "blk.0.ffn_down.bias" in tensors
     if architecture == "qwen3moe":

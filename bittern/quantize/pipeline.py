@@ -221,9 +221,8 @@ def quantize(
         quantization = packing.config(grid, _all_layers(model, sources, plan), others)
         files = config_files(checkpoint, quantization, kept_dtype)
         samples = 0 if method == "rtn" else share_of(nsamples if tokens is None else len(tokens.ids))
-        beside = (
-            sum(info.nbytes for info in planned) if chosen == "gguf" else 0
-        )  # that file is made of another artifact
+        # A GGUF file is made of another artifact.
+        beside = sum(info.nbytes for info in planned) if chosen == "gguf" else 0
         job = Job(solver, packing, kept, samples, seqlen, batch_size, tuned_on, beside)
         size = artifact_bytes(job, planned, max_shard_size, files.values()) if chosen != "gguf" else gguf_bytes(job)
         if dry_run:

@@ -71,12 +71,15 @@ def decided_by(
         tokens: hash of the calibration tokens.
         device: where it computes.
     """
-    grids = [[name, None if grid is None else asdict(grid)] for name, grid in layers.items()]
+    chosen = {}
+    if isinstance(options["bits"], float):
+        grids = [[name, None if grid is None else asdict(grid)] for name, grid in layers.items()]
+        chosen["bits of the layers"] = _hash(grids)
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     return {
         **{name: _text(value) for name, value in options.items() if name not in WITHOUT_EFFECT},
         **source_hashes(checkpoint),
-        **({"bits of the layers": _hash(grids)} if isinstance(options["bits"], float) else {}),
+        **chosen,
         "calibration tokens": tokens or "none",
         "bittern": f"{bittern.__version__} {_code()}",
         "torch": torch.__version__,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bittern import model as live
-from bittern.calibration import Sampled, dataset_names
+from bittern.calibration import Sampled, dataset_title
 from bittern.checkpoint import Checkpoint
 from bittern.errors import BitternError
 from bittern.evaluate import evaluate
@@ -245,7 +245,7 @@ def write_text(
             chat_template=chat_template,
             on_sampled=on_sampled,
         )
-    found, named = len(read_windows(path, seed).ids), ", ".join(dataset_names(dataset))
+    found, named = len(read_windows(path, seed).ids), dataset_title(dataset)
     if found < 2:
         path.unlink()
         raise BitternError(f"{named}: expected two windows of {seqlen} tokens at least to train on, found {found}")

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bittern import model as live
-from bittern.calibration import Sampled, dataset_names, tokens_hash
+from bittern.calibration import Sampled, dataset_title, tokens_hash
 from bittern.checkpoint import Checkpoint, open_checkpoint
 from bittern.convert.cast import DTYPES, refuse_quantized
 from bittern.errors import BitternError
@@ -333,7 +333,7 @@ def _convert(
     on_sampled: Sampled | None,
 ) -> dict[str, Any]:
     """Read the text, regroup the student's heads; what is to be known of both."""
-    named = ", ".join(dataset_names(given["dataset"]))
+    named = dataset_title(given["dataset"])
     seqlen, wanted = given["seqlen"], given["nsamples"] + -(-given["tokens"] // given["seqlen"])
     held = 0 if text is not None else HELD_OUT
     vocabulary = teacher.config.get_text_config(decoder=True).vocab_size
@@ -407,10 +407,8 @@ def _split(windows: Windows, text: Tensor | None, given: dict[str, Any]) -> tupl
         return windows, text
     count = len(windows.ids) - given["sampled"] // given["seqlen"]  # what the source writes comes last
     if count < 2:
-        raise BitternError(
-            f"{', '.join(dataset_names(given['dataset']))}: expected two windows of {given['seqlen']} tokens at least,"
-            f" found {count}"
-        )
+        named = dataset_title(given["dataset"])
+        raise BitternError(f"{named}: expected two windows of {given['seqlen']} tokens at least, found {count}")
     spread = max(10, count // HELD_OUT)
     held = list(range(spread // 2, count, spread)) or [count - 1]
     others = sorted(set(range(len(windows.ids))) - set(held))
