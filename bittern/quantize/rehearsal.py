@@ -7,7 +7,6 @@ share, and the model calls its blocks with that as it will with the real ones. W
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -46,7 +45,8 @@ BLOCK_FLOPS = 2.5e9
 """Of a forward pass that is tried, about: some hundredths of a second on one core."""
 
 _ROWS = (16, 512)
-_SHORT = 0.02  # seconds; what takes less is done three times
+_ROUNDS = 3
+_LONG = 1.0  # seconds; what takes more is done once
 _NUMBER = 0.02  # a weight's order of magnitude
 
 
@@ -413,12 +413,15 @@ def measured(function: Callable[[], object], device: torch.device | None = None)
 
 
 def seconds(function: Callable[[], object], device: torch.device | None = None) -> float:
-    """How long a function takes; the median of three when that is short."""
+    """How long a function takes: the least of three times, unless that is long.
+
+    What others take from the machine comes and goes within a rehearsal, and is part of none of its pieces.
+    """
     took: list[float] = []
-    while not took or (took[0] < _SHORT and len(took) < 3):
+    while not took or (took[0] < _LONG and len(took) < _ROUNDS):
         began = time.perf_counter()
         function()
         if device is not None and device.type == "cuda":
             torch.cuda.synchronize(device)
         took.append(time.perf_counter() - began)
-    return statistics.median(took)
+    return min(took)
