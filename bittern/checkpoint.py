@@ -22,6 +22,7 @@ from torch import Tensor
 
 from bittern.disk import read_ahead
 from bittern.errors import BitternError
+from bittern.formats.gguf_tokenizer import mend_tokenizer
 from bittern.formats.legacy_bin import BinFiles, read_bin
 from bittern.shards import Stored, TensorInfo, read_elements, read_header
 from bittern.writer import CheckpointWriter, explained
@@ -174,7 +175,9 @@ class Checkpoint:
                 return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
             with TemporaryDirectory() as alone:  # else it would take what lies beside the file, whosever that is
                 (Path(alone) / self.gguf.path.name).symlink_to(self.gguf.path.resolve())
-                return AutoTokenizer.from_pretrained(alone, gguf_file=self.gguf.path.name, trust_remote_code=False)
+                tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=self.gguf.path.name, trust_remote_code=False)
+            mend_tokenizer(tokenizer, self.gguf.path)
+            return tokenizer
         except Exception as error:  # the tokenizers library raises nothing narrower
             raise BitternError(f"{self.source}: no tokenizer that transformers loads: {_line(error)}") from error
 

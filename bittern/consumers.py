@@ -189,7 +189,7 @@ def _judge(consumer: str, layout: Layout) -> tuple[bool, str]:
 
 def _bittern(layout: Layout) -> tuple[bool, str]:
     if layout.format == "gguf":
-        return True, "Q4_0 and Q8_0 stay packed, other types become floats (needs gguf)"
+        return True, "Q4_0, Q8_0 and what bittern wrote stay packed, other types become floats (needs gguf)"
     return True, _PLAIN if layout.format is None else "any bits, group size and column order"
 
 

@@ -89,10 +89,12 @@ def _why_unread(method: str | None, found: Mapping[str, Any]) -> str | None:
 
 def _dtypes(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
     result: defaultdict[str, dict[str, int]] = defaultdict(lambda: {"tensors": 0, "bytes": 0})
-    for info in checkpoint.tensors.values():
-        entry = result[str(info.dtype).removeprefix("torch.")]
+    gguf = checkpoint.gguf
+    for name, info in checkpoint.tensors.items():
+        kind = str(info.dtype).removeprefix("torch.") if gguf is None else "+".join(sorted(gguf.kinds(name)))
+        entry = result[kind]
         entry["tensors"] += 1
-        entry["bytes"] += info.nbytes
+        entry["bytes"] += info.nbytes if gguf is None else gguf.nbytes[name]
     return dict(result)
 
 

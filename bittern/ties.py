@@ -68,7 +68,7 @@ def _is_copy(checkpoint: Checkpoint, first: str, second: str, exactly: bool) -> 
     coarser = min(one.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
     for start in range(0, one.numel, _PIECE):
         stop = min(start + _PIECE, one.numel)
-        values = (checkpoint.read_elements(name, start, stop).to(coarser) for name in (first, second))
+        values = (checkpoint.read_elements(name, start, stop).to(coarser).float() for name in (first, second))
         if not torch.equal(*values):
             return False
     return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,103 @@ def test_the_tokenizer_comes_back(folder: Path, tokenizer: PreTrainedTokenizerFa
     with open_checkpoint(tmp_path / "a.gguf") as checkpoint:
         for text in ("stone river", " amber  quiet moss", "<s>seven</s>"):
             assert checkpoint.tokenizer()(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
+def byte_level(steps: list[Any], words: list[str], whole: bool = False) -> Tokenizer:
+    """A small byte-level BPE; with ``whole``, the last of its words is a token that no merges make."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {piece: number for number, piece in enumerate([*alphabet, *(["Ġquartz"] if whole else [])])}
+    merges = []
+    for word in words:
+        for end in range(2, len(word) + 1):
+            merges.append((word[: end - 1], word[end - 1]))
+            vocab.setdefault(word[:end], len(vocab))
+    made = Tokenizer(models.BPE(vocab=vocab, merges=list(dict.fromkeys(merges)), ignore_merges=whole))
+    made.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([AddedToken(name, special=True) for name in ("<s>", "</s>")])
+    return made
+
+
+def test_text_is_cut_alike_when_read_back(tmp_path: Path) -> None:
+    from tokenizers import Regex
+
+    def split(*patterns: str) -> list[Any]:
+        parts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+        return [*parts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+
+    llama3 = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    digits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    marked = byte_level(split(llama3), ["Ġab"], whole=True)
+    marked.add_special_tokens([AddedToken("<\uff5cend\uff5c>", special=True)])
+    marked.add_tokens([AddedToken("<a b>", special=False, normalized=False)])
+    spaceless = sentencepiece([("a", "b"), ("▁", "a"), ("▁", "ab"), ("▁a", "b")]).backend_tokenizer
+    spaceless.normalizer = normalizers.Replace(" ", "▁")
+    cases = {
+        "smollm": (byte_level(digits, ["ĠĠ", "12"]), ("a  12", "12 12\n  1"), "ĠĠ"),
+        "llama-bpe": (marked, (" quartz ab", "ab<\uff5cend\uff5c>", "ab<a b>ab</s>"), "Ġquartz"),
+        "default": (spaceless, ("ab ab", " ab", "</s>ab"), "ab"),
+    }
+    make: Any = PreTrainedTokenizerFast
+    for pre, (backend, texts, first) in cases.items():
+        unknown = {"unk_token": "<unk>"} if pre == "default" else {}
+        tokenizer = make(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", **unknown)
+        path = tmp_path / f"{pre}.gguf"
+        write(tiny.save(tiny.random_model(vocab_size=len(tokenizer)), tmp_path / pre, tokenizer), path)
+        assert fields(path)["tokenizer.ggml.pre"] == pre
+        with open_checkpoint(path) as checkpoint:
+            back = checkpoint.tokenizer()
+            bittern.convert(path, tmp_path / f"{pre}-folder")
+        with open_checkpoint(tmp_path / f"{pre}-folder") as checkpoint:
+            saved = checkpoint.tokenizer()
+        for text in texts:
+            expected = tokenizer(text)["input_ids"]
+            assert back(text)["input_ids"] == saved(text)["input_ids"] == expected, (pre, text)
+            assert back.decode(expected) == tokenizer.decode(expected)
+        assert first in tokenizer.convert_ids_to_tokens(tokenizer(texts[0])["input_ids"])
+
+
+def test_a_file_ends_where_its_source_does_and_takes_nothing_from_beside_it(folder: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(folder, tmp_path / "m")
+    (source / "generation_config.json").write_text('{"eos_token_id": [1, 7, 9999]}')
+    write(source, tmp_path / "a.gguf")
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 99}')
+    model = bittern.load(tmp_path / "a.gguf", device="cpu")
+    assert model.generation_config is not None and model.generation_config.eos_token_id == [1, 7]
+    write_again = tmp_path / "b.gguf"
+    bittern.convert(tmp_path / "a.gguf", write_again, format="gguf")
+    assert fields(write_again)["tokenizer.ggml.eot_token_id"] == 7
+    for broken in ("{", "[]"):
+        (source / "generation_config.json").write_text(broken)
+        refused(source, tmp_path / "c.gguf", "generation_config.json")
+
+
+def test_yarn_with_scales_of_its_own(tmp_path: Path) -> None:
+    rope = ROPE | {"rope_type": "yarn", "factor": 16.0}
+    for more in (
+        {"mscale": 1.0, "mscale_all_dim": 1.0},
+        {"mscale": 0.7, "mscale_all_dim": 0.9},
+        {"attention_factor": 1.5},
+    ):
+        model = tiny.random_model("llama", rope_parameters=rope | more, max_position_embeddings=64)
+        path = tmp_path / f"{len(more)}{more.get('mscale')}"
+        write(tiny.save(model, path), path.with_suffix(".gguf"), tokenizer=False)
+        found = bittern.load(path.with_suffix(".gguf"), device="cpu", dtype=torch.float32)
+        torch.testing.assert_close(found(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
+    odd = tiny.random_model("llama", rope_parameters=rope | {"truncate": False}, max_position_embeddings=64)
+    refused(tiny.save(odd, tmp_path / "odd"), tmp_path / "odd.gguf", "truncate false")
+
+
+def test_a_name_of_what_cuts_words_that_nobody_knows(folder: Path, tmp_path: Path) -> None:
+    write(folder, tmp_path / "a.gguf")
+    data = (tmp_path / "a.gguf").read_bytes()
+    assert data.count(b"gpt-2") == 1
+    (tmp_path / "a.gguf").write_bytes(data.replace(b"gpt-2", b"gpt-9"))
+    with open_checkpoint(tmp_path / "a.gguf") as checkpoint, pytest.raises(BitternError, match="found gpt-9"):
+        checkpoint.tokenizer()
 
 
 def sentencepiece(merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:

@@ -87,7 +87,8 @@ class ConvertSummary:
         tensors: one entry per tensor written, in the order of the source.
         tied: tensors left out because the configuration ties them to an equal one.
         side_files: what was copied besides.
-        source_bytes, output_bytes: bytes of all values.
+        source_bytes, output_bytes: bytes of all values, as they are stored.
+        notes: what a user must be told.
         seconds: wall time.
     """
 
@@ -100,6 +101,7 @@ class ConvertSummary:
     side_files: tuple[str, ...]
     source_bytes: int
     output_bytes: int
+    notes: tuple[str, ...]
     seconds: float
 
     @property
@@ -158,6 +160,7 @@ def convert(
     with open_checkpoint(source, revision) as checkpoint:
         refuse_quantized(checkpoint)
         check_output(Path(output), checkpoint.path, overwrite)
+        origin, notes = carried(checkpoint)
         tied = tied_tensors(checkpoint)
         kept = [info for info in checkpoint.tensors.values() if info.name not in tied]
         plan = [TensorInfo(info.name, target_dtype(info.dtype, DTYPES[dtype]), info.shape) for info in kept]
@@ -177,12 +180,13 @@ def convert(
                 tensors=tuple(casts),
                 tied=tuple(tied),
                 side_files=tuple(side_files),
-                source_bytes=total,
+                source_bytes=sum(stored_bytes(checkpoint).values()),
                 output_bytes=sum(info.nbytes for info in plan),
+                notes=tuple(notes),
                 seconds=time.monotonic() - started,
             )
             options = {"dtype": dtype, "clamp": clamp, "max_shard_size": max_shard_size}
-            manifest = _manifest(summary, checkpoint, options, planned_size(plan, plan))
+            manifest = _manifest(summary, checkpoint, options, planned_size(plan, plan), origin)
             writer.commit(with_dtype(checkpoint.config, DTYPES[dtype]), manifest)
     return summary
 
@@ -252,7 +256,7 @@ def cast_tensors(
 
     for _, same in groupby(_in_order(move, pieces()), key=lambda cast: cast.name):
         cast = reduce(Cast.join, same)
-        _refuse_values(cast, clamp)
+        refuse_values(cast, clamp)
         yield cast
 
 
@@ -327,7 +331,8 @@ def _relative_error(exact: Tensor, cast: Tensor) -> float:
     return max(1 - low, high - 1)
 
 
-def _refuse_values(cast: Cast, clamp: bool | None) -> None:
+def refuse_values(cast: Cast, clamp: bool | None) -> None:
+    """Raise BitternError for what a cast could not keep; ``clamp`` is the option, None where there is none."""
     if cast.not_finite:
         raise BitternError(f"{cast.name}: expected finite values, found {cast.not_finite} that are NaN or Inf")
     if cast.overflowed and not clamp:
@@ -349,13 +354,17 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
 
 
 def _manifest(
-    summary: ConvertSummary, checkpoint: Checkpoint, options: dict[str, Any], size: dict[str, Any]
+    summary: ConvertSummary,
+    checkpoint: Checkpoint,
+    options: dict[str, Any],
+    size: dict[str, Any],
+    origin: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """What the output says of its making; see :mod:`bittern.report`.
 
     Context and cache are left out: they are not changed, and to know them takes transformers, which is large.
     """
-    origin, notes = carried(checkpoint)
+    notes = list(summary.notes)
     clamped = {cast.name: cast.overflowed for cast in summary.tensors if cast.overflowed}
     if clamped:
         notes.append(f"{summary.clamped} values in {len(clamped)} tensors were clamped to what {summary.dtype} holds")

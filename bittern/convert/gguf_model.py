@@ -6,7 +6,6 @@ differs from it is refused. Facts as in llama.cpp's convert_hf_to_gguf.py and sr
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from bittern.errors import BitternError
-from bittern.formats.gguf_rope import llama3_factors
+from bittern.formats.gguf_rope import llama3_factors, yarn_attention, yarn_default
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter, TensorNameMap
@@ -136,8 +135,9 @@ class GgufModel:
             writer.add_rope_scaling_orig_ctx_len(int(context))
             writer.add_rope_scaling_yarn_beta_fast(float(rope.get("beta_fast") or 32))
             writer.add_rope_scaling_yarn_beta_slow(float(rope.get("beta_slow") or 1))
-            if rope.get("attention_factor") is not None:  # llama.cpp multiplies it with its own
-                writer.add_rope_scaling_attn_factors(float(rope["attention_factor"]) / (0.1 * math.log(factor) + 1))
+            more = yarn_attention(rope) / yarn_default(factor)  # llama.cpp multiplies it with its own
+            if more != 1:
+                writer.add_rope_scaling_attn_factors(more)
 
 
 def read_model(config: dict[str, Any]) -> GgufModel:
@@ -207,5 +207,7 @@ def _check(model: GgufModel) -> None:
     )
     if kind not in known or (gemma and kind == "yarn"):
         raise BitternError(f"rope_type: expected one of {', '.join(known)} for {architecture}, found {kind}")
+    if kind == "yarn" and model.rope.get("truncate") is False:
+        raise BitternError("rope_parameters: llama.cpp's YaRN rounds its range of dimensions, found truncate false")
     if model.rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise BitternError(f"partial_rotary_factor: expected 1, found {model.rope['partial_rotary_factor']}")

@@ -6,8 +6,6 @@ llama.cpp knows two ways of cutting text that Llamas, Qwens and Gemmas use:
 - "llama": SentencePiece's BPE, which joins neighbours whose joint piece has the best score. transformers has a list of
   merges in its place; a piece's score is made of its first merge, which gives the same cuts wherever the list holds
   every way to join two pieces, as lists made from a SentencePiece model do.
-
-Names and expressions as in llama.cpp's llama-vocab.cpp.
 """
 
 from __future__ import annotations
@@ -15,38 +13,18 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-from bittern.checkpoint import Checkpoint
+from bittern.checkpoint import Checkpoint, contained, read_json
 from bittern.errors import BitternError
+from bittern.formats.gguf_tokenizer import BYTE, CONTROL, GPT2, NORMAL, PRE_TOKENIZERS, UNKNOWN, UNUSED, USER_DEFINED
 from bittern.tokenizer import leading_bos
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _SPACE = "▁"  # SentencePiece's
-_CONTRACTIONS = "'s|'t|'re|'ve|'m|'ll|'d"
-_GPT2 = _CONTRACTIONS + r"| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_WORDS = rf"(?i:{_CONTRACTIONS})|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|"
-_LLAMA3 = _WORDS + r"\p{N}{1,3}" + _REST
-_QWEN2 = _WORDS + r"\p{N}" + _REST
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_TEKKEN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# (what cuts text into words, whole words win over merges) -> llama.cpp's name
-_PRE_TOKENIZERS = {
-    ((_GPT2,), False): "gpt-2",
-    ((r"\p{N}", _GPT2), False): "smollm",
-    ((_LLAMA3,), True): "llama-bpe",
-    ((_LLAMA3,), False): "smaug-bpe",
-    ((_QWEN2,), False): "qwen2",
-    ((_TEKKEN,), True): "tekken",
-    ((_TEKKEN,), False): "tekken",
-}
+_NAMES = {words: name for name, words in PRE_TOKENIZERS.items()} | {(PRE_TOKENIZERS["tekken"][0], False): "tekken"}
 
 
 @dataclass(frozen=True)
@@ -157,23 +135,23 @@ def _tokens(found: dict[str, Any], rows: int, notes: list[str]) -> tuple[list[st
     pieces: dict[int, tuple[str, int]] = {}
     for token, number in found["model"]["vocab"].items():
         byte = fallback and re.fullmatch(r"<0x[0-9A-F]{2}>", token)
-        pieces[number] = token, _BYTE if byte else _NORMAL
+        pieces[number] = token, BYTE if byte else NORMAL
     for added in found["added_tokens"]:
         token, number = added["content"], added["id"]
         if added["special"]:
-            pieces[number] = token, _CONTROL
+            pieces[number] = token, CONTROL
         elif not (fallback and _SPACE in token and number in pieces):  # spaces as merges make them
-            pieces[number] = token, _USER_DEFINED
+            pieces[number] = token, USER_DEFINED
         if added["lstrip"] or added["rstrip"]:
             notes.append(f"the spaces around {token!r} stay, where transformers drops them")
     unknown = found["model"].get("unk_token")
     if fallback and unknown is not None:
         number = found["model"]["vocab"][unknown]
-        pieces[number] = unknown, _UNKNOWN
+        pieces[number] = unknown, UNKNOWN
     beyond = [token for number, (token, _) in sorted(pieces.items()) if number >= rows]
     if beyond:
         notes.append(f"left out tokens that have no row in the embedding: {', '.join(beyond)}")
-    filled = [pieces.get(number, (f"[PAD{number}]", _UNUSED)) for number in range(rows)]
+    filled = [pieces.get(number, (f"[PAD{number}]", UNUSED)) for number in range(rows)]
     return [token for token, _ in filled], [kind for _, kind in filled]
 
 
@@ -197,14 +175,14 @@ def _pre_tokenizer(found: dict[str, Any], notes: list[str]) -> str:
     for step in _steps(found["pre_tokenizer"], "pretokenizers"):
         if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
             byte_level = True
-            patterns += [_GPT2] if step["use_regex"] else []
+            patterns += [GPT2] if step["use_regex"] else []
         elif step["type"] == "Digits" and step["individual_digits"]:
             patterns.append(r"\p{N}")
         elif step["type"] == "Split" and (step["behavior"], step["invert"]) in (("Isolated", False), ("Removed", True)):
             patterns.append(step["pattern"].get("Regex", step["pattern"].get("String")))
         else:
             raise _refused(f"llama.cpp has nothing like the pre-tokenizer {json.dumps(step, ensure_ascii=False)}")
-    name = _PRE_TOKENIZERS.get((tuple(patterns), bool(found["model"].get("ignore_merges"))))
+    name = _NAMES.get((tuple(patterns), bool(found["model"].get("ignore_merges"))))
     if name is None or not byte_level:
         raise _refused(f"none of llama.cpp's that bittern knows cuts text into words as this one does: {patterns}")
     missing = set(pre_tokenizers.ByteLevel.alphabet()) - set(found["model"]["vocab"])
@@ -240,28 +218,33 @@ def _scores(tokens: list[str], types: list[int], merges: list[tuple[str, ...]]) 
     first: dict[str, int] = {}
     for rank, pair in enumerate(merges):
         first.setdefault("".join(pair), rank)
-    known, listed = {token for token, kind in zip(tokens, types, strict=True) if kind == _NORMAL}, set(merges)
+    known, listed = {token for token, kind in zip(tokens, types, strict=True) if kind == NORMAL}, set(merges)
     for token in known:
         for cut in range(1, len(token)):
             pair = token[:cut], token[cut:]
             if pair[0] in known and pair[1] in known and pair not in listed:
                 raise _refused(f"its merges do not join {pair[0]!r} and {pair[1]!r}; llama.cpp would, to {token!r}")
-    return [-1e6 if kind != _NORMAL else -float(first.get(token, 0)) for token, kind in zip(tokens, types, strict=True)]
+    return [-1e6 if kind != NORMAL else -float(first.get(token, 0)) for token, kind in zip(tokens, types, strict=True)]
+
+
+def _is_id(found: Any, rows: int) -> TypeGuard[int]:
+    return isinstance(found, int) and not isinstance(found, bool) and 0 <= found < rows
 
 
 def _special_ids(checkpoint: Checkpoint, tokenizer: Any, rows: int) -> dict[str, int]:
     """Ids of the tokens that have a part in generation."""
-    ends: list[int] = []
-    generation = checkpoint.folder / "generation_config.json"
-    if checkpoint.gguf is None and generation.is_file():
-        stated = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
-        ends = stated if isinstance(stated, list) else [] if stated is None else [stated]
+    stated = None
+    if checkpoint.gguf is not None:
+        stated = checkpoint.config.get("eos_token_id")
+    elif (checkpoint.folder / "generation_config.json").is_file():
+        stated = read_json(contained(checkpoint.folder, "generation_config.json")).get("eos_token_id")
+    ends = [end for end in (stated if isinstance(stated, list) else [stated]) if _is_id(end, rows)]
     ids: dict[str, int] = {}
     for name in ("bos", "eos", "unk", "pad"):
         number = getattr(tokenizer, f"{name}_token_id")
         if number is None:
             number = checkpoint.config.get(f"{name}_token_id")
-        if isinstance(number, int) and 0 <= number < rows:
+        if _is_id(number, rows):
             ids[name] = number
     ids.setdefault("eos", ends[0]) if ends else None
     others = [end for end in ends if end != ids.get("eos")]

@@ -7,7 +7,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -224,6 +224,7 @@ class _Contents:
         kept: the tensors that are no part of a packed layer, without zero biases that the model lacks.
         others: matrices among these that are no layers of the blocks, see :func:`bittern.convert.cast.other_matrices`.
         notes: what was left out.
+        origin: the source's manifest.
     """
 
     artifact: Artifact
@@ -232,7 +233,8 @@ class _Contents:
     matrices: list[Matrix]
     kept: dict[str, TensorInfo]
     others: list[str]
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
+    origin: dict[str, Any] | None
 
     @property
     def commonest(self) -> QuantSpec:
@@ -302,12 +304,13 @@ def _contents(checkpoint: Checkpoint) -> _Contents:
     model = live.build(checkpoint.config)
     sources = live.weight_map(model, artifact.plain, artifact.layers)
     expected = {piece.source for pieces in sources.values() for piece in pieces}
-    kept, notes = dict(artifact.plain), []
+    kept, zeros = dict(artifact.plain), []
     for name in [f"{layer}.bias" for layer in artifact.layers]:
         # AutoGPTQ gave every layer a bias; other loaders refuse one that the model has not.
         if name in kept and name not in expected and not bool(checkpoint.read(name).any()):
             del kept[name]
-            notes.append(name)
+            zeros.append(name)
+    origin, notes = carried(checkpoint)
     return _Contents(
         artifact=artifact,
         shapes={name: tuple(value.shape) for name, value in model.state_dict().items()},
@@ -315,7 +318,8 @@ def _contents(checkpoint: Checkpoint) -> _Contents:
         matrices=live.stored_matrices(model, sources),
         kept=kept,
         others=other_matrices(model, sources, kept.values()),
-        notes=[f"{len(notes)} biases of zeros left out, which the model has no place for"] if notes else [],
+        notes=[f"{len(zeros)} biases of zeros left out, which the model has no place for"] * bool(zeros) + notes,
+        origin=origin,
     )
 
 
@@ -365,10 +369,9 @@ def _manifest(
     size: dict[str, Any],
 ) -> dict[str, Any]:
     checkpoint = contents.artifact.checkpoint
-    origin, notes = carried(checkpoint)
     source = source_record(checkpoint, format=summary.found)
     made = repacked_manifest(
-        origin, source, options, repacked=records, notes=[*summary.notes, *notes], seconds=summary.seconds
+        contents.origin, source, options, repacked=records, notes=list(summary.notes), seconds=summary.seconds
     )
     made |= {"size": {"source": source_size(contents.artifact), "output": size}} | unchanged_cache(checkpoint.config)
     return made | told_by_gguf(checkpoint)

@@ -244,7 +244,7 @@ def read_config(found: Mapping[str, Any]) -> Scheme:
         if found.get(key):
             raise _found(key, "none", found[key])
     sparsity = found.get("sparsity_config")
-    if sparsity and dict(sparsity).get("format") != "dense":
+    if sparsity and not (isinstance(sparsity, Mapping) and sparsity.get("format") == "dense"):
         raise _found("sparsity_config", "none", sparsity)
     groups = found.get("config_groups")
     if not isinstance(groups, Mapping) or not groups or not all(isinstance(g, Mapping) for g in groups.values()):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from bittern.errors import BitternError
-from bittern.formats.gguf import BLOCK_BYTES, block_spec, unpack
+from bittern.formats.gguf import BLOCK_BYTES, block_spec, refuse, unpack
 from bittern.formats.gguf_rope import FREQUENCIES, read_rope
 from bittern.formats.scheme import PackedLayer
 from bittern.shards import TensorInfo, read_elements
@@ -156,6 +156,9 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo], GgufFi
         architecture = theirs.read_field(reader, "general.architecture")[0]
         _complete(parsed, reader, architecture)
         config, model = _model(parsed)
+        end, turn_end = config.get("eos_token_id"), _field(reader, "tokenizer.ggml.eot_token_id")
+        if isinstance(end, int) and isinstance(turn_end, int) and turn_end != end:
+            config["eos_token_id"] = [end, turn_end]  # llama.cpp stops at either
         processor = theirs.TENSOR_PROCESSORS.get(architecture, theirs.TensorProcessor)(config=parsed)
         names: dict[str, str] = theirs.get_gguf_hf_weights_map(model, processor, architecture)
     except BitternError as error:
@@ -235,7 +238,11 @@ def _grids(path: Path, reader: GGUFReader) -> dict[str, Any] | None:
     try:
         found = json.loads(text)
         grids = {name: QuantSpec(**values) for name, values in found["layers"].items()}
-        return {"default": QuantSpec(**found["default"]), "layers": grids}
+        default = QuantSpec(**found["default"])
+        for spec in (default, *grids.values()):
+            if refuse(spec) is not None:
+                raise ValueError(refuse(spec))
+        return {"default": default, "layers": grids}
     except (ValueError, TypeError, KeyError, AttributeError, BitternError) as error:
         raise BitternError(f"{path}: {GRIDS_KEY}: expected a default grid and those of layers: {error}") from error
 
@@ -271,6 +278,18 @@ def _packed_layers(
             spec = None if grids is None else grids["layers"].get(layer, grids["default"])
             found[layer] = _Stored(part, spec, order)
     return found
+
+
+def _check_type(path: Path, tensor: ReaderTensor) -> None:
+    """Refuse what the gguf package cannot make floats of."""
+    from gguf.constants import GGML_QUANT_SIZES
+    from gguf.quants import dequantize
+
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[tensor.tensor_type][1]), dtype=np.uint8), tensor.tensor_type)
+    except NotImplementedError:
+        kind = tensor.tensor_type.name
+        raise BitternError(f"{path}: tensor {tensor.name}: the gguf package cannot dequantize {kind}") from None
 
 
 def _row_order(part: ReaderTensor, rows: int, processor: Processor, names: Mapping[str, str]) -> Tensor | None:
@@ -314,6 +333,7 @@ def _parts(path: Path, tensors: list[ReaderTensor], names: Mapping[str, str]) ->
         name = names.get(tensor.name) or names.get(tensor.name.removesuffix(".weight"))
         if name is None:
             raise BitternError(f"{path}: transformers' reader has no place for the tensor {tensor.name}")
+        _check_type(path, tensor)
         if tensor.data_offset + tensor.n_bytes > size:
             raise BitternError(f"{path}: truncated: tensor {tensor.name} ends at {tensor.data_offset + tensor.n_bytes}")
         parts.setdefault(name, []).append(tensor)

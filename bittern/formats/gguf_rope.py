@@ -33,6 +33,22 @@ def llama3_factors(rope: dict[str, Any], head_dim: int) -> Tensor:
     return factors.float()
 
 
+def yarn_attention(rope: dict[str, Any]) -> float:
+    """What transformers multiplies sines and cosines with, for ``rope_parameters`` of rope_type "yarn"."""
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    mscale, over_all = rope.get("mscale"), rope.get("mscale_all_dim")
+    factor = float(rope["factor"])
+    return (
+        yarn_default(factor, mscale) / yarn_default(factor, over_all) if mscale and over_all else yarn_default(factor)
+    )
+
+
+def yarn_default(factor: float, mscale: float = 1.0) -> float:
+    """What llama.cpp multiplies them with by itself, where ``mscale`` is 1."""
+    return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
+
+
 def read_rope(
     field: Callable[[str], Any], frequencies: Tensor | None, theta: float, head_dim: int
 ) -> dict[str, Any] | None:
@@ -61,7 +77,7 @@ def read_rope(
         rope["beta_fast"] = float(field("yarn_beta_fast") or 32)
         rope["beta_slow"] = float(field("yarn_beta_slow") or 1)
         if field("attn_factor") is not None:
-            rope["attention_factor"] = float(field("attn_factor")) * (0.1 * math.log(rope["factor"]) + 1)
+            rope["attention_factor"] = float(field("attn_factor")) * yarn_default(rope["factor"])
     return rope
 
 
