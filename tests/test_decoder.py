@@ -419,6 +419,19 @@ def test_exponentials_of_the_softmax(instructions: str, monkeypatch: pytest.Monk
     assert float(below) == 0
 
 
+def test_flash_attention_of_keys_that_share_memory() -> None:
+    torch.manual_seed(0)
+    query, key = torch.randn(1, 2, 5, 16), torch.randn(1, 2, 1, 16).expand(1, 2, 5, 16)
+    values = torch.randn(1, 2, 5, 32)
+    for value in (values[..., :16], values[..., 16:]):
+        found = flash_attention(query, key, value, scale=1.0)
+        torch.testing.assert_close(found, flash_attention(query, key.contiguous(), value.contiguous(), scale=1.0))
+    narrow = values[..., 8:]  # 24 columns in rows of 32
+    query, key = torch.randn(1, 2, 5, 24), torch.randn(1, 2, 5, 24)
+    expected = flash_attention(query, key, narrow.contiguous(), scale=1.0)
+    torch.testing.assert_close(flash_attention(query, key, narrow, scale=1.0), expected)
+
+
 def test_flash_attention_agrees_with_torch_on_strided_input() -> None:
     torch.manual_seed(0)
     fused = torch.randn(2, 50, 3, 4, 16)  # as a fused projection leaves q, k and v

@@ -238,6 +238,7 @@ def test_sentencepiece_spaces() -> None:
         ("a", {"repetition_penalty": 0.0}, r"repetition_penalty: expected more than 0, found 0\.0"),
         ("a", {"stop": ("x", "")}, "stop: expected texts that are not empty"),
         ("a", {"kv_cache": "int4"}, "kv_cache: expected one of fp32, bf16, int8, found 'int4'"),
+        ("a", {"stop": "END"}, "stop: expected texts that are not empty, found 'END'"),
     ],
 )
 def test_refuses(prompt: str, options: dict[str, Any], message: str, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -394,6 +395,19 @@ def test_refuses_another_models_tokenizer_and_nan(tokenizer: PreTrainedTokenizer
         model.get_input_embeddings().weight.fill_(torch.nan)  # type: ignore[operator]
     with pytest.raises(BitternError, match="logits: the model computed NaN"):
         run(model, tokenizer)
+    with pytest.raises(BitternError, match="logits: the model computed inf"):
+        run(tiny(tokenizer), tokenizer, repetition_penalty=1e-39)
+    two = ids_of(tokenizer, "The brown").expand(2, -1)
+    with pytest.raises(BitternError, match="input_ids: expected one prompt, found shape"):
+        generate(tiny(tokenizer), tokenizer, two, GenerationOptions(max_new_tokens=1), print)
+    with pytest.raises(BitternError, match="kv_cache: fp32 is for a model that computes in fp32"):
+        run(tiny(tokenizer).bfloat16(), tokenizer, kv_cache="fp32")
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-46, 1e-300])
+def test_next_to_no_temperature_is_greedy(temperature: float, tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny(tokenizer)
+    assert run(model, tokenizer, temperature=temperature).token_ids == run(model, tokenizer).token_ids
 
 
 def test_chat_prompt(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -342,6 +342,26 @@ def test_a_copy_of_a_model_has_tensors_of_its_own(tmp_path: Path) -> None:
     assert_same_logits(other, made.oracle(), "native")
 
 
+@needs_native
+def test_a_model_that_was_changed_is_computed_as_it_is_now(tmp_path: Path) -> None:
+    from bittern.runtime.step import native_decoder
+
+    model = bittern.load(make(tmp_path).artifact, device="cpu")
+    assert native_decoder(model) is not None
+    head: Any = model.lm_head
+    model.lm_head = torch.nn.Linear(head.in_features, head.out_features, bias=False)
+    assert native_decoder(model) is None
+
+
+@needs_native
+def test_a_context_too_short_to_compare_in_loads_all_the_same(tmp_path: Path) -> None:
+    made = make(tmp_path, options={**GROUPED, "max_position_embeddings": 8})
+    with pytest.warns(UserWarning, match="a context of 8 tokens is too short to compare both in"):
+        model = bittern.load(made.artifact, device="cpu")
+    assert vars(model)["native_decoder"] is None
+    assert model(torch.tensor([[1, 2, 3]])).logits.shape[1] == 3
+
+
 BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "a missing tensor": ({"model.norm.weight": None}, {}, r"model\.norm\.weight: the checkpoint has no such tensor"),
     "a missing part": (

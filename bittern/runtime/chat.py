@@ -44,6 +44,8 @@ class Chat:
             BitternError: for a question that cannot be answered; the conversation is what it was before it.
         """
         check_text(question, "what was typed")
+        if self._tokenizer.chat_template is None:  # each question stands alone
+            self._turns = []
         turns = [*self._turns, {"role": "user", "content": question}]
         first = 0
         ids = self._prompt(turns)

@@ -141,6 +141,7 @@ class Decoder:
         config = model.config
         # The library's pointers stay good whatever becomes of the model.
         self._keep: list[Any] = [each.detach() for each in chain(model.parameters(), model.buffers())]
+        self._places = _places(model)
         self._threads = threads
         self._limit = context_length(config)
         self._ropes = _Ropes(model)
@@ -249,6 +250,10 @@ class Decoder:
         spread[active] = logits
         return spread
 
+    def fits(self, model: PreTrainedModel) -> bool:
+        """Whether a model has the very tensors, all of them and no others, that this decoder was made from."""
+        return self._places == _places(model)
+
     @torch.inference_mode()
     def check(self, model: PreTrainedModel, tolerance: float) -> float:
         """Send a few tokens through the model and through this decoder: a prompt of eight, then two steps.
@@ -264,6 +269,8 @@ class Decoder:
             Unsupported: when that is more than ``tolerance``, or not a number.
         """
         ids = [(index * 7919 + 11) % self.vocab_size for index in range(10)]
+        if self._limit is not None and self._limit < len(ids):
+            raise Unsupported(f"a context of {self._limit} tokens is too short to compare both in")
         expected = model(torch.tensor([ids]), use_cache=False).logits[0, 7:].float()
         cache = self.new_cache(1, len(ids))
         found = torch.cat([self.forward(cache, [part]) for part in (ids[:8], ids[8:9], ids[9:])])
@@ -315,6 +322,10 @@ class Decoder:
     def _address(self, matrix: native.Matrix) -> int:
         self._keep.append(matrix)
         return ctypes.addressof(matrix)
+
+
+def _places(model: PreTrainedModel) -> list[tuple[int, torch.dtype]]:
+    return [(each.data_ptr(), each.dtype) for each in chain(model.parameters(), model.buffers())]
 
 
 class _Ropes:

@@ -59,7 +59,7 @@ def flash_attention(
     if slopes is not None and (slopes.shape != (heads,) or slopes.dtype != torch.float32):
         raise BitternError(f"slopes: expected float32 ({heads},), found {slopes.dtype} {tuple(slopes.shape)}")
     slopes = None if slopes is None else slopes.contiguous()
-    query, key, value = (each if each.stride(3) == 1 else each.contiguous() for each in (query, key, value))
+    query, key, value = (each if _readable(each) else each.contiguous() for each in (query, key, value))
     out = torch.empty(batch, queries, heads, head_dim)
     call = _Call(
         *(batch, heads, kv_heads, queries, keys, head_dim, window or 0, scale, cap or 0.0),
@@ -69,3 +69,11 @@ def flash_attention(
     )
     native.check(native.library().bt_attention(native.context(threads), ctypes.byref(call)), "bt_attention")
     return out
+
+
+def _readable(rows: Tensor) -> bool:
+    """Whether the library can read rows where they lie: it takes those further apart than their size for padded to a
+    multiple of 16, and those no distance apart for a cache's.
+    """
+    size, apart = rows.shape[3], rows.stride(2)
+    return rows.stride(3) == 1 and apart > 0 and (apart == size or size % 16 == 0)

@@ -57,7 +57,7 @@ class GenerationOptions:
             "top_k: expected at least 1": self.top_k is None or self.top_k >= 1,
             "top_p: expected more than 0 and at most 1": self.top_p is None or 0 < self.top_p <= 1,
             "repetition_penalty: expected more than 0": 0 < self.repetition_penalty < float("inf"),
-            "stop: expected texts that are not empty": all(self.stop),
+            "stop: expected texts that are not empty": not isinstance(self.stop, str) and all(self.stop),
             f"kv_cache: expected one of {', '.join(CACHE_TYPES)}": self.kv_cache in (None, *CACHE_TYPES),
         }
         for message, holds in checks.items():
@@ -113,6 +113,10 @@ def generate(
         BitternError: for an empty prompt, one that leaves no room in the model's context, tokens
             that the model does not have, or logits that are NaN.
     """
+    if input_ids.ndim not in (1, 2) or (input_ids.ndim == 2 and len(input_ids) != 1):
+        raise BitternError(
+            f"input_ids: expected one prompt, found shape {tuple(input_ids.shape)}; generate_batch takes several"
+        )
     return _generate(model, tokenizer, [input_ids.reshape(-1).tolist()], options, on_text)[0]
 
 
@@ -313,8 +317,8 @@ class _Chooser:
             logits = logits.index_copy(0, self._seen, torch.where(scores > 0, scores / penalty, scores * penalty))
         # NumPy's argmax is many times as fast as torch's, and stops at a NaN.
         token = int(logits.numpy().argmax())
-        if bool(logits[token].isnan()):
-            raise BitternError("logits: the model computed NaN")
+        if not bool(logits[token].isfinite()):
+            raise BitternError(f"logits: the model computed {str(float(logits[token])).replace('nan', 'NaN')}")
         if options.temperature != 0:
             token = self._sample(logits)
         if options.repetition_penalty != 1:
@@ -325,8 +329,8 @@ class _Chooser:
         options, tokens = self._options, None
         if options.top_k is not None and options.top_k < logits.numel():
             logits, tokens = logits.topk(options.top_k)
-        # Subtracting the largest first keeps a tiny temperature from overflowing.
-        probabilities = ((logits - logits.max()) / options.temperature).softmax(dim=0)
+        # The largest is subtracted first, and all divided in float64, so that a tiny temperature overflows nothing.
+        probabilities = ((logits - logits.max()).double() / options.temperature).softmax(dim=0)
         if options.top_p is not None and options.top_p < 1:
             probabilities, order = probabilities.sort(descending=True)
             tokens = order if tokens is None else tokens[order]

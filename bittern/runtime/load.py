@@ -285,7 +285,8 @@ def _finish(model: PreTrainedModel, checkpoint: Checkpoint, packed: bool) -> Non
         raise BitternError(f"{missing[0]}: the checkpoint has no values for it")
     attention.use(model)
     model.name_or_path = model.config._name_or_path = checkpoint.source
-    if (checkpoint.folder / "generation_config.json").is_file():
+    # What lies beside a GGUF file is not its own.
+    if checkpoint.gguf is None and (checkpoint.folder / "generation_config.json").is_file():
         try:
             model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
         except (OSError, ValueError) as error:

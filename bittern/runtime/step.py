@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from bittern.errors import BitternError
 from bittern.runtime.cache import new_cache
 
 if TYPE_CHECKING:
@@ -24,9 +25,9 @@ _PADDED_LAYERS = ("full_attention", "sliding_attention")
 
 
 def native_decoder(model: PreTrainedModel) -> Decoder | None:
-    """What :func:`bittern.load` attached to a model that still is as it was then."""
+    """What :func:`bittern.load` attached to a model whose tensors still are what they were then."""
     found = cast("Decoder | None", vars(model).get("native_decoder"))
-    return found if model.dtype == torch.float32 and model.device.type == "cpu" else None
+    return found if found is not None and found.fits(model) else None
 
 
 def can_batch(model: PreTrainedModel) -> bool:
@@ -105,6 +106,8 @@ def _plain_step(
         longest = max(len(prompt) + room for prompt, room in zip(prompts, rooms, strict=True))
         cache = decoder.new_cache(len(prompts), longest, cast(Any, kv_cache or "fp32"))
         return lambda tokens: decoder.forward(cache, tokens)
+    if kv_cache == "fp32" and model.dtype != torch.float32:
+        raise BitternError(f"kv_cache: fp32 is for a model that computes in fp32, found {model.dtype}; leave it out")
     width = max(map(len, prompts))
     capacity = width + max(rooms)
     parameters = inspect.signature(model.forward).parameters
