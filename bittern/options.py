@@ -146,7 +146,7 @@ def quantize_options(function: Command) -> Command:
         click.option(
             "--damp-percent", type=float, default=0.01, show_default=True, help="Damping over the mean diagonal of H."
         ),
-        click.option("--seed", type=int, default=0, show_default=True),
+        click.option("--seed", type=click.IntRange(-(2**63), 2**63 - 1), default=0, show_default=True),
         click.option(
             "--seqlen", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens in a window."
         ),
@@ -248,7 +248,7 @@ def uptrain_options(function: Command) -> Command:
     for option in (
         click.option("--resume/--no-resume", default=True, show_default=True, help="Go on with a run that was killed."),
         click.option("--dtype", type=DTYPE, help="Dtype of the output.  [default: each tensor keeps its own]"),
-        click.option("--seed", type=int, default=0, show_default=True),
+        click.option("--seed", type=click.IntRange(-(2**63), 2**63 - 1), default=0, show_default=True),
         click.option("--recompute", is_flag=True, help="Activation checkpointing: less memory, a third more time."),
         click.option("--eval-every", type=click.IntRange(min=1), metavar="STEPS", help="[default: a tenth of all]"),
         click.option(

@@ -16,7 +16,7 @@ from bittern.evaluate import EvalResult, check_fit, evaluate, text_windows
 from bittern.report import MANIFEST_FILE, file_record
 from bittern.schema import LARGEST_FLOAT, problem, read_manifest
 from bittern.tasks import TaskResult, evaluate_task
-from bittern.tokenizer import check_same_tokens, leading_bos
+from bittern.tokenizer import check_same_tokens, wants_bos
 from bittern.writer import explained, replace_file
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def measure(
         check_fit(live, tokenizer, ids)
         if len(ids) < windows:
             found.notes.append(f"{text}: {windows} windows asked for, {len(ids)} found")
-        if not bos and "gemma" in live.config.model_type and leading_bos(tokenizer) is not None:
+        if not bos and wants_bos(live.config, tokenizer):
             found.notes.append(
                 "windows begin as the text stands, and Gemma predicts badly without BOS: --bos gives it one"
             )

@@ -42,6 +42,11 @@ def leading_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return ids[0] if len(ids) > 1 and ids[0] == tokenizer.bos_token_id else None
 
 
+def wants_bos(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a model predicts badly where a text does not begin with BOS."""
+    return "gemma" in config.model_type and leading_bos(tokenizer) is not None
+
+
 def check_length(config: PretrainedConfig, seqlen: int) -> None:
     """Refuse windows that are longer than a model's context.
 

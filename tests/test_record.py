@@ -175,7 +175,7 @@ def test_gemma_without_bos_is_told(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("bittern.record.leading_bos", lambda _: 0)
+    monkeypatch.setattr("bittern.tokenizer.leading_bos", lambda _: 0)
     for family, told in (("gemma3_text", True), ("llama", False)):
         model = tiny.save(tiny.random_model(family, head_dim=16), tmp_path / family, tokenizer)
         for more in ([], ["--bos"]):

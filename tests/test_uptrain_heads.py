@@ -15,7 +15,7 @@ from bittern import model as live
 from bittern.errors import BitternError
 from bittern.uptrain import heads as part
 from bittern.uptrain.heads import Counts, Heads
-from bittern.uptrain.student import head_counts
+from bittern.uptrain.student import grouped_config, head_counts
 from tests import tiny
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -141,3 +141,32 @@ def test_a_number_that_does_not_divide_is_refused_with_those_that_do(wanted: int
     model = tiny.random_model("llama", num_key_value_heads=4)
     with pytest.raises(BitternError, match="can have 1, 2"):
         head_counts(model, wanted)
+
+
+def test_a_layer_without_rope_is_told_from_those_that_have_it() -> None:
+    from bittern.uptrain.heads import find_pairings
+
+    model = tiny.random_model("smollm3", num_key_value_heads=4, no_rope_layers=[0, 1], vocab_size=64)
+    counts = head_counts(model, 2)
+    seen: list[dict[str, Any]] = []
+    layers = model.model.layers
+    hooks = [
+        layer.self_attn.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+        for layer in layers
+    ]
+    model(input_ids=torch.arange(24)[None], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    hidden = [kwargs.pop("hidden_states") for kwargs in seen]
+    found = [
+        find_pairings(layer.self_attn, counts, kwargs, state, counts.dim)
+        for layer, kwargs, state in zip(layers, seen, hidden, strict=True)
+    ]
+    assert found == [["half", "interleaved"], ["half"]]
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_heads_of_a_text_config_are_changed_in_it(stated: bool) -> None:
+    inner = {"num_attention_heads": 8} if stated else {}
+    found = grouped_config({"model_type": "gemma3", "text_config": inner}, 2)
+    assert found == {"model_type": "gemma3", "text_config": {**inner, "num_key_value_heads": 2}}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
@@ -134,3 +136,27 @@ def test_keys_that_are_normalized_afterwards_are_averaged() -> None:
     merged = merge.merge(heads, groups, moment(), D, "half", keys_fixed=True)
     torch.testing.assert_close(merged.key[0], heads.key[:2].mean(0))
     assert torch.equal(merged.query, heads.query)
+
+
+def test_keys_that_may_only_be_averaged_are_grouped_by_what_their_mean_loses() -> None:
+    base = random_heads(2)
+    # As pairs that may be turned, a head and its opposite are the same; their mean is nothing.
+    signs = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0]).double()[:, None, None]
+    heads = Heads(random_heads().query, signs * base.key[0], base.value[[0] * H], random_heads().output)
+    assert merge.similar(heads, 3, moment(), D, "half", keys_fixed=True) == ((0, 2, 4), (1, 3, 5))
+
+
+def test_sixteen_heads_in_two_groups_are_not_tried_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    real = merge._lost
+
+    def counted(gram: Tensor, group: Sequence[int], count: int) -> float:
+        calls.append(count)
+        return real(gram, group, count)
+
+    monkeypatch.setattr(merge, "_lost", counted)
+    heads = random_heads(16)
+    heads = Heads(heads.key.flip(0), heads.key, heads.value, torch.cat([heads.output] * 3)[:16])
+    groups = merge.similar(heads, 8, moment(), D, "half")
+    assert sorted(head for group in groups for head in group) == list(range(16))
+    assert len(calls) <= 2 * 120  # pairs, of values and of keys

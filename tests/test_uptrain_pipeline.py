@@ -295,3 +295,13 @@ def test_stories15m_keeps_most_of_its_gap() -> None:
         found.append(evaluate(student, held_out).nll)
     source = evaluate(teacher, held_out).nll
     assert found[1] - source < 0.25 * (found[0] - source)
+
+
+def test_a_label_of_the_source_is_kept(tmp_path: Path, text: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    first = make(tmp_path / "source", tokenizer)
+    run(first, tmp_path / "two", text, passes=0)
+    manifest = run(tmp_path / "two", tmp_path / "one", text, kv_heads=1, passes=0, tokens=64)
+    config = json.loads((tmp_path / "one" / "config.json").read_text())
+    assert "not trained after its key-value heads were merged" in manifest["degraded"]
+    assert config["bittern"]["degraded"] == manifest["degraded"]
+    assert any(manifest["degraded"] in note for note in manifest["notes"])

@@ -198,6 +198,10 @@ def test_a_state_comes_back_and_a_foreign_file_is_refused(tmp_path: Path) -> Non
     assert state.read_story(path) == {"step": 1, "word": "grüß"} and torch.equal(fresh, parameter)
     for moment in state.MOMENTS:
         assert torch.equal(again.state[fresh][moment], optimizer.state[parameter][moment])
+    idle = torch.nn.Parameter(torch.ones(2))  # of a tower that text does not reach
+    state.save_state(path, {"w": parameter, "idle": idle}, optimizer, {"step": 1})
+    state.load_state(path, {"w": fresh, "idle": idle}, again, 1)
+    assert idle not in again.state and fresh in again.state
     path.write_bytes(b"no state")
     with pytest.raises(BitternError, match="--no-resume"):
         state.read_story(path)

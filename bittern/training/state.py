@@ -91,12 +91,13 @@ def load_state(
         BitternError: when the file lacks one of them.
     """
     with safe_open(path, framework="pt") as file, torch.no_grad():
-        missing = set(parameters) - set(file.keys())
+        stored = set(file.keys())
+        missing = set(parameters) - stored
         if missing:
             raise BitternError(f"{path}: expected parameter {min(missing)}, found none; --no-resume starts over")
         for name, parameter in parameters.items():
             _fill(parameter, file.get_tensor(name))
-            if optimizer is None or not steps:
+            if optimizer is None or not steps or f"{name}:{MOMENTS[0]}" not in stored:  # it had no gradient yet
                 continue
             moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
             for moment, tensor in moments.items():

@@ -32,6 +32,7 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 _FUSED = "qkv_proj"
 _OUTPUTS = ("o_proj", "dense", "out_proj")
 _NORMS = re.compile(r"[qk]_(layer)?norm\.weight")
+_NORM_MODULES = re.compile(r"[qk]_(layer)?norm|qk_norm")  # some have no weights
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def check_attention(attention: nn.Module, counts: Counts, name: str) -> None:
 
 def normed(attention: nn.Module) -> bool:
     """Whether queries and keys are normalized after projection, so that no rotation of keys is free."""
-    return any(_NORMS.fullmatch(name) for name, _ in attention.named_parameters())
+    return any(_NORM_MODULES.fullmatch(name) for name, _ in attention.named_children())
 
 
 def key_projection(attention: nn.Module) -> nn.Module:
@@ -200,9 +201,9 @@ def from_pairs(rows: Tensor, pairing: str) -> Tensor:
     return torch.stack([rows.real, rows.imag], place).flatten(-3, -2)
 
 
-def find_pairing(
+def find_pairings(
     attention: nn.Module, counts: Counts, kwargs: dict[str, Any], hidden: Tensor, rotary: int
-) -> str | None:
+) -> list[str]:
     """How RoPE pairs dimensions here, by trying: keys are turned each way, and the right one changes no output.
 
     Args:
@@ -213,21 +214,22 @@ def find_pairing(
         rotary: leading dimensions of a head that RoPE turns.
 
     Returns:
-        One of :data:`PAIRINGS`; None when neither leaves the output as it was.
+        Those of :data:`PAIRINGS` that leave the output as it was: both where nothing is turned.
     """
     heads = read_heads(attention, counts)
     generator = torch.Generator().manual_seed(0)
     angles = 6.28 * torch.rand(counts.key_value, rotary // 2, dtype=torch.float64, generator=generator)
     factors = torch.polar(torch.ones_like(angles), angles).to(heads.key.device)
     expected = _run(attention, hidden, kwargs)
+    found = []
     try:
         for pairing in PAIRINGS:
             write_heads(attention, turn_keys(heads, factors, pairing))
             if float((_run(attention, hidden, kwargs) - expected).norm()) <= 1e-3 * float(expected.norm()):
-                return pairing
+                found.append(pairing)
     finally:
         write_heads(attention, heads)
-    return None
+    return found
 
 
 @torch.no_grad()

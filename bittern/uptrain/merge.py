@@ -35,6 +35,7 @@ Groups = tuple[tuple[int, ...], ...]
 """Which old key-value heads each new one replaces."""
 
 _MOST_PARTITIONS = 20_000
+_MOST_GROUPS = 1_000  # each has eigenvalues of its own
 
 
 def neighbours(heads: int, size: int) -> Groups:
@@ -124,7 +125,7 @@ def shared_rows(rows: Tensor, importance: Tensor, moment: Tensor) -> tuple[Tenso
     return shared, maps @ turn.mH.unsqueeze(-3) / scale.unsqueeze(-3), lost
 
 
-def similar(heads: Heads, size: int, moment: Tensor, rotary: int, pairing: str) -> Groups:
+def similar(heads: Heads, size: int, moment: Tensor, rotary: int, pairing: str, keys_fixed: bool = False) -> Groups:
     """Groups of heads that lose least by sharing: every partition is tried while there are few, else good ones.
 
     A group costs the energy that its shared keys and values lose, as shares of all heads' energies, keys and values
@@ -133,27 +134,33 @@ def similar(heads: Heads, size: int, moment: Tensor, rotary: int, pairing: str) 
     Args:
         heads: of the source.
         size: heads in a group.
-        moment, rotary, pairing: see :func:`merge`.
+        moment, rotary, pairing, keys_fixed: see :func:`merge`.
     """
     count = len(heads.key)
     if size in (1, count):
         return neighbours(count, size)
     grams = [_gram(heads.value, _output_importance(heads), moment)[None]]
-    keys = to_pairs(heads.key[:, :rotary], pairing)
-    energy = _pair_energy(heads, to_pairs(heads.query[:, :rotary], pairing), moment)
-    grams.append(_gram(keys[:, :, None].transpose(0, 1), energy.T.sqrt()[..., None, None].to(keys.dtype), moment))
-    if rotary < heads.key.shape[1]:
-        importance = _query_importance(heads, rotary, moment)
-        grams.append(_gram(heads.key[:, rotary:], importance, moment)[None])
+    products = heads.key.new_zeros(())
+    if keys_fixed:
+        within = moment[: heads.key.shape[-1], : heads.key.shape[-1]]
+        products = (heads.key @ within).flatten(1) @ heads.key.flatten(1).mT
+    else:
+        keys = to_pairs(heads.key[:, :rotary], pairing)
+        energy = _pair_energy(heads, to_pairs(heads.query[:, :rotary], pairing), moment)
+        grams.append(_gram(keys[:, :, None].transpose(0, 1), energy.T.sqrt()[..., None, None].to(keys.dtype), moment))
+        if rotary < heads.key.shape[1]:
+            importance = _query_importance(heads, rotary, moment)
+            grams.append(_gram(heads.key[:, rotary:], importance, moment)[None])
     costs: dict[tuple[int, ...], float] = {}
 
     def cost(group: tuple[int, ...]) -> float:
         if group not in costs:
-            costs[group] = sum(_lost(gram, group, count) for gram in grams)
+            averaged = _lost_by_mean(products, group) if keys_fixed else 0.0
+            costs[group] = averaged + sum(_lost(gram, group, count) for gram in grams)
         return costs[group]
 
     partitions = factorial(count) // (factorial(size) ** (count // size) * factorial(count // size))
-    if partitions <= _MOST_PARTITIONS and comb(count, size) <= _MOST_PARTITIONS:
+    if partitions <= _MOST_PARTITIONS and comb(count, size) <= _MOST_GROUPS:
         return min(_partitions(tuple(range(count)), size), key=lambda groups: sum(map(cost, groups)))
     return _by_pairs(count, size, lambda one, other: cost((min(one, other), max(one, other))))
 
@@ -209,6 +216,12 @@ def _lost(gram: Tensor, group: Sequence[int], count: int) -> float:
     lost = torch.linalg.eigvalsh(inside)[..., :-height].sum()
     total = gram.diagonal(dim1=-2, dim2=-1).real.sum().clamp_min(1e-300)
     return float(lost / total)
+
+
+def _lost_by_mean(products: Tensor, group: Sequence[int]) -> float:
+    """What a group loses of all heads' energy where each is replaced by their mean; their products (heads, heads)."""
+    inside = products[list(group)][:, list(group)]
+    return float((inside.trace() - inside.mean() * len(group)) / products.trace().clamp_min(1e-300))
 
 
 def _partitions(heads: tuple[int, ...], size: int) -> Iterator[Groups]:

@@ -8,10 +8,9 @@ from typing import Any
 from bittern import model as live
 from bittern.artifact import Artifact
 from bittern.checkpoint import Checkpoint, TensorInfo
-from bittern.convert.cast import DTYPES, cast_tensors, cast_values, copied_tensors, target_dtype
-from bittern.errors import BitternError
+from bittern.convert.cast import DTYPES, cast_tensors, cast_values, copied_tensors, refuse_values, target_dtype
 from bittern.origin import source_record
-from bittern.report import base_manifest, degraded_notes, with_origin
+from bittern.report import base_manifest, degraded_notes, degraded_reason, with_origin
 from bittern.schema import carried
 from bittern.size import cache_size, planned_size, source_size
 from bittern.training.state import read_tensor
@@ -48,7 +47,8 @@ def make_manifest(
 ) -> dict[str, Any]:
     curve = story["curve"]
     perplexity = {**story["perplexity"], "trained": curve[-1]["perplexity"] if curve else None}
-    reason = degraded(perplexity, given["tokens"])
+    reasons = (degraded_reason(checkpoint.config), degraded(perplexity, given["tokens"]))
+    reason = "; ".join(dict.fromkeys(filter(None, reasons))) or None
     origin, left_out = carried(checkpoint)
     length, cache = cache_size(checkpoint.config)
     notes = [*left_out, *story["notes"], *degraded_notes(reason)]
@@ -123,10 +123,7 @@ def write_output(
             if tuple(tensor.shape) != info.shape:
                 tensor = tensor.flatten(0, -2)[start:stop]
             values, cast = cast_values(tensor.flatten(), info.dtype, info.name)
-            if cast.overflowed or cast.not_finite:
-                raise BitternError(
-                    f"{info.name}: its largest magnitude {cast.max_magnitude:g} does not fit {cast.dtype}"
-                )
+            refuse_values(cast, None)
             writer.write(info.name, values.view(info.shape))
         checkpoint.copy_side_files(writer.folder)
         writer.commit(config, manifest)

@@ -26,7 +26,7 @@ from bittern.processes import together, world
 from bittern.quantize.pipeline import DEFAULT_DATASET
 from bittern.quantize.resume import change, source_hashes
 from bittern.ties import refuse_untied
-from bittern.tokenizer import check_length
+from bittern.tokenizer import check_length, wants_bos
 from bittern.training.state import load_state, read_story, save_state
 from bittern.training.text import HELD_OUT, Windows, read_windows, write_windows
 from bittern.training.train import Diverged, Run, Training, shard
@@ -344,7 +344,7 @@ def _convert(
         seqlen=seqlen,
         count=wanted + held,
         vocab_size=vocabulary,
-        sampled=given["sampled"] // seqlen,
+        sampled=-(-given["sampled"] // seqlen),
         model=teacher,
         seed=given["seed"],
         on_sampled=on_sampled,
@@ -392,11 +392,12 @@ _BATCH = 8  # calibration windows at a time
 def _held_out(
     text: str | os.PathLike[str] | None, checkpoint: Checkpoint, model: PreTrainedModel, seqlen: int
 ) -> Tensor | None:
-    """Windows of the text that a user names to measure on, int64 (windows, seqlen)."""
+    """Windows of the text that a user names to measure on, int64 (windows, seqlen); with BOS for Gemma."""
     if text is None:
         return None
     tokenizer = checkpoint.tokenizer()
-    windows = text_windows(text, tokenizer, seqlen=seqlen, windows=2 * HELD_OUT)
+    bos = wants_bos(model.config, tokenizer)
+    windows = text_windows(text, tokenizer, seqlen=seqlen, windows=2 * HELD_OUT, bos=bos)
     check_fit(model, tokenizer, windows)
     return windows
 
@@ -405,12 +406,12 @@ def _split(windows: Windows, text: Tensor | None, given: dict[str, Any]) -> tupl
     """The windows to train on, and those to measure on: of another text, or spread evenly over the dataset's."""
     if text is not None:
         return windows, text
-    count = len(windows.ids) - given["sampled"] // given["seqlen"]  # what the source writes comes last
+    count = len(windows.ids) - -(-given["sampled"] // given["seqlen"])  # what the source writes comes last
     if count < 2:
         named = dataset_title(given["dataset"])
         raise BitternError(f"{named}: expected two windows of {given['seqlen']} tokens at least, found {count}")
     spread = max(10, count // HELD_OUT)
-    held = list(range(spread // 2, count, spread)) or [count - 1]
+    held = list(range(spread // 2, count, spread))[:HELD_OUT] or [count - 1]
     others = sorted(set(range(len(windows.ids))) - set(held))
     return Windows(windows.ids[others], windows.seed), torch.from_numpy(windows.ids[held]).long()
 

@@ -32,7 +32,7 @@ from bittern.uptrain.heads import (
     PAIRINGS,
     Counts,
     find_attention,
-    find_pairing,
+    find_pairings,
     key_projection,
     normed,
     output_projection,
@@ -237,13 +237,16 @@ def _regroup_block(
     rotary, pairing = _rotary(module, observed, counts, keys_fixed, recipe, name)
     groups = neighbours
     if recipe.group == "similar":
-        groups = closed.similar(heads, size, observed.moment, rotary, pairing)
+        groups = closed.similar(heads, size, observed.moment, rotary, pairing, keys_fixed)
     write_heads(target, closed.pool(heads, neighbours, "mean"))
     record: dict[str, Any] = {"groups": [list(group) for group in groups], "error_mean": block_error(new, stream)}
     record |= dict.fromkeys(("error_aligned", "error_solved", "error_distilled"))
     if recipe.init == "aligned":
         write_heads(target, closed.merge(heads, groups, observed.moment, rotary, pairing, keys_fixed))
         record["error_aligned"] = block_error(new, stream)
+        if record["error_aligned"] > record["error_mean"]:
+            write_heads(target, closed.pool(heads, neighbours, "mean"))
+            record["groups"] = [list(group) for group in neighbours]
     elif recipe.init == "first" or groups != neighbours:
         write_heads(target, closed.pool(heads, groups, recipe.init))
     if recipe.passes:
@@ -260,16 +263,22 @@ def _rotary(
     embeddings = observed.kwargs.get("position_embeddings")
     if embeddings is None:
         return 0, PAIRINGS[0]
+    if not isinstance(embeddings, tuple) or len(embeddings) != 2:
+        raise BitternError(
+            f"{name}: expected position embeddings of cosines and sines, found {type(embeddings).__name__}"
+        )
     rotary = int(embeddings[0].shape[-1])
     if keys_fixed or (recipe.init != "aligned" and recipe.group != "similar"):
         return rotary, PAIRINGS[0]
-    pairing = find_pairing(attention, counts, observed.kwargs, observed.hidden, rotary) if rotary else None
-    if pairing is None:
+    pairings = find_pairings(attention, counts, observed.kwargs, observed.hidden, rotary) if rotary else []
+    if len(pairings) > 1 and rotary > 2:
+        return 0, PAIRINGS[0]  # a layer without RoPE, which is given the embeddings as the others are
+    if not pairings:
         raise BitternError(
             f"{name}: turning keys and queries by RoPE's pairs changes the output, so its rotary embedding is none of"
             " those known; --init mean --group neighbour does without"
         )
-    return rotary, pairing
+    return rotary, pairings[0]
 
 
 @torch.no_grad()

@@ -55,6 +55,11 @@ def head_counts(model: PreTrainedModel, kv_heads: int) -> Counts:
 def make_student(teacher: PreTrainedModel, config: dict[str, Any], kv_heads: int) -> PreTrainedModel:
     """A model with fewer key-value heads that has the teacher's parameters, the same tensors, outside of attention."""
     student = live.build(grouped_config(config, kv_heads))
+    found = student.config.get_text_config(decoder=True).num_key_value_heads
+    if found != kv_heads:
+        raise BitternError(
+            f"{student.config.model_type}: no place in config.json for {kv_heads} key-value heads is known"
+        )
     own = teacher.state_dict()
     tied = live.tied_names(student)
     inside = tuple(attention_prefixes(student))
@@ -85,8 +90,8 @@ def trained_parameters(student: PreTrainedModel, trained: str) -> dict[str, nn.P
 
 
 def grouped_config(config: dict[str, Any], kv_heads: int) -> dict[str, Any]:
-    """A configuration with another number of key-value heads, wherever it states the heads."""
+    """A configuration with another number of key-value heads, where its decoder reads it."""
     text = config.get("text_config")
-    if isinstance(text, dict) and "num_attention_heads" in text:
+    if isinstance(text, dict):
         return {**config, "text_config": {**text, "num_key_value_heads": kv_heads}}
     return {**config, "num_key_value_heads": kv_heads}
