@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from bittern.card_text import Facts, card_text, degraded_block
+from bittern.card_text import FILE_SUFFIXES, Facts, card_text, degraded_block
 from bittern.errors import BitternError, first_line
 from bittern.origin import HUB_ID, lineage, split_card
 from bittern.story import conditions
@@ -22,7 +22,6 @@ EVALUATIONS = ".eval_results"
 
 _OURS = ("base_model_relation", "license", "license_name", "license_link", "quantized_by", "model-index", "metrics")
 _BENCHMARK = re.compile(rf"(?P<id>{HUB_ID.pattern})(:(?P<task>[\w.-]+))?")
-_FILE_SUFFIXES = (".txt", ".json", ".jsonl", ".parquet", ".arrow", ".gz")
 
 
 def make_card(facts: Facts) -> str:
@@ -52,13 +51,16 @@ def update_card(own: str, facts: Facts) -> str:
         BitternError: for metadata that huggingface_hub does not understand.
     """
     stated, body = own_card(own)
+    _join(stated, body)  # what the Hub does not expect is said, though it may be replaced below
     ours = card_metadata(facts)
     merged = {**ours, **stated} | {key: ours[key] for key in _OURS if key in ours}
-    for key in ("license_name", "license_link"):
+    for key in ("license_name", "license_link", "model-index", "metrics"):  # of another licence, of other weights
         if key not in ours:
             merged.pop(key, None)
     tags = stated.get("tags") or []
     tags = [tags] if isinstance(tags, str) else tags
+    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+        raise BitternError(f"card: tags: expected a list of texts, found {tags!r}")
     merged["tags"] = [*tags, *(tag for tag in ours["tags"] if tag not in tags)]
     body = body if body.strip() else card_text(facts)
     if facts.degraded is not None and facts.degraded not in body:
@@ -142,7 +144,8 @@ def evaluation_files(manifest: Mapping[str, Any]) -> dict[str, str]:
     """Results of benchmarks that the Hub knows, as the files that it collects: name -> YAML.
 
     The Hub takes results for datasets that are registered there as benchmarks, so a task is such a result when its
-    name is a dataset's id, with the benchmark's own name for the task behind a colon where it has several.
+    name is a dataset's id, with the benchmark's own name for the task behind a colon where it has several. It has one
+    place for a task: the figure is that of the artifact as it runs by itself.
     """
     import yaml
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
@@ -151,6 +154,8 @@ def evaluation_files(manifest: Mapping[str, Any]) -> dict[str, str]:
     for record in _evaluations(manifest):
         match = _BENCHMARK.fullmatch(str(record.get("name")))
         if record.get("what") != "task" or match is None or not isinstance(record.get("accuracy"), int | float):
+            continue
+        if conditions(record):
             continue
         notes = f"{record.get('questions')} questions, log-likelihood of the choices, measured by bittern"
         task = match["task"] or "default"
@@ -205,7 +210,7 @@ def _datasets(facts: Facts) -> list[str] | None:
         names = str(calibration.get("source", "")) if isinstance(calibration, Mapping) else ""
         for name in names.split(", "):
             name = re.split("[:@]", name)[0]
-            if HUB_ID.fullmatch(name) and not name.endswith(_FILE_SUFFIXES):
+            if HUB_ID.fullmatch(name) and not name.endswith(FILE_SUFFIXES):
                 found.append(name)
     return list(dict.fromkeys(found)) or None
 

@@ -16,7 +16,10 @@ from bittern.report import layer_records
 from bittern.story import conditions
 
 _METHODS = {"gptq": "GPTQ", "rtn": "round to nearest"}
-_LOCAL = re.compile(r"[/~]|\.\.?/")  # begins what is a path on the machine that made it
+FILE_SUFFIXES = (".txt", ".json", ".jsonl", ".parquet", ".arrow", ".gz")
+"""Of datasets that are files."""
+
+_LOCAL = re.compile(r"[/~]|\.\.?/|[^/]+/[^/]*/")  # begins what is a path on the machine that made it
 _SHOWN = 5  # names or notes in a list
 
 
@@ -172,7 +175,7 @@ def _calibration(run: Mapping[str, Any]) -> str:
 
 def _dataset(name: str) -> str:
     """Of a local file its last name; a dataset of the Hub is org/name."""
-    return name if name.count("/") <= 1 and not name.startswith((".", "/", "~")) else PurePosixPath(name).name
+    return PurePosixPath(name).name if _LOCAL.match(name) or name.endswith(FILE_SUFFIXES) else name
 
 
 def _kept(facts: Facts) -> str:
@@ -274,12 +277,15 @@ def _commands(repo_id: str, revision: str | None) -> dict[str, tuple[str, str]]:
 
 def _commands_run(facts: Facts) -> str:
     """The commands that make it again, the first one first; of local paths the last names."""
-    commands = [run.get("command") for run in reversed(lineage(dict(facts.manifest)))]
     lines = []
-    for command in commands:
+    for run in reversed(lineage(dict(facts.manifest))):
+        command, source = run.get("command"), run.get("source")
+        folder = source.get("name") if isinstance(source, Mapping) and not source.get("revision") else None
         if isinstance(command, list) and command:
-            local = [PurePosixPath(str(part)).name if _LOCAL.match(str(part)) else str(part) for part in command]
-            lines.append(shlex.join(local))
+            parts = [str(part) for part in command]
+            local = [part == folder or _LOCAL.match(part) or part.endswith(FILE_SUFFIXES) for part in parts]
+            shown = [PurePosixPath(part).name if cut else part for part, cut in zip(parts, local, strict=True)]
+            lines.append(shlex.join(shown))
     return "```sh\n" + "\n".join(" ".join(line.split()) for line in lines) + "\n```" if lines else ""
 
 

@@ -273,6 +273,8 @@ def _stale(ours: Collection[str], names: Collection[str], known: Path | None) ->
 
 
 def _listed(path: Path) -> list[str]:
-    """The files of an artifact by the manifest in a repository, which may be anybody's."""
-    found = read_json(path).get("files")
-    return [name for name in found if isinstance(name, str)] if isinstance(found, dict) else []
+    """What was pushed with the manifest in a repository, which may be anybody's: an artifact's files, and results."""
+    manifest = read_json(path)
+    found = manifest.get("files")
+    files = [name for name in found if isinstance(name, str)] if isinstance(found, dict) else []
+    return [*files, *evaluation_files(manifest)]

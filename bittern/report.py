@@ -4,29 +4,6 @@
 is the schema that :mod:`bittern.schema` holds a manifest to. Two runs with the same seed on the same machine
 agree in every file of the artifact and in all of the manifest but ``measured`` and ``prediction``.
 
-schema_version      2; the first had neither ``kind`` nor ``files``, and came from quantize alone
-kind                "quantize", "convert", "repack" or "uptrain"
-source              name, revision and architecture of what was read; ``card``, what its model card says of
-                    licence, language and task (see :func:`bittern.origin.stated_card`), null without one
-options             the options that the run was called with
-notes               warnings and fallbacks that a user must know of, one sentence each
-versions            of bittern, torch, transformers and Python
-measured            seconds, peak memory, threads, and (quantize) the seconds of each layer
-files               file -> its bytes and sha256, of every file of the artifact but the manifest
-==================  ==================================================================================
-
-- quantize adds ``calibration``, ``layers`` (a record per quantized layer) and ``kept`` (layer -> why it
-  was left in 16 bits);
-- convert adds ``dtype``, ``tensors`` (tensor -> what the cast cost), ``clamped`` (tensor -> values that
-  were clamped, where there are any) and ``tied`` (tensors left out because they equal another);
-- repack adds ``repacked`` (a record per layer that it moved) and ``origin``: the source's own manifest,
-  or null where it had none. What the source's run measured is under ``measured``, ``origin``;
-- uptrain adds ``heads``, ``kv_bytes_per_token`` (of source and output), ``calibration``, ``blocks`` (a record per block
-  whose heads were merged), ``perplexity`` (source, converted, trained), ``training`` (tokens, steps and curve, or null)
-  and ``degraded`` (why the result must not be taken for a good one, or null).
-
-:func:`layer_records` finds the records of the run that chose the codes, in a manifest of any kind.
-=======
 A run that reads what bittern has made keeps that one's manifest under ``origin``; what its run measured is
 under ``measured``, ``origin``. So a manifest is a chain of runs: :func:`runs` walks it, and
 :func:`layer_records` finds the records of the run that chose the codes.

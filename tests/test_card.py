@@ -238,6 +238,9 @@ def test_benchmarks_of_the_hub_become_files_that_it_collects(artifact: Path) -> 
     manifest = json.loads((artifact / "bittern_manifest.json").read_text())
     (entry,) = parse_eval_result_entries(yaml.safe_load(evaluation_files(manifest)[names[0]]))
     assert (entry.dataset_id, entry.task_id, entry.value) == ("org/quiz", "easy", 62.0)
+    task = next(each for each in EVALUATIONS if each["name"] == "org/quiz:easy")
+    rough = {**task, "accuracy": 0.3, "settings": {"activations": "a8"}}  # not how it runs by itself
+    assert evaluation_files({"evaluations": [task, rough]}) == evaluation_files({"evaluations": [task]})
 
 
 def test_a_degraded_artifact_says_so_at_the_top(artifact: Path, tmp_path: Path) -> None:
@@ -349,6 +352,12 @@ def test_the_commands_that_make_it_again_name_no_place_on_this_machine(artifact:
         "bittern convert org/base -o OUT",
         "bittern quantize fp32 -o OUT --dataset 'my wiki.txt' --skip 'a|b'",
     ]
+    near = ["bittern", "quantize", "acme/base", "-o", "OUT", "--dataset", "acme/mails.txt", "--dataset", "org/data"]
+    change(artifact, command=near, source={"name": "acme/base", "revision": None})
+    change(artifact, calibration={"source": "acme/mails.txt, org/data"})
+    text = card_of(artifact)
+    assert "bittern quantize base -o OUT --dataset mails.txt --dataset org/data" in text
+    assert "| calibration | `mails.txt`, `org/data`" in text and "acme/" not in text
 
 
 def test_every_dataset_of_the_hub_is_named(artifact: Path) -> None:

@@ -435,6 +435,10 @@ def test_another_tokenizer_is_found(source: Path, copy: Path) -> None:
     path.write_text(json.dumps(found))
     rehash(copy)
     assert failed(verify(copy, source, logits=False)) == ["tokenizer"]
+    for file in copy.glob("*token*"):
+        file.unlink()
+    assert "tokenizer" in failed(verify(copy, source, logits=False))
+    assert check(verify(source, copy, logits=False), "tokenizer").passed is None  # nothing to hold it against
 
 
 def test_a_text_of_ones_own(packed: Path) -> None:
