@@ -54,7 +54,7 @@ def capture(model: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> tuple[Tenso
             return recorded
     raise BitternError(
         f"{type(model).__name__}: its blocks are given more of each other than the hidden state that one returns, which"
-        " is not supported; quantizing with --method rtn needs no walk through them"
+        " is not supported; only quantize --method rtn does without a walk through them"
     )
 
 

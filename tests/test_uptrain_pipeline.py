@@ -305,3 +305,16 @@ def test_a_label_of_the_source_is_kept(tmp_path: Path, text: Path, tokenizer: Pr
     assert "not trained after its key-value heads were merged" in manifest["degraded"]
     assert config["bittern"]["degraded"] == manifest["degraded"]
     assert any(manifest["degraded"] in note for note in manifest["notes"])
+
+
+def test_a_dtype_that_does_not_hold_what_is_not_trained_is_refused_first(
+    tmp_path: Path, text: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = tiny.random_model("llama", **MHA)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(1e5)  # is not trained, and does not fit
+    large = tiny.save(model, tmp_path / "large", tokenizer)
+    reported: list[Any] = []
+    with pytest.raises(BitternError, match=r"model\.norm\.weight: its largest magnitude 100000 does not fit float16"):
+        run(large, tmp_path / "out", text, dtype="fp16", on_block=reported.append)
+    assert not reported

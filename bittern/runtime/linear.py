@@ -72,7 +72,9 @@ class NativeMatrix(nn.Module):
         self.bits = weight.spec.bits
         self.out_features, self.in_features = weight.out_features, weight.in_features
         self.group_size = min(weight.spec.columns_per_group(weight.in_features), weight.in_features)
-        for name, buffer in zip(("codes", "scales", "zeros", "order"), native.pack(weight), strict=True):
+        for name, buffer in zip(
+            ("codes", "scales", "zeros", "order"), native.pack(weight, settings.threads), strict=True
+        ):
             self.register_buffer(name, buffer)
         self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
 

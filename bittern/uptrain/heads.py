@@ -103,7 +103,7 @@ def check_attention(attention: nn.Module, counts: Counts, name: str) -> None:
         if parameter.partition(".")[0] not in known and not norm:
             raise BitternError(
                 f"{name}.{parameter}: expected queries, keys, values, an output and norms over head_dim"
-                f" {counts.dim}; this belongs to single heads or to all of them together, and cannot be grouped"
+                f" {counts.dim}; how this {tuple(tensor.shape)} would follow groups of heads is not known"
             )
     queries, keys = counts.query * counts.dim, counts.key_value * counts.dim
     rows = sum(module.out_features for module in _inputs(attention))

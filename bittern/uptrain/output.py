@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bittern import model as live
 from bittern.artifact import Artifact
 from bittern.checkpoint import Checkpoint, TensorInfo
-from bittern.convert.cast import DTYPES, cast_tensors, cast_values, copied_tensors, refuse_values, target_dtype
+from bittern.convert.cast import (
+    DTYPES,
+    cast_tensors,
+    cast_values,
+    copied_tensors,
+    refuse_values,
+    target_dtype,
+    with_dtype,
+)
 from bittern.origin import source_record
 from bittern.report import base_manifest, degraded_notes, degraded_reason, with_origin
 from bittern.schema import carried
@@ -18,6 +27,9 @@ from bittern.training.train import Run
 from bittern.uptrain.heads import Counts
 from bittern.uptrain.student import grouped_config
 from bittern.writer import CheckpointWriter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DEGRADED = 1.10
 """A result whose perplexity is more than this times the source's is labelled degraded."""
@@ -82,6 +94,17 @@ def make_manifest(
     return with_origin(manifest, origin)
 
 
+def check_dtype(checkpoint: Checkpoint, model: PreTrainedModel, trained: Collection[str], dtype: str) -> None:
+    """Refuse a dtype that does not hold what stays as it is; training may take hours.
+
+    Raises:
+        BitternError: naming the tensor.
+    """
+    sources = live.weight_map(model, checkpoint.tensors)
+    for _ in cast_tensors(checkpoint, None, copied_tensors(model, checkpoint, sources, trained, DTYPES[dtype])):
+        pass
+
+
 def write_output(
     state: Path,
     checkpoint: Checkpoint,
@@ -108,9 +131,7 @@ def write_output(
             moves.append((name, piece.start, piece.stop, info))
     config = grouped_config(checkpoint.config, manifest["heads"]["num_key_value_heads"])
     if dtype is not None:
-        config = {key: value for key, value in config.items() if key != "torch_dtype"} | {
-            "dtype": str(DTYPES[dtype]).removeprefix("torch.")
-        }
+        config = with_dtype(config, DTYPES[dtype])
     if manifest["degraded"]:
         config["bittern"] = {"degraded": manifest["degraded"]}
     plan = [info for info, _ in kept] + planned

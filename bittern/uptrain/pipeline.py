@@ -32,7 +32,7 @@ from bittern.training.text import HELD_OUT, Windows, read_windows, write_windows
 from bittern.training.train import Diverged, Run, Training, shard
 from bittern.training.train import train as run_training
 from bittern.uptrain.heads import Counts, attention_prefixes
-from bittern.uptrain.output import make_manifest, write_output
+from bittern.uptrain.output import check_dtype, make_manifest, write_output
 from bittern.uptrain.regroup import Recipe, regroup
 from bittern.uptrain.student import head_counts, make_student, trained_parameters
 from bittern.writer import MAX_SHARD_SIZE, check_output
@@ -290,6 +290,8 @@ def _prepare(
     student = make_student(teacher, checkpoint.config, kv_heads)
     parameters = trained_parameters(student, options.trained if options.steps else "attention")
     if rank == 0 and not state.exists():
+        if given["dtype"] is not None:
+            check_dtype(checkpoint, teacher, set(parameters), given["dtype"])
         story = _convert(folder, checkpoint, teacher, student, counts, recipe, given, text, on_block, on_sampled)
         # Frozen parameters are the teacher's own tensors; what is trained gets memory of its own.
         story |= {"settings": settings, "step": 0, "curve": [], "seconds": time.monotonic() - began}
