@@ -215,10 +215,21 @@ def read_texts(
     return _joined(_rows(dataset, tokenizer, text_column), budget)
 
 
-def _text_pieces(path: Path, budget: int, pieces: int) -> Iterator[str]:
-    """The whole file when it fits ``budget`` bytes, else ``pieces`` equal parts of that, spread evenly."""
+def check_files(dataset: str | Sequence[str]) -> None:
+    """Refuse the name of a text file that is not there: sooner than where it is read, with a model in memory."""
+    for name in dataset_names(dataset):
+        if name.endswith(".txt"):
+            _check_file(Path(name))
+
+
+def _check_file(path: Path) -> None:
     if not path.is_file():
         raise BitternError(f"{path}: expected a text file, found none")
+
+
+def _text_pieces(path: Path, budget: int, pieces: int) -> Iterator[str]:
+    """The whole file when it fits ``budget`` bytes, else ``pieces`` equal parts of that, spread evenly."""
+    _check_file(path)
     size = path.stat().st_size
     length = size if size <= budget else budget // pieces
     with path.open("rb") as file:

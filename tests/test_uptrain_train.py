@@ -270,6 +270,9 @@ def test_other_options_are_not_gone_on_with(source: Path, text: Path, tmp_path: 
         run(source, output, text, tokens=640, on_progress=stop)
     with pytest.raises(BitternError, match=r"lr 0\.001, now 0\.002.*--no-resume"):
         run(source, output, text, tokens=640, lr=2e-3)
+    with pytest.raises(BitternError, match=r"typo\.txt: expected a text file"):
+        run(source, output, tmp_path / "typo.txt", tokens=640, resume=False)
+    assert list((tmp_path / f".{output.name}.training").iterdir())  # a slip of the pen costs no state
     manifest = run(source, output, text, tokens=640, lr=2e-3, resume=False)
     assert manifest["training"]["steps"] == 10
 

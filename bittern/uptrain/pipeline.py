@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bittern import model as live
-from bittern.calibration import Sampled, dataset_title, tokens_hash
+from bittern.calibration import Sampled, check_files, dataset_title, tokens_hash
 from bittern.checkpoint import Checkpoint, open_checkpoint
 from bittern.convert.cast import DTYPES, refuse_quantized
 from bittern.errors import BitternError
@@ -129,6 +129,7 @@ def uptrain(
     recipe = _recipe(init, group, passes, seed)
     options = _training(given)
     check_name(output, "safetensors")
+    check_files(dataset)
     with together(device) as place, open_checkpoint(source, revision) as checkpoint:
         rank = world()[0]
         refuse_quantized(checkpoint)
