@@ -162,7 +162,7 @@ def quantize_options(function: Command) -> Command:
             default="fast",
             show_default=True,
             help="plain: classic GPTQ; fast: also corrects drift, evens out channels, polishes; best: also weighs "
-            "tokens and trains scales and norms, which takes several times as long.",
+            "tokens and outputs and trains scales and norms, which takes several times as long.",
         ),
         click.option(
             "--tune-tokens",

@@ -45,7 +45,8 @@ def balance_first_block(
     assert stages is not None
     balancer = Balancer(model, dtype)
     specs = dict.fromkeys(found, QuantSpec(4, 32))
-    changed, rescaled = balancer.balance(layers[0], stages, specs, state, exact[0], calls[0])
+    made = balancer.balance(layers[0], stages, specs, state, exact[0], calls[0])
+    changed, rescaled = made.changed, made.matrices
     after = state.clone()
     again = exact_stages(model, layers[0], found, [after], calls[:1])
     assert again is not None
@@ -76,6 +77,31 @@ def test_shared_value_heads_keep_their_channels() -> None:
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
 
 
+def test_rows_were_divided_by_what_is_said() -> None:
+    """What makes another matrix's input puts out so much less; shared value heads too."""
+    model = uneven(tiny.random_model())
+    prefix, layers = blocks(model)
+    found = matrices(model, f"{prefix}.0", weight_map(model, model.state_dict()))
+    state, calls = capture(model, layers, IDS)
+    exact = [state.clone()]
+    stages = exact_stages(model, layers[0], found, exact, calls[:1])
+    assert stages is not None
+    outputs: dict[str, list[Tensor]] = {}
+    for matrix in found:
+        kept = outputs.setdefault(matrix.module, [])
+        model.get_submodule(matrix.module).register_forward_hook(lambda _, __, y, kept=kept: kept.append(y.detach()))
+    with torch.no_grad():
+        calls[0].run(layers[0], state)
+        specs = dict.fromkeys(found, QuantSpec(4, 32))
+        made = Balancer(model, torch.float32).balance(layers[0], stages, specs, state, exact[0], calls[0])
+        calls[0].run(layers[0], state)
+    assert {matrix.module.rpartition(".")[2] for matrix in made.rows} == {"up_proj", "v_proj"}
+    for matrix, divided in made.rows.items():
+        before, after = outputs[matrix.module][0], outputs[matrix.module][-1]
+        torch.testing.assert_close(after * divided, before, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(after, before, rtol=0.1)
+
+
 def test_norms_that_add_one_are_left_alone() -> None:
     model = uneven(tiny.random_model("gemma", head_dim=16))
     weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
@@ -98,7 +124,7 @@ def test_what_was_left_alone_in_one_block_is_tried_out_in_the_next(monkeypatch: 
         stages = exact_stages(model, layers[position], found, exact, [calls[position]])
         assert stages is not None
         specs = dict.fromkeys(found, QuantSpec(4, 32))
-        _, rescaled = balancer.balance(layers[position], stages, specs, state, exact[0], calls[position])
+        rescaled = balancer.balance(layers[position], stages, specs, state, exact[0], calls[position]).matrices
         assert bool(rescaled) is (position == 0)
         after = calls[position].run(layers[position], state)
         torch.testing.assert_close(after, exact[0], rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""What each token counts: against the Fisher information as autograd gives it, and where it goes."""
+"""What each token and output counts: against the Fisher information as autograd gives it, and where it goes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bittern.checkpoint import open_checkpoint
 from bittern.errors import BitternError
 from bittern.model import Matrix, blocks, build, load_dense, matrices, weight_map
 from bittern.quantize.effort import EFFORTS
-from bittern.quantize.guide import Sizes, find_sizes, root_of_fisher, token_weights
+from bittern.quantize.guide import Guide, find_guide, root_of_fisher, token_weights
 from bittern.quantize.plan import make_plan
 from bittern.quantize.solve import Solver
 from tests import tiny
@@ -31,17 +31,17 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return tiny.save(tiny.random_model(request.param, vocab_size=64), tmp_path_factory.mktemp("source"))
 
 
-def sizes_of(source: Path, batches: list[Tensor]) -> Sizes:
+def guide_of(source: Path, batches: list[Tensor]) -> Guide:
     """Of all matrices of a checkpoint."""
     with open_checkpoint(source) as checkpoint:
         model = build(checkpoint.config)
         sources = weight_map(model, checkpoint.tensors)
         prefix, found = blocks(model)
         members = [m for position in range(len(found)) for m in matrices(model, f"{prefix}.{position}", sources)]
-        sizes = find_sizes(model, checkpoint, sources, members, batches, CPU)
+        guide = find_guide(model, checkpoint, sources, members, batches, CPU)
         assert all(tensor.device.type == "meta" for tensor in model.state_dict().values())
-    assert list(sizes) == members
-    return sizes
+    assert list(guide.sizes) == list(guide.curvatures) == members
+    return guide
 
 
 def fisher(source: Path, matrix: Matrix) -> Tensor:
@@ -66,7 +66,7 @@ def fisher(source: Path, matrix: Matrix) -> Tensor:
 
 def test_sizes_are_the_fisher_information_on_average(source: Path) -> None:
     draws = 600
-    sizes = sizes_of(source, [IDS.expand(draws, -1)])
+    sizes = guide_of(source, [IDS.expand(draws, -1)]).sizes
     for matrix in list(sizes)[:: max(1, len(sizes) // 5)]:
         found = sizes[matrix]
         assert found.mean() == pytest.approx(1.0, rel=1e-4)
@@ -88,9 +88,36 @@ def test_predictions_are_drawn_apart_and_as_often_as_they_are_likely() -> None:
 
 def test_batches_do_not_decide_what_a_token_counts(source: Path) -> None:
     ids = torch.randint(4, 60, (6, 12), generator=torch.Generator().manual_seed(6))
-    one, other = sizes_of(source, list(torch.split(ids, 1))), sizes_of(source, list(torch.split(ids, 4)))
-    for matrix in one:
-        torch.testing.assert_close(one[matrix], other[matrix], rtol=1e-3, atol=1e-5)
+    one, other = guide_of(source, list(torch.split(ids, 1))), guide_of(source, list(torch.split(ids, 4)))
+    for matrix in one.sizes:
+        torch.testing.assert_close(one.sizes[matrix], other.sizes[matrix], rtol=1e-3, atol=1e-5)
+        curvature = one.curvatures[matrix]
+        atol = 1e-5 * float(curvature.abs().max())
+        torch.testing.assert_close(curvature, other.curvatures[matrix], rtol=1e-3, atol=atol)
+
+
+def test_curvatures_are_those_of_the_gradients(source: Path) -> None:
+    """Against gradients as autograd keeps them, every token divided by the root of its size."""
+    ids = torch.randint(4, 60, (3, 7), generator=torch.Generator().manual_seed(8))
+    guide = guide_of(source, [ids])
+    with open_checkpoint(source) as checkpoint:
+        model = load_dense(checkpoint)
+    outputs: dict[str, Tensor] = {}
+    for matrix in guide.curvatures:
+
+        def keep(_: Any, __: Any, output: Tensor, name: str = matrix.module) -> None:
+            output.requires_grad_() if output.is_leaf else output.retain_grad()
+            outputs[name] = output
+
+        model.get_submodule(matrix.module).register_forward_hook(keep)
+    logits = model(ids, use_cache=False).logits
+    logits.backward(root_of_fisher(logits.detach(), 0))
+    for matrix, found in guide.curvatures.items():
+        gradient = outputs[matrix.module].grad
+        assert gradient is not None
+        rows = gradient.reshape(-1, matrix.out_features).double()
+        wanted = sum(torch.outer(row, row) / row.norm() for row in rows) / len(rows)
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=1e-5 * float(wanted.abs().max()))
 
 
 def test_matrices_that_share_an_input_count_alike() -> None:
@@ -110,7 +137,7 @@ def test_blocks_of_experts_need_no_pass(tmp_path: Path) -> None:
         prefix, found = blocks(model)
         plan = make_plan([matrices(model, f"{prefix}.{i}", sources) for i in range(len(found))], 3, 32, True)
         solver = Solver(model, checkpoint, sources, plan, 0.01, CPU, EFFORTS["best"])
-        assert solver._guide([IDS]) == {}
+        assert solver._guide([IDS]) == Guide()
 
 
 def test_a_gradient_that_is_no_number_is_an_error(tmp_path: Path) -> None:
@@ -118,7 +145,7 @@ def test_a_gradient_that_is_no_number_is_an_error(tmp_path: Path) -> None:
     for name in ("gate_proj", "up_proj"):  # their product overflows
         model.get_parameter(f"model.layers.1.mlp.{name}.weight").data.fill_(1e30)
     with pytest.raises(BitternError, match="a gradient of its output is NaN or infinite"):
-        sizes_of(tiny.save(model, tmp_path / "source"), [IDS])
+        guide_of(tiny.save(model, tmp_path / "source"), [IDS])
 
 
 def test_best_solves_for_what_counts(
@@ -131,7 +158,9 @@ def test_best_solves_for_what_counts(
         monkeypatch.setitem(EFFORTS, "fast", replace(EFFORTS["fast"], guide=guide))
         out = tmp_path / str(guide)
         options: dict[str, Any] = {"bits": 3, "group_size": 32, "nsamples": 24, "seqlen": 32, "batch_size": 4}
-        bittern.quantize(source, out, dataset=str(text), on_weighed=lambda *at: told.append(at), **options)
+        manifest = bittern.quantize(source, out, dataset=str(text), on_weighed=lambda *at: told.append(at), **options)
+        shares = [layer["left"].get("shape") for layer in manifest["layers"]]
+        assert all(share is not None and share <= 1 for share in shares) if guide else not any(shares)
         made[guide] = load_file(out / "model.safetensors")
     assert any(not torch.equal(made[True][name], made[False][name]) for name in made[True] if "qweight" in name)
     assert told[-1] == (24, 24) and told == sorted(set(told)) and 4 < len(told) <= 10

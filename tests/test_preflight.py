@@ -90,7 +90,7 @@ def test_a_dry_run_sizes_an_average_of_bits(average: float, source: Path, text: 
 
 
 def test_what_best_does_beside_is_counted(source: Path, text: Path, tmp_path: Path) -> None:
-    beside = {"what tokens count", "training of scales and norms"}
+    beside = {"what tokens and outputs count", "shaping", "training of scales and norms"}
     fast = run(source, tmp_path / "out", text, dry_run=True)["stages"]
     best = run(source, tmp_path / "out", text, dry_run=True, effort="best")["stages"]
     assert set(best) == set(fast) | beside and all(best[stage] > 0 for stage in beside)
@@ -169,8 +169,8 @@ def test_twice_the_windows_take_twice_the_passes(source: Path, text: Path, tmp_p
         for samples in (100, 200):
             solver = Solver(model, checkpoint, sources, plan, 0.01, cpu, plain)
             job = preflight.Job(solver, None, [], samples, 32, 8, 0)  # type: ignore[arg-type]
-            taken.append(preflight._block_seconds(job, 0, costs[0], solving, 1.0, False))
-        assert preflight._block_seconds(job, 2, costs[2], solving, 1.0, True)["forward passes, quantized"] == 0
+            taken.append(preflight._block_seconds(job, 0, costs[0], solving, {}, 1.0, False))
+        assert preflight._block_seconds(job, 2, costs[2], solving, {}, 1.0, True)["forward passes, quantized"] == 0
     assert costs[0] is costs[1] is costs[2]
     readers = [[name.split(".")[-3] for name in group] for group in costs[0].readers]
     assert readers == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]

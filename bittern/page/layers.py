@@ -18,6 +18,7 @@ STAGES = {
     "balance": ("Balancing of channels", "rounding noise that the grids let expect"),
     "drift": ("Correction for the layers before", "squared error that they cause, on held-out windows"),
     "polish": ("Polishing of codes and scales", "squared error of the layers' outputs"),
+    "shape": ("Shaping of errors", "divergence of the predictions that they let expect"),
 }
 """Stages of an effort as the manifest names them: what they do, and what they lessen."""
 

@@ -14,6 +14,7 @@ makes the noise of a group equal over its channels at gamma = 1. Gamma is chosen
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,6 +33,21 @@ WORTH = 0.98
 
 _TOLERANCE = 1e-3  # of what a block adds to its input
 _MAKERS = {"down_proj": "up_proj", "o_proj": "v_proj"}  # whose rows make a matrix's input, up to a gate or an average
+
+
+@dataclass(frozen=True)
+class Balanced:
+    """What was changed in a block.
+
+    Attributes:
+        changed: parameters that are no matrices of a stage, by their live names.
+        matrices: those that were, with what is left of the expected noise of those whose columns were.
+        rows: what the rows of those were divided by that make another's input, (out_features,).
+    """
+
+    changed: dict[str, Tensor] = field(default_factory=dict)
+    matrices: dict[Matrix, float | None] = field(default_factory=dict)
+    rows: dict[Matrix, Tensor] = field(default_factory=dict)
 
 
 class Balancer:
@@ -53,7 +69,7 @@ class Balancer:
         before: Tensor,
         after: Tensor,
         call: BlockCall,
-    ) -> tuple[dict[str, Tensor], dict[Matrix, float | None]]:
+    ) -> Balanced:
         """Balance one block, and the full-precision inputs that its stages hold.
 
         Args:
@@ -64,36 +80,35 @@ class Balancer:
             call: how that batch calls it.
 
         Returns:
-            The parameters that are no matrices of a stage and were changed, by their live names; and the matrices that
-            were, with what is left of the expected noise of those whose columns were. Nothing for a block that does not
-            compute the same afterwards: its channels mean something else than they seem to.
+            What was changed: nothing of a block that does not compute the same afterwards, whose channels are
+            something else than they seem to be.
         """
         original = {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
         factors: list[Tensor | None] = []
-        changed: dict[str, Tensor] = {}
-        matrices: dict[Matrix, float | None] = {}
+        found = Balanced()
         with torch.no_grad():
             for stage in stages:
                 maker = _maker(stage, stages) if stage.norm is None else None
                 factor, made, left = self._balance_stage(stage, maker, specs)
                 factors.append(factor)
-                changed |= made
+                found.changed.update(made)
                 if factor is not None:
-                    matrices |= dict.fromkeys(stage.matrices, left)
+                    found.matrices.update(dict.fromkeys(stage.matrices, left))
                     if maker is not None:
-                        matrices.setdefault(maker)
+                        found.matrices.setdefault(maker)
+                        found.rows[maker] = factor.view(self._heads(stage, maker))[:, 0].flatten()
             squares = torch.stack([(call.run(block, before) - after).norm(), (after - before).norm()]).square_()
             add_up(squares)
             error, size = squares.sqrt().tolist()
             if not error < _TOLERANCE * max(size, 1e-30):
                 for name, parameter in block.named_parameters():
                     parameter.copy_(original[name])
-                return {}, {}
+                return Balanced()
             for stage, factor in zip(stages, factors, strict=True):
                 if factor is not None:
                     for x in stage.exact:
                         x.div_(factor)
-        return changed, matrices
+        return found
 
     def _balance_stage(
         self, stage: Stage, maker: Matrix | None, specs: dict[Matrix, QuantSpec]
@@ -111,11 +126,8 @@ class Balancer:
         elif maker is None:
             return None, {}, 1.0
         else:
-            repeats = weights[0].shape[1] // maker.out_features
-            width = weights[0].shape[1] if repeats == 1 else self._head_dim(maker)
-            # Heads that share a value head share its channels too.
-            shape = (-1, repeats, width)
-            shared = power.view(shape).mean(1, keepdim=True).expand(-1, repeats, -1).flatten()
+            shape = self._heads(stage, maker)
+            shared = power.view(shape).mean(1, keepdim=True).expand(-1, shape[1], -1).flatten()
             factor, left = choose_factor(shared, torch.cat(weights), columns, shape)
             found = None if factor is None else self._into_rows(maker, factor, shape)
         if found is None:
@@ -148,6 +160,12 @@ class Balancer:
             return factor, {}
         bias.copy_((bias / rows).to(self.dtype).float())
         return factor, {f"{maker.module}.bias": bias.detach().clone()}
+
+    def _heads(self, stage: Stage, maker: Matrix) -> tuple[int, int, int]:
+        """A stage's channels as (heads, repeats, width): heads that share a value head share its channels too."""
+        features = stage.matrices[0].in_features
+        repeats = features // maker.out_features
+        return -1, repeats, features if repeats == 1 else self._head_dim(maker)
 
     def _head_dim(self, maker: Matrix) -> int:
         config: Any = self.model.config

@@ -18,7 +18,8 @@ class Effort:
         exact_share: of the calibration windows, walked through the unquantized blocks too. Where it is not 0, blocks
             are solved stage by stage, and towards what the full-precision model computes.
         balance: channels are evened out first, see :mod:`bittern.quantize.balance`; needs an exact share.
-        guide: tokens count by what they do to the predictions, see :mod:`bittern.quantize.guide`; needs an exact share.
+        guide: tokens and outputs count by what they do to the predictions, see :mod:`bittern.quantize.guide`, and
+            errors are shaped by that, see :mod:`bittern.quantize.shape`; needs an exact share.
         tune: scales and norms are trained at the end, see :mod:`bittern.quantize.tune`.
     """
 

@@ -1,17 +1,19 @@
-"""How much each token counts for a matrix: by what moving its output does to the model's predictions.
+"""What each token and each output counts for a matrix: by what moving the output does to the model's predictions.
 
 Moving a token's output z by d moves the distribution of the next tokens by a KL of ``d' F d / 2``, F = E[g g'], where g
 is the gradient by z of -log p of tokens drawn from the model's own p. So the error of a token's output should count by
-the size of its F (Kim et al. 2025, GuidedQuant, who weight groups of channels; here all outputs of a matrix together).
+the size of its F (Kim et al. 2025, GuidedQuant, who weight groups of channels; here all outputs of a matrix together),
+and how outputs go together is told by the mean of g g' over the tokens (Tseng et al. 2025, YAQA).
 
 What is drawn are not tokens, which is mostly luck, but signs e: with ``g = sum_v e_v sqrt(p_v) (onehot_v - p)`` at the
 logits, E[g g'] is the same. Sizes are heavy-tailed all the same, and moments that a few tokens decide do not hold on
-other text: tokens count by the roots of their sizes (docs/log.md has the figures).
+other text: tokens count by the roots of their sizes, in g g' too (docs/log.md has the figures).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,16 +24,28 @@ from bittern.checkpoint import Checkpoint
 from bittern.errors import BitternError
 from bittern.model import Matrix, Piece
 from bittern.processes import add_up, number_of
+from bittern.quantize.hessian import Accumulator
 from bittern.replay import capture, logits_after
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Sizes = dict[Matrix, Tensor]
-"""By matrix, fp32 (windows, positions): squared gradients, 1 on average over all windows."""
+
+@dataclass(frozen=True)
+class Guide:
+    """What counts, by matrix.
+
+    Attributes:
+        sizes: on the CPU, fp32 (windows, positions): squared gradients of each token, 1 on average over all windows.
+        curvatures: fp32 (out_features, out_features), E[g g'] with tokens that count by the roots of their sizes, up to
+            a factor.
+    """
+
+    sizes: dict[Matrix, Tensor] = field(default_factory=dict)
+    curvatures: dict[Matrix, Tensor] = field(default_factory=dict)
 
 
-def find_sizes(
+def find_guide(
     model: PreTrainedModel,
     checkpoint: Checkpoint,
     sources: dict[str, tuple[Piece, ...]],
@@ -39,7 +53,7 @@ def find_sizes(
     batches: Sequence[Tensor],
     device: torch.device,
     on_weighed: Callable[[int, int], None] | None = None,
-) -> Sizes:
+) -> Guide:
     """One forward and one backward pass of the whole model over the calibration windows.
 
     Under torchrun every process brings its own windows; a window's draws are its own, in whichever process it is.
@@ -54,7 +68,7 @@ def find_sizes(
         on_weighed: called with the windows that are done and their number, ten times or so.
 
     Returns:
-        Sizes of the matrices that every batch came through once, on the CPU.
+        What is known of the matrices that every batch came through once.
 
     Raises:
         BitternError: for a gradient that is NaN or infinite.
@@ -62,7 +76,7 @@ def find_sizes(
     live.load_tensors(model, checkpoint, sources, sources, device=device)
     model.tie_weights()
     live.move_buffers(model, device)
-    seen = _Seen(model, matrices, torch.Size((sum(len(ids) for ids in batches), batches[0].shape[1])))
+    seen = _Seen(model, matrices, torch.Size((sum(len(ids) for ids in batches), batches[0].shape[1])), device)
     with seen:
         _backward(model, batches, device, seen, on_weighed)
     live.drop_tensors(model, sources)
@@ -74,7 +88,13 @@ def find_sizes(
         if not 0 <= mean < float("inf"):
             raise BitternError(f"{matrix.label}: a gradient of its output is NaN or infinite")
         sizes.div_(mean) if mean else sizes.fill_(1.0)
-    return {matrix: sizes for matrix, sizes in seen.sizes.items() if seen.calls[matrix] == len(batches)}
+    whole = [matrix for matrix, calls in seen.calls.items() if calls == len(batches)]
+    for matrix in whole:
+        seen.moments[matrix].add_up()
+    return Guide(
+        {matrix: seen.sizes[matrix] for matrix in whole},
+        {matrix: seen.moments.pop(matrix).mean() for matrix in whole},
+    )
 
 
 def _backward(
@@ -101,7 +121,7 @@ def _backward(
             on_weighed(seen.rows.stop, total)
 
 
-def token_weights(sizes: Sizes, matrices: Sequence[Matrix]) -> Tensor | None:
+def token_weights(sizes: Mapping[Matrix, Tensor], matrices: Sequence[Matrix]) -> Tensor | None:
     """What each token counts for matrices that read one input, (windows, positions); None where that is not known."""
     if not all(matrix in sizes for matrix in matrices):
         return None
@@ -125,21 +145,23 @@ def root_of_fisher(logits: Tensor, first: int) -> Tensor:
 
 
 class _Seen:
-    """Squared gradients of what some matrices compute.
+    """Gradients of what some matrices compute.
 
-    They go into one tensor that is there before: small ones, kept one by one between large ones that are not, would
-    leave a heap full of holes.
+    Their sizes go into one tensor that is there before: small ones, kept one by one between large ones that are not,
+    would leave a heap full of holes.
 
     Attributes:
-        sizes: by matrix, summed over its outputs.
+        sizes: by matrix, squared gradients summed over its outputs.
+        moments: by matrix, of its outputs.
         calls: by matrix, batches that came back through it.
         rows: the windows that come back next.
     """
 
-    def __init__(self, model: nn.Module, matrices: Iterable[Matrix], shape: torch.Size) -> None:
+    def __init__(self, model: nn.Module, matrices: Iterable[Matrix], shape: torch.Size, device: torch.device) -> None:
         self._model = model
         members = list(matrices)
-        self.sizes: Sizes = dict(zip(members, torch.zeros(len(members), *shape), strict=True))
+        self.sizes = dict(zip(members, torch.zeros(len(members), *shape), strict=True))
+        self.moments = {matrix: Accumulator(matrix.out_features, device) for matrix in members}
         self.calls = dict.fromkeys(members, 0)
         self.rows = slice(0, 0)
 
@@ -154,10 +176,11 @@ class _Seen:
 
     def _hook(self, matrix: Matrix) -> Callable[..., None]:
         def note(gradient: Tensor) -> None:
-            squares = gradient.float().square().sum(-1)
+            squares = gradient.float().square().sum(-1, keepdim=True)
             rows = self.sizes[matrix][self.rows]
             if squares.numel() == rows.numel():
                 rows.copy_(squares.view_as(rows))
+                self.moments[matrix].add(gradient * squares.clamp_min(1e-30).pow(-0.25))
                 self.calls[matrix] += 1
 
         def watch(_: nn.Module, __: Any, output: Tensor) -> None:

@@ -64,22 +64,30 @@ def refit_scales(weight: Tensor, hessian: Tensor, quantized: QuantWeight, slopes
         The same codes with their scales, and the loss of each row, fp32 (out_features,).
     """
     scales = quantized.scales.float()
-    rows, groups = scales.shape
-    steps = (quantized.codes.view(rows, groups, -1) - quantized.zeros.unsqueeze(2).to(weight.dtype)).flatten(1)
     loss = (slopes * (quantized.dequantize() - weight)).sum(1)
-    found = [
-        _least_squares(hessian, steps[part], scales[part], slopes[part])
-        for part in _slices(rows, REFIT_BYTES // (8 * groups**2))
-    ]
-    fitted = torch.cat([each for each, _ in found]) if found else scales
-    change = torch.cat([each for _, each in found]) if found else loss
+    fitted, change = least_squares(hessian, quantized, slopes)
     better = change < 0
     fitted = torch.where(better.unsqueeze(1), fitted, scales).to(quantized.scales.dtype)
     return replace(quantized, scales=fitted), (loss + change.clamp_max(0)).clamp_min_(0)
 
 
+def least_squares(hessian: Tensor, quantized: QuantWeight, slopes: Tensor) -> tuple[Tensor, Tensor]:
+    """What :func:`refit_scales` weighs: scales as they can be stored, fp32 (out_features, groups), and by how much they
+    change the loss of each row, fp32 (out_features,).
+    """
+    scales = quantized.scales.float()
+    rows, groups = scales.shape
+    steps = (quantized.codes.view(rows, groups, -1) - quantized.zeros.unsqueeze(2).to(slopes.dtype)).flatten(1)
+    found = [
+        _least_squares(hessian, steps[part], scales[part], slopes[part])
+        for part in _slices(rows, REFIT_BYTES // (8 * groups**2))
+    ]
+    if not found:
+        return scales, scales.new_zeros(rows)
+    return torch.cat([each for each, _ in found]), torch.cat([each for _, each in found])
+
+
 def _least_squares(hessian: Tensor, steps: Tensor, scales: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales as they can be stored, fp32 (rows, groups), and by how much they change the loss of each row."""
     by_group = steps.view(*scales.shape, -1)
     right = -(slopes.view_as(by_group) * by_group).sum(2).double()
     system = torch.empty(*scales.shape, scales.shape[1], dtype=torch.float64, device=scales.device)

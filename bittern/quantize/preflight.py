@@ -35,6 +35,7 @@ from bittern.quantize.rehearsal import (
     measured,
     place,
     rehearse_blocks,
+    rehearse_shaping,
     rehearse_solver,
     seconds,
 )
@@ -166,6 +167,11 @@ def predict(job: Job, size: int, started: float) -> Prediction:
             heap.for_solving()
         rehearsed = partial(rehearse_solver, rows=_most_rows(own.plan), damp_percent=own.damp_percent)
         solver = {grid: rehearsed(*grid, device=own.device, effort=own.effort) for grid in grids}
+        shaping = {
+            matrix.out_features: rehearse_shaping(matrix.out_features, spec, own.damp_percent, own.device)
+            for matrix, spec in {m.out_features: (m, s) for block in own.plan.blocks for m, s in block}.values()
+            if own.effort.guide
+        }
     heap.trim()
     base = resident_memory()  # after the libraries have done all that they will be asked for
     stages: dict[str, float] = {"start": 0.0}
@@ -175,8 +181,10 @@ def predict(job: Job, size: int, started: float) -> Prediction:
         took = {"reading": _FP32 * stored * read}
         if job.samples:
             last = position + 1 == len(job.solver.plan.blocks)
-            took |= _block_seconds(job, position, blocks[position], solver, scale, last)
-            held.append(_block_bytes(job, position, blocks[position], solver, scale))
+            took |= _block_seconds(job, position, blocks[position], solver, shaping, scale, last)
+            held.append(
+                _block_bytes(job, position, blocks[position], solver, scale) + _curvature_bytes(job, blocks, position)
+            )
         else:
             took["rounding to nearest"] = sum(m.out_features * m.in_features * rounding[spec] for m, spec in entries)
             held.append(_FP32 * (stored + 4 * max((m.out_features * m.in_features for m, _ in entries), default=0)))
@@ -186,7 +194,8 @@ def predict(job: Job, size: int, started: float) -> Prediction:
         again = took["reading"] + (blocks[position].advance.seconds * job.samples * scale if job.samples else 0.0)
         per_block.append((sum(took.values()), again if job.samples else 0.0))
     if job.solver.effort.guide and any(block.walk is not None for block in blocks):
-        stages["what tokens count"] = _GUIDING * _window_seconds(job, blocks, scale) * job.samples
+        stages["what tokens and outputs count"] = _guiding_seconds(job, blocks, scale)
+        held.append(_guiding_bytes(job, blocks, positions))
     if job.samples and job.solver.effort.tune:
         stages["training of scales and norms"] = _tuning_seconds(job, blocks, scale)
         held.append(_tuning_bytes(job, blocks, positions))
@@ -208,6 +217,7 @@ def _block_seconds(
     position: int,
     block: BlockCosts,
     solver: Mapping[tuple[int, QuantSpec], SolveCosts],
+    shaping: Mapping[int, float],
     scale: float,
     last: bool,
 ) -> dict[str, float]:
@@ -229,6 +239,7 @@ def _block_seconds(
             **costs,
             "forward passes, quantized": 0.0 if last else forward * job.samples,
         }
+    matrices = [matrix for _, members in groups for matrix, _ in members]
     held_out = job.exact_samples - learned_from(job.exact_samples)
     return {
         "forward passes, second moments": block.walk.samples(job.samples * scale),
@@ -236,7 +247,33 @@ def _block_seconds(
         "full precision": block.walk.exact * job.exact_samples * scale + 2 * forward * held_out,
         "balancing": block.walk.balance,
         **costs,
+        **({"shaping": sum(shaping[m.out_features] * m.in_features for m in matrices)} if shaping else {}),
     }
+
+
+def _guiding_seconds(job: Job, blocks: Sequence[BlockCosts], scale: float) -> float:
+    """A forward and a backward pass of the whole model over every window, and the moments of all outputs."""
+    inside = sum(_parameters(job, position) for position in range(len(blocks)))
+    forward = sum(block.advance.seconds for block in blocks) * scale
+    moments = forward * _curvature_bytes(job, blocks) / _FP32 / (2 * inside)
+    return job.samples * (_GUIDING * _window_seconds(job, blocks, scale) + moments)
+
+
+def _guiding_bytes(job: Job, blocks: Sequence[BlockCosts], positions: int) -> float:
+    """The model, the moments of all outputs, and of a batch what a forward pass leaves, and its logits' gradient."""
+    config = job.solver.model.config.get_text_config(decoder=True)
+    whole = sum(_parameters(job, position) for position in range(len(blocks))) + config.vocab_size * config.hidden_size
+    batch = min(job.batch_size, job.samples) * job.seqlen
+    step = batch * (sum(block.traced for block in blocks) / positions + 3 * _FP32 * config.vocab_size)
+    return float(_FP32 * whole + _curvature_bytes(job, blocks) + _HOLES * step)
+
+
+def _curvature_bytes(job: Job, blocks: Sequence[BlockCosts], first: int = 0) -> float:
+    """Moments of the outputs of all matrices from a block on."""
+    if not job.solver.effort.guide:
+        return 0.0
+    pairs = list(zip(blocks, job.solver.plan.blocks, strict=True))[first:]
+    return float(sum(_FP32 * m.out_features**2 for block, each in pairs if block.walk is not None for m, _ in each))
 
 
 def _tuning_seconds(job: Job, blocks: Sequence[BlockCosts], scale: float) -> float:

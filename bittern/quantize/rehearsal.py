@@ -31,9 +31,10 @@ from bittern.quantize.grid import CHUNK
 from bittern.quantize.hessian import collect
 from bittern.quantize.plan import Plan
 from bittern.quantize.polish import polish
+from bittern.quantize.shape import Shaper
 from bittern.quantize.stages import Walks, exact_stages, storages
 from bittern.replay import BlockCall, capture
-from bittern.weight import QuantSpec, min_max_grid
+from bittern.weight import QuantSpec, min_max_grid, round_to_nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -301,6 +302,17 @@ def rehearse_solver(
         solve = Line(solve.fixed * width / tried, linear * width + square * width**2)
         cost = Cost(cost.seconds * (width / tried) ** 3, cost.bytes * (width / tried) ** 2)
     return SolveCosts(cost, solve, width * _weight_bytes(spec, device, effort))
+
+
+def rehearse_shaping(rows: int, spec: QuantSpec, damp_percent: float, device: torch.device) -> float:
+    """Seconds for each column of a matrix of so many rows that is shaped."""
+    tried, width = min(rows, WIDEST), max(128, spec.group_size)
+    hessian, factor, _ = _factor(width, damp_percent, device)
+    curvature = torch.eye(tried, device=device).add_(_NUMBER)
+    weight = _random((tried, width), device)
+    solved = round_to_nearest(weight, spec)
+    took = seconds(lambda: Shaper(hessian, factor).shape(weight, curvature, solved), device)
+    return took / width * (rows / tried) ** 2
 
 
 def _factor(width: int, damp_percent: float, device: torch.device) -> tuple[Tensor, Factor, Cost]:

@@ -26,15 +26,16 @@ from bittern.errors import BitternError
 from bittern.model import Matrix, Piece
 from bittern.processes import check_same, from_first, number_of, share, share_of, world
 from bittern.quantize import heap
-from bittern.quantize.balance import Balancer
+from bittern.quantize.balance import Balanced, Balancer
 from bittern.quantize.drift import Drift, learned_from
 from bittern.quantize.effort import Effort
 from bittern.quantize.gptq import factorize, gptq
 from bittern.quantize.grid import search_grid
-from bittern.quantize.guide import Sizes, find_sizes, token_weights
+from bittern.quantize.guide import Guide, find_guide, token_weights
 from bittern.quantize.hessian import Inputs, collect
 from bittern.quantize.plan import Plan
 from bittern.quantize.polish import polish
+from bittern.quantize.shape import Shaper
 from bittern.quantize.stages import Stage, Walks, exact_stages
 from bittern.replay import BlockCall, capture, share_equal
 from bittern.weight import QuantSpec, QuantWeight, min_max_grid, round_to_nearest
@@ -108,7 +109,7 @@ class Solver:
         device: where to compute.
         effort: the stages.
         dtype: that what is not quantized is stored in.
-        on_weighed: see :func:`bittern.quantize.guide.find_sizes`; in the first process alone.
+        on_weighed: see :func:`bittern.quantize.guide.find_guide`; in the first process alone.
     """
 
     model: PreTrainedModel
@@ -140,7 +141,7 @@ class Solver:
         if not missing:
             return
         batches = windows.batches
-        sizes = self._guide(batches) if batches and self.effort.guide else {}
+        guide = self._guide(batches) if batches and self.effort.guide else Guide()
         if windows.exact:
             heap.for_holding()
         hidden, calls = self._capture(prefix, blocks, batches) if batches else ([], [])
@@ -166,21 +167,23 @@ class Solver:
                 from_first(*block.parameters())
                 stages = None
             else:
-                changed: dict[str, Tensor] = {}
-                rescaled: dict[str, float | None] = {}
+                balanced = Balanced()
                 if stages is not None and before is not None:
-                    changed, found = balancer.balance(block, stages, entries, before, exact[0], block_calls[0])
-                    rescaled = {part: left for matrix, left in found.items() for part, _, _ in matrix.parts}
+                    balanced = balancer.balance(block, stages, entries, before, exact[0], block_calls[0])
+                    for matrix, divided in balanced.rows.items():
+                        if matrix in guide.curvatures:
+                            guide.curvatures[matrix].mul_(divided).mul_(divided.unsqueeze(1))
+                rescaled = {part: left for matrix, left in balanced.matrices.items() for part, _, _ in matrix.parts}
                 solved = []
                 for record, weight in self._solve_block(
-                    block, entries, stages, sizes, windows.learned, hidden, block_calls
+                    block, entries, stages, guide, windows.learned, hidden, block_calls
                 ):
                     record["rescaled"] = record["layer"] in rescaled
                     record["left"] = _known(balance=rescaled.get(record["layer"])) | record["left"]
                     solved.append((record, weight))
                     yield record
                 if work is not None:
-                    work.save(position, solved, changed)
+                    work.save(position, solved, balanced.changed)
             if stages is None and position < missing[-1]:
                 _advance(block, hidden, block_calls)
             _check_finite(name, hidden)
@@ -194,16 +197,18 @@ class Solver:
         later = [self.plan.blocks[other] for other in missing if other > position]
         return any(all(matrix.expert is None for matrix, _ in block) for block in later)
 
-    def _guide(self, batches: Sequence[Tensor]) -> Sizes:
-        """What each token counts for each matrix; nothing of blocks of experts, which are not walked in stages."""
+    def _guide(self, batches: Sequence[Tensor]) -> Guide:
+        """What counts for each matrix; nothing of blocks of experts, which are not walked in stages."""
         walked = [block for block in self.plan.blocks if all(matrix.expert is None for matrix, _ in block)]
         matrices = [matrix for block in walked for matrix, _ in block]
         if not matrices:
-            return {}
+            return Guide()
         told = None if world()[0] else self.on_weighed
-        sizes = find_sizes(self.model, self.checkpoint, self.sources, matrices, batches, self.device, told)
+        guide = find_guide(self.model, self.checkpoint, self.sources, matrices, batches, self.device, told)
+        if world()[0]:
+            guide.curvatures.clear()  # only the first process solves
         heap.trim()
-        return sizes
+        return guide
 
     def help(self, windows: OwnWindows) -> None:
         """What every process of torchrun but the first does while that one solves."""
@@ -215,7 +220,7 @@ class Solver:
         block: nn.Module,
         entries: dict[Matrix, QuantSpec],
         stages: list[Stage] | None,
-        sizes: Sizes,
+        guide: Guide,
         learned: int,
         hidden: list[Tensor],
         calls: list[BlockCall],
@@ -225,13 +230,13 @@ class Solver:
             yield from self._to_nearest(entries)
         elif stages is None:
             for inputs in collect(self.model, block, list(entries), hidden, calls):
-                yield from self._solve_together(inputs, None, entries)
+                yield from self._solve_together(inputs, None, entries, {})
         else:
             with Walks(self.model, block, stages, hidden, calls) as walks:
                 for stage in stages:
-                    inputs, drift = walks.gather(stage, learned, token_weights(sizes, stage.matrices))
+                    inputs, drift = walks.gather(stage, learned, token_weights(guide.sizes, stage.matrices))
                     heap.for_solving()
-                    yield from self._solve_together(inputs, drift, entries)
+                    yield from self._solve_together(inputs, drift, entries, guide.curvatures)
                     del inputs, drift
                     heap.trim()
                     heap.for_holding()
@@ -277,7 +282,13 @@ class Solver:
                 matrix, round_to_nearest(live.get_weight(self.model, matrix), spec), None, outcome, began
             )
 
-    def _solve_together(self, inputs: Inputs, drift: Drift | None, specs: dict[Matrix, QuantSpec]) -> Iterator[Layer]:
+    def _solve_together(
+        self,
+        inputs: Inputs,
+        drift: Drift | None,
+        specs: dict[Matrix, QuantSpec],
+        curvatures: dict[Matrix, Tensor],
+    ) -> Iterator[Layer]:
         """Solve the matrices that share an input, and put the results into the block."""
         weights = [live.get_weight(self.model, matrix) for matrix in inputs.matrices]
         left: list[float | None] = [None] * len(weights)
@@ -286,17 +297,23 @@ class Solver:
         else:
             wanted, left = drift.corrected(weights, inputs.hessian)
         if world()[0] == 0:
-            yield from self._solve(inputs, wanted, specs, dict(zip(inputs.matrices, left, strict=True)))
+            yield from self._solve(inputs, wanted, specs, dict(zip(inputs.matrices, left, strict=True)), curvatures)
         from_first(*weights)
 
     def _solve(
-        self, inputs: Inputs, wanted: Tensor, specs: dict[Matrix, QuantSpec], drift: dict[Matrix, float | None]
+        self,
+        inputs: Inputs,
+        wanted: Tensor,
+        specs: dict[Matrix, QuantSpec],
+        drift: dict[Matrix, float | None],
+        curvatures: dict[Matrix, Tensor],
     ) -> Iterator[Layer]:
         """The first process's part of :meth:`_solve_together`.
 
         Args:
             wanted: what the stacked matrices should be, fp32 (rows of all, in_features).
             drift: what is left of the drift's error, for the record.
+            curvatures: of their outputs, where they are known; those are used up.
         """
         began = time.monotonic()
         unseen = inputs.tokens == 0 and inputs.prior == 0
@@ -309,6 +326,7 @@ class Solver:
         targets = dict(
             zip(inputs.matrices, torch.split(wanted, [m.out_features for m in inputs.matrices]), strict=True)
         )
+        shaper = Shaper(inputs.hessian, factor) if factor is not None and curvatures else None
         for spec in dict.fromkeys(specs[matrix] for matrix in inputs.matrices):
             members = [matrix for matrix in inputs.matrices if specs[matrix] == spec]
             stacked = torch.cat([live.get_weight(self.model, matrix) for matrix in members])
@@ -322,15 +340,18 @@ class Solver:
                 weight, loss = solution.weight, solution.loss
                 if self.effort.polish:
                     weight, loss = polish(target, inputs.hessian, factor.damping, weight)
-                losses = torch.stack((loss, solution.norm, solution.loss))
+                losses = torch.stack((loss, solution.norm, solution.loss, loss))
             start = 0
             for matrix in members:
                 rows = slice(start, start + matrix.out_features)
                 start = rows.stop
-                live.get_weight(self.model, matrix).copy_(_rows(weight, rows).dequantize())
+                own, shaped = _rows(weight, rows), None
                 found = None if losses is None else losses[:, rows]
-                for record, part in layers_of(matrix, _rows(weight, rows), found, outcome, began):
-                    record["left"] = _known(drift=drift[matrix]) | record["left"]
+                if shaper is not None and found is not None and matrix in curvatures:
+                    own, shaped, found[0] = shaper.shape(targets[matrix], curvatures.pop(matrix), own)
+                live.get_weight(self.model, matrix).copy_(own.dequantize())
+                for record, part in layers_of(matrix, own, found, outcome, began):
+                    record["left"] = _known(drift=drift[matrix]) | record["left"] | _known(shape=shaped)
                     yield record, part
                 began = time.monotonic()
 
@@ -381,14 +402,14 @@ def layers_of(
     """The checkpoint layers that a matrix is made of.
 
     Args:
-        loss: (3, out_features), squared output error and squared output of each row, and the error before it was
-            polished; the record holds ratios of their sums.
+        loss: (4, out_features), squared output error and squared output of each row, and the error before and after
+            it was polished; the record holds ratios of their sums.
         outcome: method, damping, tokens and fallback.
         began: when work on it began, by ``time.monotonic``.
     """
     seconds = (time.monotonic() - began) / len(matrix.parts)
     for name, start, stop in matrix.parts:
-        error, norm, solved = (0.0, 0.0, 0.0) if loss is None else loss[:, start:stop].sum(1).tolist()
+        error, norm, solved, polished = (0.0,) * 4 if loss is None else loss[:, start:stop].sum(1).tolist()
         record = {
             "layer": name,
             "shape": [stop - start, matrix.in_features],
@@ -396,7 +417,7 @@ def layers_of(
             "group_size": weight.spec.group_size,
             "sym": weight.spec.sym,
             "loss": None if loss is None else error / norm if norm > 0 else 0.0,
-            "left": {"polish": error / solved} if solved > 0 and error != solved else {},
+            "left": {"polish": polished / solved} if solved > 0 and polished != solved else {},
             **outcome,
             "seconds": seconds,
         }
