@@ -103,6 +103,10 @@ class QuantWeight:
     def in_features(self) -> int:
         return self.codes.shape[1]
 
+    def rows(self, which: slice | Tensor) -> QuantWeight:
+        """Some of its rows, or all in another order: a slice or indices, int64."""
+        return QuantWeight(self.codes[which], self.scales[which], self.zeros[which], self.spec, self.g_idx)
+
     def group_index(self) -> Tensor:
         """The group of each column, int64 (in_features,)."""
         if self.g_idx is not None:

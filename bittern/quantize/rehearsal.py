@@ -312,7 +312,7 @@ def rehearse_shaping(rows: int, spec: QuantSpec, damp_percent: float, device: to
     weight = _random((tried, width), device)
     solved = round_to_nearest(weight, spec)
     took = seconds(lambda: Shaper(hessian, factor).shape(weight, curvature, solved), device)
-    return took / width * (rows / tried) ** 2
+    return took / width * rows / tried
 
 
 def _factor(width: int, damp_percent: float, device: torch.device) -> tuple[Tensor, Factor, Cost]:

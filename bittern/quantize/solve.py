@@ -345,7 +345,7 @@ class Solver:
             for matrix in members:
                 rows = slice(start, start + matrix.out_features)
                 start = rows.stop
-                own, shaped = _rows(weight, rows), None
+                own, shaped = weight.rows(rows), None
                 found = None if losses is None else losses[:, rows]
                 if shaper is not None and found is not None and matrix in curvatures:
                     own, shaped, found[0] = shaper.shape(targets[matrix], curvatures.pop(matrix), own)
@@ -392,10 +392,6 @@ def _known(**shares: float | None) -> dict[str, float]:
     return {stage: share for stage, share in shares.items() if share is not None}
 
 
-def _rows(weight: QuantWeight, rows: slice) -> QuantWeight:
-    return QuantWeight(weight.codes[rows], weight.scales[rows], weight.zeros[rows], weight.spec)
-
-
 def layers_of(
     matrix: Matrix, weight: QuantWeight, loss: Tensor | None, outcome: dict[str, Any], began: float
 ) -> Iterator[Layer]:
@@ -421,4 +417,4 @@ def layers_of(
             **outcome,
             "seconds": seconds,
         }
-        yield record, _rows(weight, slice(start, stop))
+        yield record, weight.rows(slice(start, stop))
