@@ -268,7 +268,11 @@ def _rows(dataset: str, tokenizer: PreTrainedTokenizerBase | None, text_column: 
     with tempfile.TemporaryDirectory(prefix="bittern-") as cache:
         try:
             for row in _open_rows(dataset, cache):
-                yield _row_text(row, dataset, tokenizer, text_column)
+                if tokenizer is None and text_column is None:
+                    text_column = _text_column(row, dataset)
+                found = _row_text(row, dataset, tokenizer, text_column)
+                if found is not None:
+                    yield found
         except StopIteration as error:  # what datasets raises of an empty file
             raise BitternError(f"{dataset}: expected rows, found none") from error
         except (DatasetsError, OSError, ValueError, KeyError, RuntimeError) as error:
@@ -299,34 +303,49 @@ def _open_rows(dataset: str, cache: str) -> Iterable[dict[str, Any]]:
     return hub_rows
 
 
+def _text_column(row: dict[str, Any], dataset: str) -> str | None:
+    """The column of all rows' text: ``text``, or the only one of text; None where a row without any does not tell."""
+    strings = [name for name, value in row.items() if isinstance(value, str)]
+    chats = {"messages", "conversations"} & set(row)  # a lone text beside those is an id
+    if "text" in row or (len(strings) == 1 and not chats):
+        return "text" if "text" in row else strings[0]
+    if not strings and not chats and None in row.values():
+        return None
+    hint = "; --chat-template renders messages" if chats else ""
+    raise BitternError(f"{dataset}: expected a column 'text' of text, found columns {', '.join(row)}{hint}")
+
+
 def _row_text(
     row: dict[str, Any], dataset: str, tokenizer: PreTrainedTokenizerBase | None, text_column: str | None
-) -> str:
+) -> str | None:
+    """None of a row that holds nothing."""
     columns = ", ".join(row)
     if tokenizer is not None:
-        messages = row.get("messages") or row.get("conversations")
-        if not messages:
+        kept = [row[name] for name in ("messages", "conversations") if name in row]
+        if not kept:
             raise BitternError(f"{dataset}: --chat-template needs a column 'messages', found columns {columns}")
-        return _render(messages, dataset, tokenizer)
-    if text_column is None:
-        strings = [name for name, value in row.items() if isinstance(value, str)]
-        lone = len(strings) == 1 and not {"messages", "conversations"} & set(row)  # beside those it is an id
-        text_column = "text" if "text" in row else strings[0] if lone else None
-    if text_column is None or text_column not in row:
-        wanted = text_column or "text"
-        hint = "; --chat-template renders messages" if "messages" in row or "conversations" in row else ""
-        raise BitternError(f"{dataset}: expected a column {wanted!r} of text, found columns {columns}{hint}")
+        messages = next((each for each in kept if each), None)  # a conversation may be empty
+        return _render(messages, dataset, tokenizer) if messages else None
+    if text_column is None:  # no row so far has any
+        return None
+    if text_column not in row:
+        raise BitternError(f"{dataset}: expected a column {text_column!r} of text, found columns {columns}")
     value = row[text_column]
     if value is not None and not isinstance(value, str):
         raise BitternError(f"{dataset}: expected text in column {text_column!r}, found {type(value).__name__}")
-    return value or ""
+    return value
 
 
 def _render(messages: list[dict[str, str]], dataset: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """One conversation through the chat template; the ShareGPT keys ``from`` and ``value`` are understood."""
     roles = {"human": "user", "gpt": "assistant"}
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise BitternError(f"{dataset}: expected a list of messages, found {type(messages).__name__}")
     if "from" in messages[0]:
         messages = [{"role": roles.get(m["from"], m["from"]), "content": m["value"]} for m in messages]
+    for message in messages:
+        if "role" not in message or not {"content", "tool_calls"} & set(message):  # a template would render nothing
+            raise BitternError(f"{dataset}: expected messages with role and content, found {', '.join(message)}")
     if not tokenizer.chat_template:
         raise BitternError(f"--chat-template: the tokenizer {tokenizer.name_or_path!r} has no chat template")
     from jinja2 import TemplateError

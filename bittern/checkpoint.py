@@ -252,6 +252,22 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers is to make of a config.json: without its quantization, and with the numbers that JSON has no
+    words for, which transformers 5 writes as ``{"__float__": "Infinity"}``.
+
+    Raises:
+        ValueError: for such a number that is none.
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return float(value["__float__"]) if set(value) == {"__float__"} else {k: plain(v) for k, v in value.items()}
+        return [plain(each) for each in value] if isinstance(value, list) else value
+
+    return {key: plain(value) for key, value in config.items() if key != "quantization_config"}
+
+
 def contained(folder: Path, name: str) -> Path:
     """``folder / name`` when the file that it leads to lies inside the folder.
 

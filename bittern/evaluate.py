@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from bittern.calibration import READERS
 from bittern.errors import BitternError
 from bittern.tokenizer import check_vocabulary, context_length, encode
 
@@ -71,6 +72,10 @@ def text_windows(
         BitternError: no such file, not UTF-8, shorter than one window, or a tokenizer without BOS.
     """
     path = Path(path)
+    if path.suffix in READERS:
+        raise BitternError(
+            f"{path}: expected a file of plain text, found rows ({path.suffix}): their markup would count"
+        )
     if seqlen < 2 or (windows is not None and windows < 1):
         raise BitternError(f"seqlen, windows: expected at least 2 and 1, found {seqlen} and {windows}")
     try:

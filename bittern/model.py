@@ -16,14 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from bittern.checkpoint import Checkpoint, plain_config
 from bittern.errors import BitternError
 from bittern.weight import is_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from bittern.checkpoint import Checkpoint
-
 
 COMPUTED = re.compile(r"rotary_emb\.inv_freq$|attn\.(masked_)?bias$|attention\.(masked_)?bias$")  # in old checkpoints
 
@@ -100,10 +98,9 @@ def build(config: dict[str, Any], dtype: torch.dtype = torch.float32, attention:
     model_type = str(config.get("model_type"))
     if model_type not in CONFIG_MAPPING:
         raise BitternError(f"config.json: model_type {model_type!r} is not an architecture that transformers knows")
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
     make: Callable[..., PreTrainedModel] = AutoModelForCausalLM.from_config
     try:
-        model_config = CONFIG_MAPPING[model_type].from_dict(plain)
+        model_config = CONFIG_MAPPING[model_type].from_dict(plain_config(config))
         with _parameters_on_meta(), no_init_weights():
             try:
                 model = make(model_config, dtype=dtype, attn_implementation=attention)
@@ -263,6 +260,8 @@ def matrices(model: PreTrainedModel, prefix: str, sources: dict[str, tuple[Piece
             shape = tuple(module.weight.shape)
             rows, columns = (shape[1], shape[0]) if transposed else shape
             parameter = f"{name}.weight"
+            if parameter not in sources:
+                raise BitternError(f"{parameter}: shares its weights with another block, which is not supported")
             pieces = sources[parameter]
             parts = (
                 ((_layer(pieces[0].name), 0, rows),)
@@ -355,7 +354,8 @@ def read_tensor(
         tensor = checkpoint.read(piece.source)
         rows = (piece.stop - piece.start, *width)
         expected = shape if len(pieces) == 1 else rows
-        if tuple(tensor.shape) != expected:
+        whole = (rows[0] * shape[0] // max(height, 1), *shape[1:])  # a part of more dimensions than two
+        if tuple(tensor.shape) not in (expected, expected if len(pieces) == 1 else whole):
             raise BitternError(f"{piece.source}: config.json asks for shape {expected}, found {tuple(tensor.shape)}")
         if tensor.is_floating_point() and not is_finite(tensor):
             raise BitternError(f"{piece.source}: holds NaN or infinite weights")

@@ -30,6 +30,10 @@ class BlockCall:
         return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
 
+_FORMS: tuple[Callable[[Tensor], Any], ...] = (lambda x: x, lambda x: (x,), lambda x: (x, None))
+"""What blocks return: the hidden state, in a tuple, or with weights of attention that nobody asked for."""
+
+
 class _AllBlocksSeen(Exception):
     """Ends the model's forward after the last block: norm and lm_head need not exist."""
 
@@ -48,8 +52,8 @@ def capture(model: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> tuple[Tenso
     Raises:
         BitternError: for a model that changes the hidden state between its blocks, or shares keys among them (Gemma 4).
     """
-    for as_tuple in (False, True):
-        recorded = _record(model, blocks, ids, as_tuple)
+    for form in _FORMS:
+        recorded = _record(model, blocks, ids, form)
         if recorded is not None:
             return recorded
     raise BitternError(
@@ -59,23 +63,23 @@ def capture(model: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> tuple[Tenso
 
 
 def _record(
-    model: nn.Module, blocks: nn.ModuleList, ids: Tensor, as_tuple: bool
+    model: nn.Module, blocks: nn.ModuleList, ids: Tensor, form: Callable[[Tensor], Any]
 ) -> tuple[Tensor, list[BlockCall]] | None:
     """One recording; None when blocks do not receive what the block before them returned.
 
-    Some architectures return a tuple from their blocks and index it, which only shows by trying.
+    Some architectures return a tuple from their blocks and index or unpack it, which only shows by trying.
     """
     calls: list[BlockCall] = []
     hidden_states: list[Tensor] = []
 
-    def record(*args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+    def record(*args: Any, **kwargs: Any) -> Any:
         if not args:
             args = (kwargs.pop("hidden_states"),)
         hidden_states.append(args[0])
         calls.append(BlockCall(args[1:], kwargs))
         if len(calls) == len(blocks) or args[0] is not hidden_states[0]:
             raise _AllBlocksSeen
-        return (args[0],) if as_tuple else args[0]
+        return form(args[0])
 
     with _replaced_forward(blocks, record), torch.no_grad():
         try:
@@ -106,12 +110,12 @@ def logits_after(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, hidden: T
     Raises:
         BitternError: for a model that changes the hidden state between its blocks, or shares keys among them (Gemma 4).
     """
-    for as_tuple in (False, True):
+    for form in _FORMS:
         seen: list[Tensor] = []
 
-        def give(*args: Any, seen: list[Tensor] = seen, as_tuple: bool = as_tuple, **kwargs: Any) -> Any:
+        def give(*args: Any, seen: list[Tensor] = seen, form: Callable[[Tensor], Any] = form, **kwargs: Any) -> Any:
             seen.append(args[0] if args else kwargs["hidden_states"])
-            return (hidden,) if as_tuple else hidden
+            return form(hidden)
 
         with _replaced_forward(blocks, give):
             try:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from bittern.checkpoint import plain_config
 from bittern.errors import BitternError
 from bittern.layout import EXPERTS
 from bittern.shards import TensorInfo
@@ -120,7 +121,8 @@ def kv_elements(config: PretrainedConfig) -> int:
     if not heads:
         return 0
     types = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
-    layers = sum("attention" in name and "linear" not in name for name in types)
+    layers = sum(("attention" in name and "linear" not in name) or name == "hybrid" for name in types)
+    layers -= getattr(text, "num_kv_shared_layers", None) or 0  # the last ones use what others have cached
     if getattr(text, "kv_lora_rank", None):  # DeepSeek: keys and values share one low-rank state
         return int(layers * (text.kv_lora_rank + text.qk_rope_head_dim))
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
@@ -141,14 +143,17 @@ def cache_size(config: Mapping[str, Any]) -> tuple[int | None, dict[str, int] | 
     model_type = str(config.get("model_type"))
     if model_type not in CONFIG_MAPPING:
         return None, None
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
     try:
-        parsed: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(plain)
-        elements = kv_elements(parsed)
-        return context_length(parsed), {"fp16": 2 * elements, "fp32": 4 * elements}
+        parsed: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(plain_config(config))
+        length = context_length(parsed)
     except Exception as error:  # of a config that lies, transformers raises whatever comes
         reason = f"{type(error).__name__}: {error}"
         raise BitternError(f"config.json: transformers does not understand this {model_type}: {reason}") from error
+    try:
+        elements = kv_elements(parsed)
+    except Exception:  # layers of several kinds, or other names: not known is better than wrong
+        return length, None
+    return length, {"fp16": 2 * elements, "fp32": 4 * elements}
 
 
 def unchanged_cache(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -96,12 +96,17 @@ def read_task(path: str | os.PathLike[str], limit: int | None = None) -> tuple[s
                 f"{path}, line {line}: expected whole numbers doc_id and idx, a context and a continuation of text"
             )
         name = row.get("task_name", name)
+        if not isinstance(name, str):
+            raise BitternError(f"{path}, line {line}: expected a task_name of text, found {name!r}")
         if doc_id >= REPEATS or (limit is not None and doc_id not in documents and len(documents) == limit):
             continue
         documents.setdefault(doc_id, []).append(row)
     if not documents:
         raise BitternError(f"{path}: expected requests, found none")
-    return name, [_question(path, doc_id, rows) for doc_id, rows in documents.items()]
+    questions = [_question(path, doc_id, rows) for doc_id, rows in documents.items()]
+    if len({question.gold is None for question in questions}) > 1:
+        raise BitternError(f"{path}: expected questions with choices or last words, found both")
+    return name, questions
 
 
 def evaluate_task(
@@ -168,6 +173,11 @@ def loglikelihoods(
     )
     for start in range(0, len(order), batch_size):
         members = order[start : start + batch_size]
+        for i in members:
+            if longest is not None and requests[i][1] > longest:
+                raise BitternError(
+                    f"request {i}: its continuation has {requests[i][1]} tokens, the model's context is {longest}"
+                )
         rows = [requests[i][0] if longest is None else requests[i][0][-longest - 1 :] for i in members]
         width = max(map(len, rows)) - 1
         inputs = torch.tensor([row[:-1] + [0] * (width + 1 - len(row)) for row in rows], device=model.device)
@@ -205,7 +215,7 @@ def _question(path: Path, doc_id: int, rows: list[dict[str, Any]]) -> Question:
     rows = sorted(rows, key=lambda row: int(row["idx"]))
     choices = tuple((row["request"]["context"], row["request"]["continuation"]) for row in rows)
     label = rows[0]["label"]
-    if len(choices) == 1 and not isinstance(label, int):
+    if len(choices) == 1:  # nothing to choose from
         return Question(doc_id, choices, None)
     if [row["idx"] for row in rows] != list(range(len(rows))):
         raise BitternError(f"{path}, doc_id {doc_id}: expected the choices 0 to {len(rows) - 1} once each")

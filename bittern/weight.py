@@ -192,5 +192,7 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether floats hold neither NaN nor infinity; ten times as fast as isfinite().all() and without a copy."""
     if tensor.numel() == 0:
         return True
+    if tensor.element_size() == 1:  # torch has no minimum of 8-bit floats
+        tensor = tensor.float()
     low, high = tensor.aminmax()  # a NaN anywhere makes both of them NaN
     return bool(torch.isfinite(low) & torch.isfinite(high))

@@ -31,6 +31,8 @@ from bittern.shards import TensorInfo, header_bytes, write_elements
 MAX_SHARD_SIZE = 5 * 10**9  # bytes
 INDEX_FILE = "model.safetensors.index.json"
 _LOCK = ".lock"
+_BESIDE = (MANIFEST_FILE, "README.md", ".gitattributes")  # that a manifest does not list
+_FOLDERS = ("additional_chat_templates", ".cache")  # that a checkpoint may have; the latter is the Hub client's
 _REASONS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -49,8 +51,8 @@ def check_output(out: Path, source: Path | None, overwrite: bool) -> None:
         overwrite: whether an artifact at ``out`` may be replaced.
 
     Raises:
-        BitternError: when ``out`` exists (without overwrite), is no artifact (with it), or is, holds or
-            lies in the source.
+        BitternError: when ``out`` exists (without overwrite), is no artifact or holds what belongs to none (with it),
+            or is, holds or lies in the source.
     """
     if source is not None:
         target, origin = out.resolve(), source.resolve()
@@ -64,6 +66,24 @@ def check_output(out: Path, source: Path | None, overwrite: bool) -> None:
         raise BitternError(f"output {out}: expected a folder to overwrite, found something else")
     if any(out.iterdir()) and not (out / "config.json").is_file():
         raise BitternError(f"output {out}: not overwritten, for it holds no config.json and so is no checkpoint")
+    foreign = _foreign(out)
+    if foreign is not None:
+        raise BitternError(f"output {out}: not overwritten, for it holds {foreign}, which is no part of a checkpoint")
+
+
+def _foreign(folder: Path) -> str | None:
+    """What a user has put into a checkpoint's folder: a folder, or beside a manifest a file that it does not list."""
+    try:
+        known = {*json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["files"], *_BESIDE}
+    except (OSError, ValueError, KeyError, TypeError):
+        known = None
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            if path.name not in _FOLDERS:
+                return f"the folder {path.name}"
+        elif known is not None and path.name not in known:
+            return path.name
+    return None
 
 
 def check_space(out: Path, needed: int) -> None:

@@ -286,6 +286,15 @@ def test_a_wrong_tokenizer_is_named(text: Path, plain: PreTrainedTokenizerFast) 
         ("table.csv", "a,b", {}, r"table.csv: expected a file of one of the kinds .txt, .jsonl.* found '.csv'"),
         ("a.txt", "heron", {"chat_template": True}, r"--chat-template: needs rows with messages"),
         ("a.jsonl", '{"text": "heron"}', {"chat_template": True}, r"needs a column 'messages', found columns text"),
+        *(
+            ("a.jsonl", f'{{"messages": {messages}}}', {"chat_template": True}, message)
+            for messages, message in [
+                ('[{"role": "user", "value": "heron"}]', r"expected messages with role and content, found role, value"),
+                ('[{"speaker": "user", "content": "heron"}]', r"role and content, found speaker, content"),
+                ('"heron"', r"expected a list of messages, found str"),
+            ]
+        ),
+        ("a.jsonl", '{"a": "heron", "b": "crane"}', {}, r"expected a column 'text' of text, found columns a, b"),
         ("a.txt", "heron", {"nsamples": 0}, r"expected at least 1 and 2, found 0 and 16"),
         ("a.txt", "heron", {"seqlen": 1}, r"expected at least 1 and 2, found 16 and 1"),
     ],
@@ -311,6 +320,23 @@ def test_a_dataset_that_is_not_there(name: str, plain: PreTrainedTokenizerFast) 
     with pytest.raises(BitternError, match=rf"^{name}: cannot be read as a dataset: .*looked for on the Hub") as caught:
         load(name, plain)
     assert "\n" not in str(caught.value)
+
+
+def test_empty_rows_are_passed_over(tmp_path: Path, plain: PreTrainedTokenizerFast) -> None:
+    """The column is that of the first row that tells it, whatever others there are later."""
+    whole = write_rows(tmp_path / "whole.jsonl", [{"content": words(300)}])
+    rows: list[dict[str, Any]] = [
+        {"content": None, "lang": None},
+        {"content": words(300), "lang": None},
+        {"content": None, "lang": "en"},
+    ]
+    holes = write_rows(tmp_path / "holes.jsonl", rows)
+    assert torch.equal(load(whole, plain).ids, load(holes, plain).ids)
+    chat = [{"role": "user", "content": words(300)}]
+    whole = write_rows(tmp_path / "chats.jsonl", [{"messages": chat}])
+    holes = write_rows(tmp_path / "empty.jsonl", [{"messages": []}, {"messages": chat}, {"messages": []}])
+    found = [load(path, plain, chat_template=True).ids for path in (whole, holes)]
+    assert torch.equal(*found)
 
 
 def test_self_needs_a_model_and_something_to_begin_with(plain: PreTrainedTokenizerFast) -> None:

@@ -59,6 +59,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "lfm2": GROUPED,
     "granitemoe": {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2},
     "nemotron": GROUPED,
+    "olmo2": GROUPED,
+    "exaone4": GROUPED,
+    "bamba": {
+        **GROUPED,
+        "attn_layer_indices": [1],
+        "mamba_d_state": 8,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 32,
+        "mamba_n_groups": 1,
+    },
 }
 
 
@@ -121,3 +131,33 @@ def test_quantized_family_computes_what_its_codes_say(
     original = tiny.read_model(source)
     with torch.no_grad():
         assert (original(ids).logits - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["olmo2", "exaone4", "opt"])
+def test_without_a_norm_in_front_fast_is_no_worse_than_plain(
+    family: str, tmp_path: Path, text: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Their first matrices read the block's input itself, which its output takes the place of."""
+    options = FAMILIES[family] | ({"do_layer_norm_before": False} if family == "opt" else {})
+    source = tiny.save(tiny.random_model(family, **options), tmp_path / "source", tokenizer)
+    ids = torch.randint(4, 200, (4, 24), generator=torch.Generator().manual_seed(3))
+    errors = {}
+    with torch.no_grad():
+        expected = tiny.read_model(source)(ids).logits
+        for effort in ("plain", "fast"):
+            out = tmp_path / effort
+            options = {"bits": 8, "group_size": 32, "nsamples": 16, "seqlen": 32, "dtype": "fp32"}
+            bittern.quantize(source, out, effort=effort, dataset=str(text), **options)
+            errors[effort] = float((bittern.load(out, device="cpu", kernels="torch")(ids).logits - expected).norm())
+    assert errors["fast"] < 1.5 * errors["plain"]
+
+
+def test_weights_in_no_linear_layer_are_told(tmp_path: Path, text: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    options = {"num_local_experts": 4, "intermediate_size_mlp": 96, "head_dim": 16}
+    source = tiny.save(tiny.random_model("llama4_text", **options), tmp_path / "source", tokenizer)
+    manifest = bittern.quantize(source, tmp_path / "out", bits=8, group_size=32, method="rtn")
+    (note,) = [note for note in manifest["notes"] if "in no linear layer" in note]
+    assert note.endswith("experts.gate_up_proj)") and "stay in 16 bits" in note
+    llama = tiny.save(tiny.random_model(), tmp_path / "llama", tokenizer)
+    notes = bittern.quantize(llama, tmp_path / "other", bits=8, group_size=32, method="rtn")["notes"]
+    assert not any("in no linear layer" in note for note in notes)

@@ -60,6 +60,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("qwen3_moe", {**MOE, "head_dim": 24, "num_experts": 4}),
     "deepseek_v3": ("deepseek_v3", DEEPSEEK),
     "mamba": ("mamba", {"hidden_size": 64, "num_hidden_layers": 3, "vocab_size": 128, "state_size": 4}),
+    "falcon_h1": (
+        "falcon_h1",
+        {**GROUPED, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1},
+    ),
     "lfm2": ("lfm2", {**GROUPED, "layer_types": ["conv", "full_attention", "conv"]}),
 }
 

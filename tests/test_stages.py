@@ -31,7 +31,7 @@ def names(stage: Any) -> list[str]:
     return [matrix.module.rpartition(".")[2] for matrix in stage.matrices]
 
 
-@pytest.mark.parametrize("kind", ["llama", "phi3", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "phi3", "gpt2", "olmo2"])
 def test_every_matrix_gets_what_the_changed_ones_before_it_give(kind: str) -> None:
     model = tiny.random_model(kind)
     block = blocks(model)[1][0]
@@ -47,6 +47,15 @@ def test_every_matrix_gets_what_the_changed_ones_before_it_give(kind: str) -> No
             ["down_proj"],
         ]
     assert torch.equal(exact[0], calls[0].run(block, before[0]).detach())
+    given: list[Tensor] = []
+    handles = [
+        model.get_submodule(stage.matrices[0].module).register_forward_pre_hook(lambda _, x: given.append(x[0].clone()))
+        for stage in stages
+    ]
+    calls[0].run(block, before[0])
+    for handle in handles:
+        handle.remove()
+    assert all(torch.equal(stage.exact[0], x) for stage, x in zip(stages, given, strict=True))
     seen: list[list[Tensor]] = []
     with Walks(model, block, stages, hidden, calls) as walks, torch.no_grad():
         for stage in stages:

@@ -68,6 +68,10 @@ def request(doc_id: int, idx: int, label: Any, context: str | None, continuation
     }
 
 
+def lines(*requests: tuple[int, int, Any, str, str]) -> str:
+    return "\n".join(json.dumps(request(*each)) for each in requests)
+
+
 def write(path: Path, rows: list[Row]) -> Path:
     text = "".join(json.dumps(row) + "\n" for row in rows)
     if path.suffix == ".gz":
@@ -171,6 +175,19 @@ def test_a_long_context_is_cut_on_the_left_and_counted(tmp_path: Path, tokenizer
     assert evaluate_task(model, tokenizer, write(tmp_path / "t.jsonl", rows)).truncated == 1
 
 
+def test_one_choice_is_no_choice(tmp_path: Path, model: PreTrainedModel, tokenizer: Fast) -> None:
+    """Its label says nothing: it is a last word, right when the model would have said it."""
+    path = write(tmp_path / "t.jsonl", [request(0, 0, 0, "w1 w2", " w3")])
+    found = evaluate_task(model, tokenizer, path)
+    assert found.accuracy is None and found.exact_match is not None
+
+
+def test_a_continuation_longer_than_the_context_is_refused(tmp_path: Path, tokenizer: Fast) -> None:
+    path = write(tmp_path / "t.jsonl", [request(0, 0, "x", "w1", " w3" * 9)])
+    with pytest.raises(BitternError, match="request 0: its continuation has 9 tokens, the model's context is 8"):
+        evaluate_task(tiny_llama(8), tokenizer, path)
+
+
 def test_limit_takes_the_first_questions_whole(tmp_path: Path) -> None:
     rows = [request(doc, i, 1, "w1", " w2") for i in range(3) for doc in (7, 5, 9)]  # choices far apart in the file
     name, found = read_task(write(tmp_path / "t.jsonl", rows), limit=2)
@@ -187,8 +204,13 @@ def test_limit_takes_the_first_questions_whole(tmp_path: Path) -> None:
         ("[1]", r"t.jsonl, line 1: expected a request"),
         (json.dumps(request(0, 0, 0, "a", "")), r"line 1: expected .* a continuation of text"),
         (json.dumps(request(0, 0, 0, None, "b")), r"line 1: expected .* a context and"),
-        (json.dumps(request(0, 1, 0, "a", " b")), r"doc_id 0: expected the choices 0 to 0 once each"),
-        (json.dumps(request(0, 0, 3, "a", " b")), r"doc_id 0: expected a label below 1, found 3"),
+        (lines((0, 1, 0, "a", " b"), (0, 1, 0, "a", " c")), r"doc_id 0: expected the choices 0 to 1 once each"),
+        (lines((0, 0, 3, "a", " b"), (0, 1, 3, "a", " c")), r"doc_id 0: expected a label below 2, found 3"),
+        (
+            lines((0, 0, 1, "a", " b"), (0, 1, 1, "a", " c"), (1, 0, "d", "a", " d")),
+            r"t.jsonl: expected questions with choices or last words, found both",
+        ),
+        (json.dumps({**request(0, 0, 0, "a", " b"), "task_name": None}), r"line 1: expected a task_name of text"),
     ],
 )
 def test_what_is_refused(content: str, message: str, tmp_path: Path) -> None:

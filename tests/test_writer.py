@@ -208,6 +208,20 @@ def test_an_existing_output_needs_overwrite(tmp_path: Path) -> None:
     assert listing(tmp_path) == ["out"]
 
 
+@pytest.mark.parametrize(("name", "beside_manifest"), [("runs/log", False), (".git/HEAD", True), ("notes.txt", True)])
+def test_overwrite_spares_what_a_user_has_put_there(name: str, beside_manifest: bool, tmp_path: Path) -> None:
+    out = write(tmp_path / "out", {"a": torch.ones(2)})
+    if beside_manifest:
+        (out / "bittern_manifest.json").write_text('{"files": {"config.json": {}, "model.safetensors": {}}}')
+    (out / "README.md").write_text("a card")
+    check_output(out, None, overwrite=True)
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text("mine")
+    with refused("out", "not overwritten", name.partition("/")[0], "no part of a checkpoint"):
+        check_output(out, None, overwrite=True)
+    assert (out / name).read_text() == "mine"
+
+
 def test_overwrite_destroys_nothing_but_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("years")

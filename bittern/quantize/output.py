@@ -12,19 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bittern import model as live
 from bittern.artifact import Artifact
 from bittern.calibration import CalibrationTokens
 from bittern.checkpoint import Checkpoint, TensorInfo, open_checkpoint
-from bittern.convert.cast import cast_tensors, cast_values
+from bittern.convert.cast import cast_tensors, cast_values, with_dtype
 from bittern.formats.packing import Packing
 from bittern.origin import source_record
-from bittern.quantize.plan import Plan
 from bittern.quantize.preflight import Job
 from bittern.quantize.resume import WorkFolder
+from bittern.quantize.solve import Solver
 from bittern.quantize.tune import Tuned
 from bittern.report import degraded_notes, degraded_reason, make_manifest
 from bittern.rope import with_old_rope
 from bittern.writer import CheckpointWriter, to_json
+
+_WORTH_TELLING = 0.02  # of the blocks' weights that cannot be packed
 
 
 def write_kept(
@@ -89,7 +92,7 @@ def describe(
         notes=[
             *left_out,
             *(tokens.warnings if tokens else ()),
-            *_notes(records, job.solver.plan),
+            *_notes(records, job.solver),
             *degraded_notes(degraded_reason(job.solver.checkpoint.config)),
         ],
         seconds=seconds,
@@ -109,9 +112,9 @@ def _stages(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _notes(records: list[dict[str, Any]], plan: Plan) -> list[str]:
+def _notes(records: list[dict[str, Any]], solver: Solver) -> list[str]:
     """What a user must be told of the layers, in a sentence each."""
-    notes = []
+    notes, plan = _unpacked(solver), solver.plan
     fallbacks = [record for record in records if record["fallback"]]
     if fallbacks:
         example = f"{fallbacks[0]['layer']}: {fallbacks[0]['fallback']}"
@@ -121,6 +124,24 @@ def _notes(records: list[dict[str, Any]], plan: Plan) -> list[str]:
         name, why = next(iter(unasked.items()))
         notes.append(f"{len(unasked)} layers stay in 16 bits because of their shape ({name}: {why})")
     return notes
+
+
+def _unpacked(solver: Solver) -> list[str]:
+    """A sentence where a good part of the blocks is in no linear layer, as the experts of some architectures are."""
+    prefix, _ = live.blocks(solver.model)
+    planned = {matrix.parameter for block in solver.plan.blocks for matrix, _ in block}
+    weights, other = 0, dict[str, int]()
+    for name, tensor in solver.model.state_dict().items():
+        if name.startswith(f"{prefix}.") and tensor.ndim > 1 and name in solver.sources:
+            weights += tensor.numel()
+            layers = {piece.name.removesuffix(".weight") for piece in solver.sources[name]}
+            if name not in planned and not layers & set(solver.plan.kept):
+                other[name] = tensor.numel()
+    share = sum(other.values()) / max(weights, 1)
+    if share < _WORTH_TELLING:
+        return []
+    example = max(other, key=lambda name: other[name])
+    return [f"{share:.0%} of the blocks' weights are in no linear layer and stay in 16 bits (such as {example})"]
 
 
 def _describe_tokens(tokens: CalibrationTokens | None) -> dict[str, Any] | None:
@@ -133,7 +154,7 @@ def config_files(checkpoint: Checkpoint, quantization: dict[str, Any], dtype: to
     """What the configuration files of the artifact hold, by their names."""
     # The writer would put the old words in as well; here they count as bytes that will be written.
     config = {key: value for key, value in with_old_rope(checkpoint.config).items() if key != "torch_dtype"}
-    files = {"config.json": {**config, "dtype": str(dtype).removeprefix("torch."), **quantization}}
+    files = {"config.json": {**with_dtype(config, dtype), **quantization}}
     found = quantization["quantization_config"]
     # where GPTQModel and older readers look first
     return files | ({"quantize_config.json": found} if found.get("quant_method") == "gptq" else {})

@@ -80,10 +80,13 @@ def exact_stages(
             else:
                 seen.append((x, [matrix]))
 
-        with _before(model, matrices, note), _after_norms(model, block, norms), torch.no_grad():
-            with nullcontext() if number else reads:
-                output = call.run(block, state)
-            state.copy_(output)
+        watch = nullcontext() if number else reads
+        with _before(model, matrices, note), _after_norms(model, block, norms), torch.no_grad(), watch:
+            output = call.run(block, state)
+        # Blocks without a norm in front give their input itself to the first matrices: it is about to be replaced.
+        given = storages(state)
+        inputs = [x.detach().clone() if storages(x) & given else x.detach() for x, _ in seen]
+        state.copy_(output)
         if number == 0:
             spent = reads.spent()
             stages = [
@@ -92,8 +95,8 @@ def exact_stages(
             ]
         if [stage.matrices for stage in stages] != [readers for _, readers in seen]:
             return None
-        for stage, (x, _) in zip(stages, seen, strict=True):
-            stage.exact.append(x.detach())
+        for stage, x in zip(stages, inputs, strict=True):
+            stage.exact.append(x)
     called = [matrix for stage in stages for matrix in stage.matrices]
     return stages if sorted(m.label for m in called) == sorted(m.label for m in matrices) else None
 
