@@ -57,6 +57,7 @@ def conditions(found: Mapping[str, Any]) -> str:
     said = ["inputs of 8 bits"] if settings.get("activations") == "a8" else []
     said += [f"head in {settings['lm_head_bits']} bits"] if settings.get("lm_head_bits") else []
     said += ["windows from BOS"] if settings.get("bos") else []
+    said += [f"computed in {settings['dtype']}"] if settings.get("dtype") else []
     return f" ({', '.join(said)})" if said else ""
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from bittern.errors import BitternError
 
 BITS = (2, 3, 4, 8)
+LARGEST_SCALE = 65504.0
+"""The largest fp16 number."""
 SMALLEST_SCALE = 2.0**-24
 """The smallest positive fp16 number: an all-zero group needs some scale."""
 
@@ -151,7 +153,7 @@ def round_scale(scale: Tensor) -> Tensor:
     sign = torch.where(scale < 0, -1.0, 1.0)
     rounded = sign * scale.abs().clamp_min(SMALLEST_SCALE).half().float()
     if not bool(torch.isfinite(rounded).all()):
-        raise BitternError(f"scales: fp16 holds at most 65504, found {scale.abs().max():.4g}")
+        raise BitternError(f"scales: fp16 holds at most {LARGEST_SCALE:.0f}, found {scale.abs().max():.4g}")
     return rounded
 
 

@@ -96,6 +96,17 @@ def test_what_best_does_beside_is_counted(source: Path, text: Path, tmp_path: Pa
     assert set(best) == set(fast) | beside and all(best[stage] > 0 for stage in beside)
 
 
+def test_training_keeps_its_state_on_the_disk(source: Path, text: Path, tmp_path: Path) -> None:
+    options = {"dry_run": True, "tune_tokens": 4096}
+    fast, best = (
+        run(source, tmp_path / "out", text, **each) for each in ({"dry_run": True}, {**options, "effort": "best"})
+    )
+    rows = (
+        3 * (64 + 2 * 32) * 2 + 3 * 64 * 2 + 3 * 2 * 96 * 2 + 3 * 64 * 3
+    )  # groups of 32 in q, k, v, o, gate, up, down
+    assert best["work_bytes"] - fast["work_bytes"] == pytest.approx(24 * rows + 4 * 4096, rel=0.1)
+
+
 def test_the_work_folder_takes_what_is_said(source: Path, text: Path, tmp_path: Path) -> None:
     class Stop(Exception):
         pass

@@ -9,7 +9,16 @@ from typing import Any
 from bittern.page.charts import Series, against_bits
 from bittern.page.parts import NOTHING, Chart, Section, Table, figure
 from bittern.report import runs
-from bittern.story import bits_in_words, change_in_words, headline, kind_of, percent, short_name, source_name
+from bittern.story import (
+    bits_in_words,
+    change_in_words,
+    conditions,
+    headline,
+    kind_of,
+    percent,
+    short_name,
+    source_name,
+)
 
 MOST_SERIES = 4
 SUBJECT = "this artifact"
@@ -29,6 +38,7 @@ class Point:
         bits: stored bits per weight without embeddings; None where the manifest does not say.
         found: the measurement as the manifest has it; for a base, its ``base_`` figures under their own names.
         is_base: whether it is what others were held against.
+        base: what it was held against; of a base, itself.
     """
 
     test: tuple[Any, ...]
@@ -37,6 +47,7 @@ class Point:
     bits: float | None
     found: Mapping[str, Any]
     is_base: bool = False
+    base: str | None = None
 
 
 def quality_section(manifest: Mapping[str, Any], beside: Sequence[Mapping[str, Any]] = ()) -> Section | None:
@@ -97,13 +108,13 @@ def _points(manifest: Mapping[str, Any], name: str) -> list[Point]:
     for number, run in enumerate(chain, 1):
         model = name if number == len(chain) else f"{_MADE[kind_of(run)]} {short_name(run['source']['name'])}"
         for entry in run.get("evaluations", ()):
-            test = *(entry.get(key) for key in _TEST), (entry.get("settings") or {}).get("bos", False)
-            found.append(Point(test, entry["name"], model, _bits(run, "output"), entry))
+            test, label = (*(entry.get(key) for key in _TEST), conditions(entry)), f"{entry['name']}{conditions(entry)}"
             base = entry.get("base")
+            found.append(Point(test, label, model, _bits(run, "output"), entry, base=base))
             if base is not None:
                 own = {key.removeprefix("base_"): value for key, value in entry.items() if key.startswith("base_")}
                 same = {key: entry.get(key) for key in ("what", "tokens", "questions", "settings")}
-                found.append(Point(test, entry["name"], short_name(base), sizes.get(base), {**same, **own}, True))
+                found.append(Point(test, label, short_name(base), sizes.get(base), {**same, **own}, True, base))
     return found
 
 
@@ -126,11 +137,13 @@ def _chart(
 ) -> Chart | None:
     """Points of every test over bits; None when no point has both."""
     series, level, said = [], None, []
-    for test in dict.fromkeys(point.test for point in points):
-        members = [point for point in points if point.test == test]
+    groups = [(point.test, point.base if what == "kl" else None) for point in points]
+    for group in dict.fromkeys(groups):
+        members = [point for point, own in zip(points, groups, strict=True) if own == group]
         if all(value_of(point, what) is None for point in members if not point.is_base):
             continue
-        label = members[0].label
+        several = len({base for test, base in groups if test == group[0] and base is not None}) > 1
+        label = members[0].label + (f" against {short_name(group[1])}" if several and group[1] else "")
         known = {(point.bits, value_of(point, what)): point.model for point in members}
         placed = sorted(
             (bits, value, model) for (bits, value), model in known.items() if bits is not None and value is not None
@@ -188,11 +201,12 @@ def _text_table(points: Sequence[Point]) -> Table:
 def _kl_table(points: Sequence[Point]) -> Table:
     return Table(
         "How far from the base, on texts",
-        ("Model", "Text", "Bits per weight", "KL", "Top-1 agreement"),
+        ("Model", "Text", "Against", "Bits per weight", "KL", "Top-1 agreement"),
         tuple(
             (
                 point.model,
                 point.label,
+                NOTHING if point.base is None else short_name(point.base),
                 figure(point.bits, "{:.2f}"),
                 figure(point.found.get("kl"), "{:.4f}"),
                 figure(point.found.get("top1_agreement"), percent),
@@ -200,7 +214,7 @@ def _kl_table(points: Sequence[Point]) -> Table:
             for point in points
             if not point.is_base
         ),
-        (0, 1),
+        (0, 1, 2),
     )
 
 

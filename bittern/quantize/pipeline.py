@@ -32,8 +32,8 @@ from bittern.quantize.mixed import alternating, check_average, even_mix, measure
 from bittern.quantize.output import config_files, describe, finish, to_gguf, write_kept, write_layers
 from bittern.quantize.outside import check_embedding, outside_matrices, write_outside
 from bittern.quantize.plan import Plan, make_plan
-from bittern.quantize.preflight import Job, artifact_bytes, gguf_bytes, predict
-from bittern.quantize.resume import WorkFolder, decided_by, stored_bytes
+from bittern.quantize.preflight import Job, artifact_bytes, gguf_bytes, predict, work_bytes
+from bittern.quantize.resume import WorkFolder, decided_by
 from bittern.quantize.sensitivity import BITS, Sensitivity
 from bittern.quantize.solve import OwnWindows, Solver, batch_windows, default_batch
 from bittern.quantize.tune import TOKENS as TUNE_TOKENS
@@ -238,7 +238,7 @@ def quantize(
         with WorkFolder(Path(output), decided, len(plan.blocks), resume) as work:
             resumed, spent = len(work.finished), work.seconds
             unsolved = [block for position, block in enumerate(plan.blocks) if position not in work.finished]
-            check_space(folder, beside + sum(info.nbytes for info in planned) + stored_bytes(unsolved))
+            check_space(folder, beside + sum(info.nbytes for info in planned) + work_bytes(job, unsolved))
             about["prediction"], notes = _foresee(job, size, started, work, on_prediction)
             if on_note is not None:
                 for note in (*work.notes, *notes):
@@ -438,7 +438,7 @@ def _verdicts(job: Job, format: str) -> list[dict[str, Any]]:
 
 def _dry_notes(tokens: CalibrationTokens | None, method: str, unread: Sequence[str], bits: int | float) -> list[str]:
     """What a dry run did not look at, datasets that are no files here among it."""
-    measured = "which layers get how many is measured first, which takes time that is not counted"
+    measured = "which layers get how many is measured first, which takes time and memory that are not counted"
     mixed = [f"--bits {bits}: {measured}"] if isinstance(bits, float) else []
     if tokens is not None:
         return [*mixed, *tokens.warnings]

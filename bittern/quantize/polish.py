@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bittern.weight import QuantWeight, round_scale
+from bittern.weight import LARGEST_SCALE, QuantWeight, round_scale
 
 BLOCK_SIZE = 64
 """Columns that descend between two matrix products; it changes the speed, not the result."""
@@ -98,7 +98,7 @@ def _least_squares(hessian: Tensor, steps: Tensor, scales: Tensor, slopes: Tenso
     diagonal[unused], right[unused] = 1.0, 0.0
     diagonal *= 1 + 1e-9  # groups of a few codes may be multiples of each other
     fitted = scales + torch.linalg.solve(system, right.unsqueeze(2)).squeeze(2).float()
-    fitted = round_scale(torch.where((fitted * scales > 0) & torch.isfinite(fitted), fitted, scales))
+    fitted = round_scale(torch.where((fitted * scales > 0) & (fitted.abs() < LARGEST_SCALE), fitted, scales))
     moved = (fitted - scales).double().unsqueeze(2)
     change = (moved * (system @ moved - 2 * right.unsqueeze(2))).sum((1, 2))
     return fitted, change.float()

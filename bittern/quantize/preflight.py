@@ -209,7 +209,17 @@ def predict(job: Job, size: int, started: float) -> Prediction:
     pieces = min(_PIECES, 3 * sum(job.solver.checkpoint.tensors[stored].nbytes for _, stored in job.kept))
     held.append(pieces + max(_writing_bytes(entries, write) for entries in job.solver.plan.blocks))
     peak = max(peak_memory(), base + int(max(held)))
-    return Prediction(stages, per_block, peak, size, stored_bytes(job.solver.plan.blocks) + job.beside)
+    return Prediction(stages, per_block, peak, size, work_bytes(job, job.solver.plan.blocks) + job.beside)
+
+
+def work_bytes(job: Job, unsolved: Iterable[Entries]) -> int:
+    """What finished blocks, these among them, and training keep on the disk until the output stands."""
+    kept = stored_bytes(unsolved)
+    if job.samples and job.solver.effort.tune:
+        scales = sum(m.out_features * s.groups(m.in_features) for block in job.solver.plan.blocks for m, s in block)
+        # Factors and two moments of each, the old ones until the new ones stand; and windows of text.
+        kept += 2 * 3 * _FP32 * scales + _FP32 * (job.tune_tokens + HELD_OUT * job.seqlen)
+    return kept
 
 
 def _block_seconds(

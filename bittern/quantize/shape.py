@@ -28,6 +28,9 @@ from bittern.weight import QuantWeight
 DAMPING = 0.3
 """Of the curvature of each output: ten thousands of tokens tell only roughly how outputs go together."""
 
+FLOOR = 0.03
+"""Of the mean curvature, for outputs that hardly matter: they are not there to make up for all others."""
+
 PARTS = 8
 """Rows are solved in so many parts, one after the other; those of a part do not see each other's changes."""
 
@@ -64,15 +67,15 @@ class Shaper:
         order, back = factor.order, factor.order.argsort()  # of the rows, here and in all below
         weight, outputs, given = weight[order], outputs[order][:, order], solved.rows(order)
         before = least = self._divergence(weight, outputs, given)
-        best, found, last = given, self._sweep(weight, factor.upper, given), float("inf")
-        for _ in range(ROUNDS):
-            found = self._polish(weight, outputs, found)
+        best, swept = given, self._sweep(weight, factor.upper, given)
+        for number in range(ROUNDS):
+            # Where outputs go together closely, a sweep in parts may miss; then rows begin as they were.
+            start = swept if not number and self._divergence(weight, outputs, swept) < 2 * before else best
+            found = self._polish(weight, outputs, start)
             divergence = self._divergence(weight, outputs, found)
-            if not divergence < last:
+            if not divergence < least:
                 break
-            last = divergence
-            if divergence < least:
-                best, least = found, divergence
+            best, least = found, divergence
         losses = (slopes_of(weight, self._damped, best) * (best.dequantize() - weight)).sum(1).clamp_min_(0)
         return best.rows(back), least / before if before > 0 else 1.0, losses[back]
 
@@ -92,13 +95,26 @@ class Shaper:
         return replace(given, codes=torch.cat(codes))
 
     def _polish(self, weight: Tensor, outputs: Tensor, given: QuantWeight) -> QuantWeight:
-        """New codes and scales: each part for what the others, as they are by then, leave it."""
+        """New codes and scales: each part for what the others, as they are by then, leave it.
+
+        A part that is worse for it, since its rows do not see each other's changes, is tried again in halves; one row
+        cannot be worse.
+        """
         errors, codes, scales = given.dequantize() - weight, given.codes.clone(), given.scales.clone()
-        for part in _parts(len(weight)):
-            left = (outputs[part] @ errors) / outputs.diagonal()[part].unsqueeze(1) - errors[part]
+        waiting = _parts(len(weight))[::-1]
+        while waiting:
+            part = waiting.pop()
+            pulled = outputs[part] @ errors
+            left = pulled / outputs.diagonal()[part].unsqueeze(1) - errors[part]
             polished, _ = polish(weight[part] - left, self._hessian, self._factor.damping, given.rows(part))
-            codes[part], scales[part] = polished.codes, polished.scales
-            errors[part] = polished.dequantize() - weight[part]
+            change = polished.dequantize() - weight[part] - errors[part]
+            slope = (2 * pulled + outputs[part, part] @ change) @ self._damped
+            if float((slope * change).sum(dtype=torch.float64)) <= 0:
+                codes[part], scales[part] = polished.codes, polished.scales
+                errors[part] += change
+            elif part.stop - part.start > 1:
+                middle = (part.start + part.stop) // 2
+                waiting += [slice(middle, part.stop), slice(part.start, middle)]
         return replace(given, codes=codes, scales=scales)
 
 
@@ -109,7 +125,7 @@ def damped(curvature: Tensor) -> Tensor:
         curvature: fp32 (out_features, out_features), symmetric, of any size, 0 too.
     """
     diagonal = curvature.diagonal()
-    least = 1e-6 * float(diagonal.mean()) or 1.0  # outputs that do not matter may be anything
+    least = FLOOR * float(diagonal.mean()) or 1.0
     found = curvature + torch.diag(DAMPING * diagonal + least)
     return found.div_(found.diagonal().mean())
 
