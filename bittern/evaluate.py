@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bittern.calibration import READERS
 from bittern.errors import BitternError
 from bittern.tokenizer import check_vocabulary, context_length, encode
 
@@ -23,6 +22,7 @@ CHUNK = 256
 """Positions whose log-probabilities are held in fp32 at once."""
 
 _BYTES_PER_TOKEN = 16  # generous: natural text has 3 to 5 bytes a token
+_ROWS = (".jsonl", ".json", ".parquet", ".arrow")  # files of rows, not of text
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def text_windows(
         BitternError: no such file, not UTF-8, shorter than one window, or a tokenizer without BOS.
     """
     path = Path(path)
-    if path.suffix in READERS:
+    if path.suffix in _ROWS:
         raise BitternError(
             f"{path}: expected a file of plain text, found rows ({path.suffix}): their markup would count"
         )

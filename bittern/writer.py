@@ -31,7 +31,7 @@ from bittern.shards import TensorInfo, header_bytes, write_elements
 MAX_SHARD_SIZE = 5 * 10**9  # bytes
 INDEX_FILE = "model.safetensors.index.json"
 _LOCK = ".lock"
-_BESIDE = (MANIFEST_FILE, "README.md", ".gitattributes")  # that a manifest does not list
+_BESIDE = (MANIFEST_FILE, "README.md", ".gitattributes", _LOCK)  # that a manifest does not list
 _FOLDERS = ("additional_chat_templates", ".cache")  # that a checkpoint may have; the latter is the Hub client's
 _REASONS = {
     errno.ENOSPC: "the disk is full",
@@ -81,7 +81,7 @@ def _foreign(folder: Path) -> str | None:
         if path.is_dir() and not path.is_symlink():
             if path.name not in _FOLDERS:
                 return f"the folder {path.name}"
-        elif known is not None and path.name not in known:
+        elif known is not None and path.name not in known and path.suffix != ".partial":
             return path.name
     return None
 

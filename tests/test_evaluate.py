@@ -220,3 +220,9 @@ def test_stories15m_on_its_own_text(shared: Path) -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     windows = text_windows(shared / "data/text/tinystories/valid.txt", tokenizer, seqlen=256, windows=4)
     assert evaluate(model, windows, batch_size=2).nll == pytest.approx(oracle_nll(model, windows), rel=1e-5)
+
+
+def test_rows_are_no_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "heron"}\n' * 99)
+    with pytest.raises(BitternError, match=r"rows.jsonl: expected a file of plain text, found rows \(.jsonl\)"):
+        text_windows(tmp_path / "rows.jsonl", tokenizer, seqlen=8)
