@@ -166,6 +166,9 @@ def loglikelihoods(
     """
     longest = context_length(model.config)
     requests = [_tokens(tokenizer, *pair) for pair in texts]
+    for i, (_, count) in enumerate(requests):
+        if longest is not None and count > longest:
+            raise BitternError(f"request {i}: its continuation has {count} tokens, the model's context is {longest}")
     order = sorted(range(len(texts)), key=lambda i: -len(requests[i][0]))
     result: list[Scored | None] = [None] * len(texts)
     check_vocabulary(
@@ -173,11 +176,6 @@ def loglikelihoods(
     )
     for start in range(0, len(order), batch_size):
         members = order[start : start + batch_size]
-        for i in members:
-            if longest is not None and requests[i][1] > longest:
-                raise BitternError(
-                    f"request {i}: its continuation has {requests[i][1]} tokens, the model's context is {longest}"
-                )
         rows = [requests[i][0] if longest is None else requests[i][0][-longest - 1 :] for i in members]
         width = max(map(len, rows)) - 1
         inputs = torch.tensor([row[:-1] + [0] * (width + 1 - len(row)) for row in rows], device=model.device)

@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import bittern
-from bittern.model import blocks, matrices, weight_map
+from bittern.model import Matrix, blocks, matrices, weight_map
 from bittern.quantize import balance
 from bittern.quantize.balance import Balancer, choose_factor
-from bittern.quantize.stages import exact_stages
-from bittern.replay import capture
+from bittern.quantize.stages import Stage, exact_stages
+from bittern.replay import BlockCall, capture
 from bittern.verify import verify
 from bittern.weight import QuantSpec, min_max_grid
 from tests import tiny
@@ -33,16 +33,22 @@ def uneven(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def balance_first_block(
-    model: PreTrainedModel, dtype: torch.dtype
-) -> tuple[dict[str, Tensor], dict[Any, float | None], Tensor, Tensor]:
-    """What was changed, and the block's outputs before and after."""
+def first_block(model: PreTrainedModel) -> tuple[Any, list[Matrix], Tensor, list[BlockCall], list[Tensor], list[Stage]]:
+    """The blocks; of the first one its matrices, its input and calls, its output in a list, and its stages."""
     prefix, layers = blocks(model)
     found = matrices(model, f"{prefix}.0", weight_map(model, model.state_dict()))
     state, calls = capture(model, layers, IDS)
     exact = [state.clone()]
     stages = exact_stages(model, layers[0], found, exact, calls[:1])
     assert stages is not None
+    return layers, found, state, calls, exact, stages
+
+
+def balance_first_block(
+    model: PreTrainedModel, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], dict[Any, float | None], Tensor, Tensor]:
+    """What was changed, and the block's outputs before and after."""
+    layers, found, state, calls, exact, stages = first_block(model)
     balancer = Balancer(model, dtype)
     specs = dict.fromkeys(found, QuantSpec(4, 32))
     made = balancer.balance(layers[0], stages, specs, state, exact[0], calls[0])
@@ -80,12 +86,7 @@ def test_shared_value_heads_keep_their_channels() -> None:
 def test_rows_were_divided_by_what_is_said() -> None:
     """What makes another matrix's input puts out so much less; shared value heads too."""
     model = uneven(tiny.random_model())
-    prefix, layers = blocks(model)
-    found = matrices(model, f"{prefix}.0", weight_map(model, model.state_dict()))
-    state, calls = capture(model, layers, IDS)
-    exact = [state.clone()]
-    stages = exact_stages(model, layers[0], found, exact, calls[:1])
-    assert stages is not None
+    layers, found, state, calls, exact, stages = first_block(model)
     outputs: dict[str, list[Tensor]] = {}
     for matrix in found:
         kept = outputs.setdefault(matrix.module, [])

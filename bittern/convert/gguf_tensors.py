@@ -16,7 +16,6 @@ from bittern.convert.gguf_model import GgufModel, merged_name
 from bittern.errors import BitternError
 from bittern.formats import gguf as blocks
 from bittern.formats.gguf_rope import FREQUENCIES
-from bittern.weight import QuantWeight
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PIECE = 2**21  # elements
@@ -186,7 +185,7 @@ def _packed_bytes(artifact: Artifact, tensor: PlannedTensor, layer: str, allow_i
         raise BitternError(f"{layer}: GGUF stores columns in order, found act-order (g_idx)")
     if tensor.heads:
         rows = _turned(weight.out_features, tensor.heads)
-        weight = QuantWeight(weight.codes[rows], weight.scales[rows], weight.zeros[rows], weight.spec)
+        weight = weight.rows(rows)
     if tensor.kind in FLOATS:
         exact = weight.dequantize()
         values, _ = _cast(exact.flatten(), FLOATS[tensor.kind], layer)

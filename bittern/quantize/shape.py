@@ -47,7 +47,7 @@ class Shaper:
     """
 
     def __init__(self, hessian: Tensor, factor: Factor) -> None:
-        self._hessian, self._factor = hessian, factor
+        self._factor = factor
         self._damped = hessian + factor.damping * torch.eye(len(hessian), device=hessian.device)
 
     def shape(self, weight: Tensor, curvature: Tensor, solved: QuantWeight) -> tuple[QuantWeight, float, Tensor]:
@@ -67,11 +67,11 @@ class Shaper:
         order, back = factor.order, factor.order.argsort()  # of the rows, here and in all below
         weight, outputs, given = weight[order], outputs[order][:, order], solved.rows(order)
         before = least = self._divergence(weight, outputs, given)
-        best, swept = given, self._sweep(weight, factor.upper, given)
-        for number in range(ROUNDS):
-            # Where outputs go together closely, a sweep in parts may miss; then rows begin as they were.
-            start = swept if not number and self._divergence(weight, outputs, swept) < 2 * before else best
-            found = self._polish(weight, outputs, start)
+        best, found = given, self._sweep(weight, factor.upper, given)
+        if not self._divergence(weight, outputs, found) < 2 * before:
+            found = given  # where outputs go together closely, a sweep in parts may miss
+        for _ in range(ROUNDS):
+            found = self._polish(weight, outputs, found)
             divergence = self._divergence(weight, outputs, found)
             if not divergence < least:
                 break
@@ -106,7 +106,7 @@ class Shaper:
             part = waiting.pop()
             pulled = outputs[part] @ errors
             left = pulled / outputs.diagonal()[part].unsqueeze(1) - errors[part]
-            polished, _ = polish(weight[part] - left, self._hessian, self._factor.damping, given.rows(part))
+            polished, _ = polish(weight[part] - left, self._damped, 0.0, given.rows(part))
             change = polished.dequantize() - weight[part] - errors[part]
             slope = (2 * pulled + outputs[part, part] @ change) @ self._damped
             if float((slope * change).sum(dtype=torch.float64)) <= 0:
