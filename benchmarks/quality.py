@@ -58,6 +58,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=64, help="evaluation windows of each text (%(default)s)")
     parser.add_argument("--eval-seqlen", type=int, default=1024, help="tokens in each (%(default)s)")
     parser.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cpu",
+        help="where tools calibrate (llama.cpp: always the CPU) and artifacts are scored (%(default)s)",
+    )
+    parser.add_argument(
         "--tools", nargs="+", choices=list(TOOLS), default=list(STANDARD), help=f"({' '.join(STANDARD)})"
     )
     parser.add_argument(
@@ -120,7 +126,9 @@ def calibration_ids(options: argparse.Namespace) -> tuple[Path, str]:
     for warning in tokens.warnings:
         print(f"warning: {warning}")
     path: Path = options.work / f"calibration-{tokens.sha256[:12]}.json"
-    path.write_text(json.dumps(tokens.ids.tolist()))
+    partial = path.with_suffix(f".{os.getpid()}")  # another table may be made from the same tokens meanwhile
+    partial.write_text(json.dumps(tokens.ids.tolist()))
+    partial.replace(path)
     return path, tokens.sha256
 
 
@@ -182,7 +190,9 @@ def warm_up(options: argparse.Namespace, recipe: Recipe, ids: Path) -> None:
         return
     few, output = options.work / "warm-up.json", options.work / "warm-up"
     few.write_text(json.dumps(json.loads(ids.read_text())[:1]))
-    words = command(recipe, options.model, output, ids=few, dataset=[], gguf=few, envs=options.envs)
+    words = command(
+        recipe, options.model, output, ids=few, dataset=[], gguf=few, envs=options.envs, device=options.device
+    )
     measure(words, beside(output, ".log"), peers.ENVIRONMENT)
     shutil.rmtree(output)
     done.touch()
@@ -208,7 +218,7 @@ def rows(options: argparse.Namespace, texts: Sequence[Text], base: Path) -> tupl
     checkpoint = base.name.partition("-")[2]
     found, failed = [], []
     for recipe in plan(options):
-        told = protocol(recipe, checkpoint, sha256)
+        told = protocol(recipe, checkpoint, sha256, options.device)
         artifact = place(recipe, told, options.work)
         record = finished(artifact)
         title = f"{recipe.label}, {recipe.bits} bits"
@@ -230,6 +240,7 @@ def rows(options: argparse.Namespace, texts: Sequence[Text], base: Path) -> tupl
                     dataset=dataset_words(options),
                     gguf=gguf,
                     envs=options.envs,
+                    device=options.device,
                 )
                 record = make(recipe, told, artifact, words)
                 print(f"{record['seconds']:.0f} s, {record['peak_rss_bytes'] / 1e9:.2f} GB", flush=True)
@@ -249,7 +260,7 @@ def scored(
     from bittern.inspect import inspect
 
     record = beside(artifact, ".scores.json")
-    scores = score(artifact, options.model, base, record, texts, options.task, options.limit)
+    scores = score(artifact, options.model, base, record, texts, options.task, options.limit, options.device)
     row = {"bits_per_weight": inspect(artifact)["bits_per_weight"], **by_name(scores, texts, options)}
     if options.control and recipe.home == PEER:
         row["control_perplexity"] = control(options, artifact, texts[0], record)
@@ -292,6 +303,7 @@ def machine() -> dict[str, Any]:
         "cpu": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -338,7 +350,7 @@ def main() -> None:
     base = options.work / f"base-{checkpoint_hash(Path(options.model))}"
     base.mkdir(exist_ok=True)
     texts = [read_text(name, path, options.model, options.eval_seqlen, options.windows) for name, path in options.text]
-    own = score_base(options.model, base, texts, options.task, options.limit)
+    own = score_base(options.model, base, texts, options.task, options.limit, options.device)
     from bittern.inspect import inspect
 
     size = {"label": "unquantized", "bits_per_weight": inspect(options.model)["bits_per_weight"]}

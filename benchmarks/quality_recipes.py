@@ -165,14 +165,16 @@ def source_version() -> str:
     return digest.hexdigest()[:12]
 
 
-def protocol(recipe: Recipe, model: str, calibration: str) -> dict[str, Any]:
+def protocol(recipe: Recipe, model: str, calibration: str, device: str = "cpu") -> dict[str, Any]:
     """All that decides what an artifact holds; a record with another one is of something else.
 
     Args:
         model: hash of the unquantized checkpoint.
         calibration: hash of the calibration tokens.
+        device: that the tool computes on; a CPU goes without saying.
     """
     return {
+        **({} if device == "cpu" else {"device": device}),
         "tool": recipe.tool,
         "version": recipe.version,
         "words": list(recipe.words),
@@ -187,7 +189,15 @@ def key(found: Mapping[str, Any]) -> str:
 
 
 def command(
-    recipe: Recipe, model: str | Path, output: Path, *, ids: Path, dataset: Sequence[str], gguf: Path, envs: Path
+    recipe: Recipe,
+    model: str | Path,
+    output: Path,
+    *,
+    ids: Path,
+    dataset: Sequence[str],
+    gguf: Path,
+    envs: Path,
+    device: str = "cpu",
 ) -> list[str | Path]:
     """What makes an artifact.
 
@@ -196,12 +206,15 @@ def command(
         dataset: the options by which bittern finds the same tokens.
         gguf: the model as a GGUF file of floats, for llama.cpp.
         envs: folder of the peers' environments.
+        device: for all but llama.cpp, which quantizes on the CPU.
     """
     tool = TOOLS[recipe.tool]
+    start: list[str | Path]
     if tool.home is None:
         calibration = dataset if tool.calibrated else ()
-        return [sys.executable, "-m", "bittern", "quantize", model, "-o", output, *recipe.words, *calibration]
-    start: list[str | Path] = [peers.interpreter(tool.home, envs), peers.SCRIPTS / tool.script]
+        start = [sys.executable, "-m", "bittern", "quantize", model, "-o", output, "--device", device]
+        return [*start, *recipe.words, *calibration]
+    start = [peers.interpreter(tool.home, envs), peers.SCRIPTS / tool.script]
     if recipe.tool == "llamacpp":
         return [*start, gguf, output, *recipe.words]
-    return [*start, model, output, "--calibration", ids, *recipe.words]
+    return [*start, model, output, "--calibration", ids, "--device", device, *recipe.words]

@@ -70,7 +70,7 @@ class Recorder:
 
     def __call__(self, input_ids: Tensor, **options: Any) -> Any:
         answer = self.model(input_ids=input_ids, **options)
-        self.kept[self.done] = answer.logits[0].float().log_softmax(-1).half().numpy()
+        self.kept[self.done] = answer.logits[0].float().log_softmax(-1).half().cpu().numpy()
         self.done += 1
         return answer
 
@@ -93,14 +93,16 @@ class Remembered:
         return SimpleNamespace(logits=logits[None])
 
 
-def score_base(model: str, folder: Path, texts: Sequence[Text], tasks: Sequence[Path], limit: int | None) -> Any:
+def score_base(
+    model: str, folder: Path, texts: Sequence[Text], tasks: Sequence[Path], limit: int | None, device: str
+) -> Any:
     """The unquantized model's own figures, and its log-probabilities for :func:`score`; what is there is kept."""
     record = folder / "scores.json"
     scores = read_scores(record)
     missing = [text for text in texts if text.key not in scores["texts"] or not _kept(folder, text).exists()]
     if not missing and not _unasked(scores, tasks, limit):
         return scores
-    live = _load(model)
+    live = _load(model, device)
     from bittern.evaluate import evaluate
 
     for text in missing:
@@ -125,6 +127,7 @@ def score(
     texts: Sequence[Text],
     tasks: Sequence[Path],
     limit: int | None,
+    device: str,
 ) -> Any:
     """An artifact's figures on texts and tasks; what its record has is not measured again.
 
@@ -140,7 +143,7 @@ def score(
     missing = [text for text in texts if text.key not in scores["texts"]]
     if not missing and not _unasked(scores, tasks, limit):
         return scores
-    live = _load(artifact)
+    live = _load(artifact, device)
     for text in missing:
         remembered = Remembered(_kept(base, text), text)
         result = evaluate(live, text.windows, against=cast("PreTrainedModel", remembered))
@@ -189,13 +192,13 @@ def _ask(
         record.write_text(json.dumps(scores, indent=1))
 
 
-def _load(path: str | Path) -> PreTrainedModel:
+def _load(path: str | Path, device: str) -> PreTrainedModel:
     """A model whose packed layers torch multiplies, dequantized to fp32."""
     import torch
 
     import bittern
 
-    return bittern.load(path, device="cpu", dtype=torch.float32, kernels="torch", decoder=False)
+    return bittern.load(path, device=device, dtype=torch.float32, kernels="torch", decoder=False)
 
 
 def _kept(folder: Path, text: Text) -> Path:

@@ -14,7 +14,7 @@ extern "C" {
 #endif
 
 #define BT_API __attribute__((visibility("default")))
-#define BT_ABI 2 /* changes with every change of this file; the Python side refuses any other */
+#define BT_ABI 3 /* changes with every change of this file; the Python side refuses any other */
 
 enum { BT_BAD_ARGUMENT = -1, BT_NO_MEMORY = -2, BT_NO_THREAD = -3, BT_UNSUPPORTED = -4 };
 
@@ -82,6 +82,25 @@ typedef struct bt_attention_call {
 } bt_attention_call;
 
 BT_API int bt_attention(bt_context *context, const bt_attention_call *call);
+
+/* What quantize rounds between two matrix products (bittern/quantize/columns.py): `columns` columns of `rows` rows, a
+   column's rows side by side, each column rounded to its grid in its turn,
+     code = clamp(round(target / scale) + zero, 0, max_code), error = (code - zero) * scale - original,
+   and an error of column j takes coupling[j * down + k * across] times itself from the target of each column k after
+   it. Rows do not see each other. */
+typedef struct bt_columns {
+    int32_t columns, rows, max_code; /* at most 64 columns, and 255 */
+    float *targets;                  /* [columns][rows]; become what each column should have been in its turn */
+    const float *originals;          /* [columns][rows] */
+    const float *coupling;
+    ptrdiff_t down, across;
+    const float *scales, *zeros; /* [groups][rows] */
+    const int64_t *groups;       /* [columns], which of these */
+    uint8_t *codes;              /* [columns][rows] */
+    float *errors;               /* [columns][rows] */
+} bt_columns;
+
+BT_API int bt_solve_columns(bt_context *context, const bt_columns *call);
 
 /* A decoder of the Llama family. */
 

@@ -235,6 +235,46 @@ void check_dense(bt_context *c, int type, int out_features, int in_features, int
     }
 }
 
+// Columns in their turn, each from the errors that were found before it, against double arithmetic.
+void check_columns(bt_context *c, int columns, int rows, int max_code, const char *what) {
+    const int groups = 3;
+    Buffer<float> targets = make<float>(columns * rows), originals = make<float>(columns * rows);
+    Buffer<float> coupling = make<float>(columns * columns), errors = make<float>(columns * rows);
+    Buffer<float> scales = make<float>(groups * rows), zeros = make<float>(groups * rows);
+    Buffer<int64_t> group = make<int64_t>(columns);
+    Buffer<uint8_t> codes = make<uint8_t>(columns * rows);
+    Buffer<double> given = make<double>(columns * rows);
+    for (int i = 0; i < columns * rows; i++) given[i] = targets[i] = random_float(), originals[i] = random_float();
+    for (int i = 0; i < columns * columns; i++) coupling[i] = random_float() / 8;
+    for (int i = 0; i < groups * rows; i++) {
+        scales[i] = (random_below(2) != 0 ? 1.0f : -1.0f) * (2 + random_float()) / static_cast<float>(max_code);
+        zeros[i] = static_cast<float>(random_below(max_code + 1));
+    }
+    for (int k = 0; k < columns; k++) group[k] = random_below(groups);
+    bt_columns call = {};
+    call.columns = columns, call.rows = rows, call.max_code = max_code;
+    call.targets = targets.get(), call.originals = originals.get(), call.coupling = coupling.get();
+    call.down = 1, call.across = columns;
+    call.scales = scales.get(), call.zeros = zeros.get(), call.groups = group.get();
+    call.codes = codes.get(), call.errors = errors.get();
+    expect(bt_solve_columns(c, &call) == 0, "%s: bt_solve_columns", what);
+    for (int row = 0; row < rows; row++) {
+        for (int k = 0; k < columns; k++) {
+            const int at = k * rows + row, grid = static_cast<int>(group[k]) * rows + row;
+            double target = given[at];
+            for (int j = 0; j < k; j++) {
+                target -= static_cast<double>(coupling[j + k * columns]) * errors[j * rows + row];
+            }
+            const double steps = target / scales[grid] + zeros[grid], code = codes[at];
+            const double error = (code - zeros[grid]) * static_cast<double>(scales[grid]) - originals[at];
+            const double nearest = steps < 0 ? 0 : steps > max_code ? max_code : steps;
+            expect(fabs(targets[at] - target) < 1e-4, "%s: column %d, row %d: target", what, k, row);
+            expect(fabs(code - nearest) < 0.501 + 1e-4 * max_code, "%s: column %d, row %d: code", what, k, row);
+            expect(fabs(errors[at] - error) < 1e-5, "%s: column %d, row %d: error", what, k, row);
+        }
+    }
+}
+
 // All that one instruction set computes.
 int check_set(int set) {
     static const int shapes[][3] = {{1, 32, 32},   {15, 100, 32},  {17, 96, 96},  {33, 100, 100}, {16, 40, 8},
@@ -264,7 +304,11 @@ int check_set(int set) {
             check_dense(contexts[rows % 3], type, 7 + rows, 60 + 3 * rows, rows, set_names[set]);
         }
     }
-    for (bt_context *c : contexts) check_attention(c, set_names[set]);
+    for (bt_context *c : contexts) {
+        check_attention(c, set_names[set]);
+        check_columns(c, 64, 200, 7, set_names[set]), check_columns(c, 64, 61, 255, set_names[set]);
+        check_columns(c, 13, 3, 3, set_names[set]), check_columns(c, 1, 65, 15, set_names[set]);
+    }
     for (int activations : {BT_A16, BT_A8}) {
         for (int cache : {BT_F32, BT_BF16, BT_I8}) check_decoder(contexts, 3, activations, cache, set_names[set]);
     }

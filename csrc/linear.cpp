@@ -237,6 +237,24 @@ int bt_dequantize(bt_context *c, const bt_matrix *m, int begin, int end, float *
     return 0;
 }
 
+int bt_solve_columns(bt_context *c, const bt_columns *call) {
+    if (c == nullptr || call == nullptr || call->columns < 1 || call->columns > most_columns || call->rows < 0 ||
+        call->max_code < 1 || call->max_code > 255) {
+        return BT_BAD_ARGUMENT;
+    }
+    float coupling[most_columns][most_columns];
+    for (int k = 0; k < call->columns; k++) {
+        for (int j = 0; j < k; j++) coupling[k][j] = call->coupling[j * call->down + k * call->across];
+    }
+    constexpr int rows = 64;  // of a job
+    Lock lock(c);
+    c->pool.run((call->rows + rows - 1) / rows, [&](int job, int) {
+        const int begin = job * rows, end = begin + rows < call->rows ? begin + rows : call->rows;
+        c->kernels->ops->solve_columns(*call, coupling, begin, end);
+    });
+    return 0;
+}
+
 int bt_linear(bt_context *c, const bt_matrix *const *matrices, int count, int activations, int rows, const float *x,
               ptrdiff_t x_stride, float *const *y, const ptrdiff_t *y_strides) {
     if (c == nullptr || rows < 0 || (x == nullptr && rows > 0)) return BT_BAD_ARGUMENT;

@@ -148,7 +148,58 @@ int32_t read(const void *data, int64_t bytes) {
     return result;
 }
 
-const VectorOps ops = {rms_norm, add, gate, cap, embed, head, append, attend, merge, finish, read};
+// A few registers of rows at once: they share what is loaded of the coupling, and none waits for its own sums.
+template <int Registers>
+void solve_rows(const bt_columns &c, const float (*coupling)[most_columns], int64_t first, int count) {
+    using namespace wide;
+    const auto there = [&](int r) { return count - r * lanes < lanes ? count - r * lanes : lanes; };
+    const auto get = [&](const float *p, int r) {
+        return there(r) == lanes ? load(p + r * lanes) : load_some(p + r * lanes, there(r));
+    };
+    const auto put = [&](float *p, int r, Floats v) {
+        there(r) == lanes ? store(p + r * lanes, v) : store_some(p + r * lanes, v, there(r));
+    };
+    const Floats magic = all(0x1.8p23f), least = all(-1024.0f), most = all(1024.0f);
+    const Floats largest = all(static_cast<float>(c.max_code));
+    Floats errors[most_columns][Registers];
+    for (int k = 0; k < c.columns; k++) {
+        const int64_t at = k * static_cast<int64_t>(c.rows) + first;
+        const int64_t grid = c.groups[k] * static_cast<int64_t>(c.rows) + first;
+        Floats sums[Registers] = {};
+        for (int j = 0; j < k; j++) {
+            const float pull = coupling[k][j];
+            for (int r = 0; r < Registers; r++) sums[r] += pull * errors[j][r];
+        }
+        for (int r = 0; r < Registers; r++) {
+            const Floats target = get(c.targets + at, r) - sums[r];
+            const Floats scale = get(c.scales + grid, r), zero = get(c.zeros + grid, r);
+            Floats code = target / scale;
+            code = code > least ? code : least;  // further than any grid reaches; takes NaN too
+            code = code < most ? code : most;
+            code = (code + magic) - magic + zero;  // to the nearest, ties to even
+            code = code > 0.0f ? code : all(0.0f);
+            code = code < largest ? code : largest;
+            errors[k][r] = (code - zero) * scale - get(c.originals + at, r);
+            put(c.targets + at, r, target);
+            put(c.errors + at, r, errors[k][r]);
+            for (int l = 0; l < there(r); l++) c.codes[at + r * lanes + l] = static_cast<uint8_t>(code[l]);
+        }
+    }
+}
+
+void solve_columns(const bt_columns &c, const float (*coupling)[most_columns], int begin, int end) {
+    constexpr int registers = 4;
+    int row = begin;
+    for (; row + (registers - 1) * wide::lanes < end; row += registers * wide::lanes) {
+        solve_rows<registers>(c, coupling, row, end - row < registers * wide::lanes ? end - row : registers * wide::lanes);
+    }
+    for (; row < end; row += wide::lanes) {
+        solve_rows<1>(c, coupling, row, end - row < wide::lanes ? end - row : wide::lanes);
+    }
+}
+
+const VectorOps ops = {rms_norm, add,    gate,  cap,    embed,         head,
+                       append,   attend, merge, finish, solve_columns, read};
 
 }  // namespace
 

@@ -6,6 +6,7 @@
 
 namespace bittern {
 
+constexpr int most_columns = 64;  // of bt_solve_columns
 constexpr int head_quantum = 16;  // floats that a head is filled up to
 constexpr int panel_keys = 16;
 constexpr int block_keys = 64;
@@ -66,6 +67,8 @@ struct VectorOps {
     void (*attend)(const Queries &queries, const HeadCache &cache, int begin, int end, float *state, float *scratch);
     void (*merge)(const float *piece, int rows, int width, float *state);
     void (*finish)(const float *state, int size, int width, float *out);
+    // Rows [begin, end) of bt_solve_columns; coupling[k][j] is what column k takes of an error of column j.
+    void (*solve_columns)(const bt_columns &call, const float (*coupling)[most_columns], int begin, int end);
     // Reads `bytes`, a multiple of 1024, as fast as the instruction set can; some function of all of them.
     int32_t (*read)(const void *data, int64_t bytes);
 };

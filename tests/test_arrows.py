@@ -78,6 +78,7 @@ ALLOWED = {
         "layout",
         "consumers",
         "rope",
+        "runtime",
         "schema",
         "size",
         "ties",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bittern.errors import BitternError
-from bittern.quantize import gptq as solver
+from bittern.quantize.columns import BLOCK_SIZE
 from bittern.quantize.gptq import factorize, gptq
 from bittern.quantize.grid import search_grid
 from bittern.weight import QuantSpec, round_to_nearest
@@ -165,6 +165,4 @@ def test_round_to_nearest_stays_within_half_a_step(spec: QuantSpec) -> None:
 def test_default_block_size_is_what_the_sweep_uses() -> None:
     weight, hessian = problem(columns=192)
     factor, spec = factorize(hessian), QuantSpec(4, 64)
-    assert torch.equal(
-        gptq(weight, factor, spec).weight.codes, gptq(weight, factor, spec, solver.BLOCK_SIZE).weight.codes
-    )
+    assert torch.equal(gptq(weight, factor, spec).weight.codes, gptq(weight, factor, spec, BLOCK_SIZE).weight.codes)

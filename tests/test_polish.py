@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bittern.quantize import polish as module
+from bittern.quantize.columns import BLOCK_SIZE
 from bittern.quantize.gptq import factorize, gptq
 from bittern.quantize.polish import descend, polish, refit_scales, slopes_of
 from bittern.weight import QuantSpec, QuantWeight
@@ -69,7 +70,7 @@ def test_each_code_becomes_the_best_for_the_others(spec: QuantSpec, monkeypatch:
             tried[:, column] = code
             trials.append(row_losses(weight, hessian, (tried - zeros) * scales))
         codes[:, column] = torch.stack(trials).argmin(0).to(torch.uint8)
-    for size in (module.BLOCK_SIZE, 5):
+    for size in (BLOCK_SIZE, 5):
         monkeypatch.setattr(module, "BLOCK_SIZE", size)
         found, slopes = descend(weight, hessian, solved)
         assert (found != codes).float().mean() < 0.005  # a tie here and there

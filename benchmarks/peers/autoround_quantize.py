@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True, help="JSON file: a list of lists of token ids")
     parser.add_argument("--bits", type=int, required=True)
     parser.add_argument("--group-size", type=int, required=True)
+    parser.add_argument("--device", default="cpu", help="where to calibrate (%(default)s)")
     parser.add_argument("--iters", type=int, help="steps of tuning for each block")
     parser.add_argument("--lr", type=float, help="their size")
     parser.add_argument("--batch-size", type=int, default=8, help="AutoRound's own default (%(default)s)")
@@ -41,7 +42,7 @@ def main() -> None:
         nsamples=len(samples),
         seqlen=samples.shape[1],
         batch_size=size,
-        device_map="cpu",
+        device_map=arguments.device,
         **options,
     )
     partial = output.with_name(output.name + ".partial")

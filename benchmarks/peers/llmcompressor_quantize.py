@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -23,10 +24,15 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True, help="JSON file: a list of lists of token ids")
     parser.add_argument("--bits", type=int, required=True)
     parser.add_argument("--group-size", type=int, required=True)
+    parser.add_argument("--device", default="cpu", help="where to calibrate (%(default)s)")
     parser.add_argument("--asym", action="store_true")
     parser.add_argument("--observer", help="what finds the scales, such as mse")
     parser.add_argument("--dampening-frac", type=float)
     arguments = parser.parse_args()
+    if arguments.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # it takes a GPU wherever it sees one
+    elif not torch.cuda.is_available():
+        parser.error(f"--device {arguments.device}: torch sees no GPU here")
 
     samples = json.loads(arguments.calibration.read_text())
     data = Dataset.from_list([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in samples])

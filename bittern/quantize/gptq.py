@@ -17,11 +17,9 @@ import torch
 from torch import Tensor
 
 from bittern.errors import BitternError
+from bittern.quantize.columns import BLOCK_SIZE, solve_columns
 from bittern.quantize.grid import search_grid
 from bittern.weight import QuantSpec, QuantWeight
-
-BLOCK_SIZE = 64
-"""Columns solved between two matrix products; it changes the speed, not the result."""
 
 
 @dataclass(frozen=True)
@@ -134,26 +132,18 @@ def _sweep(
     weight: Tensor, factor: Factor, scales: Tensor, zeros: Tensor, spec: QuantSpec, block_size: int
 ) -> tuple[Tensor, Tensor]:
     """Codes uint8 (out, in) and the loss of each row. Works on transposed, so contiguous, columns."""
-    columns = factor.order.tolist()
-    per_group = spec.columns_per_group(len(columns))
+    groups = factor.order // spec.columns_per_group(len(factor.order))
     originals = weight.T[factor.order].contiguous()
     steps_t, zeros_t = scales.T.to(weight.dtype).contiguous(), zeros.T.to(weight.dtype).contiguous()
     errors = torch.empty_like(originals)
     codes = torch.empty(originals.shape, dtype=torch.uint8, device=weight.device)
     loss = torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device)
-    for start in range(0, len(columns), block_size):
-        block = slice(start, min(start + block_size, len(columns)))
-        upper = factor.upper[block, block]
+    for start in range(0, len(groups), block_size):
+        block = slice(start, min(start + block_size, len(groups)))
         targets = originals[block] - factor.upper[:start, block].T @ errors[:start]
-        for j in range(block.stop - start):
-            target = targets[j]
-            if j:
-                target = target - errors[start : start + j].T @ upper[:j, j]
-            group = columns[start + j] // per_group
-            scale, zero = steps_t[group], zeros_t[group]
-            code = (target / scale).round_().add_(zero).clamp_(0, spec.max_code)
-            codes[columns[start + j]] = code
-            rounded = code.sub_(zero).mul_(scale)
-            loss.addcmul_(rounded - target, rounded - target, value=float(factor.pivots[start + j]))
-            torch.sub(rounded, originals[start + j], out=errors[start + j])
+        codes[factor.order[block]], errors[block] = solve_columns(
+            targets, originals[block], factor.upper[block, block], steps_t, zeros_t, groups[block], spec.max_code
+        )
+        missed = targets.sub_(originals[block]).sub_(errors[block])
+        loss += factor.pivots[block] @ missed.square_()
     return codes.T.contiguous(), loss

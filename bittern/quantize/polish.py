@@ -16,31 +16,38 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from bittern.quantize.columns import BLOCK_SIZE, solve_columns
 from bittern.weight import LARGEST_SCALE, QuantWeight, round_scale
-
-BLOCK_SIZE = 64
-"""Columns that descend between two matrix products; it changes the speed, not the result."""
 
 REFIT_BYTES = 1 << 26
 """Rows whose scales are refitted together fill so much with their systems of equations."""
 
 
-def polish(weight: Tensor, hessian: Tensor, damping: float, quantized: QuantWeight) -> tuple[QuantWeight, Tensor]:
-    """Refit the scales, let the codes descend, and refit the scales again.
+ROUNDS = 4
+"""How often codes descend and scales are refitted; three times as many bring nothing more (docs/log.md)."""
+
+
+def polish(
+    weight: Tensor, hessian: Tensor, damping: float, quantized: QuantWeight, rounds: int = ROUNDS
+) -> tuple[QuantWeight, Tensor]:
+    """Refit the scales; then let the codes descend and refit the scales again, a few times.
 
     Args:
         weight: what the matrix should be, fp32 (out_features, in_features).
         hessian: fp32 (in_features, in_features), symmetric.
         damping: to be added to its diagonal.
         quantized: as it was solved.
+        rounds: see :data:`ROUNDS`.
 
     Returns:
         The matrix with other scales and codes, and the loss of each row, (out_features,).
     """
     hessian = hessian + damping * torch.eye(len(hessian), device=hessian.device)
-    quantized, _ = refit_scales(weight, hessian, quantized, slopes_of(weight, hessian, quantized))
-    codes, slopes = descend(weight, hessian, quantized)
-    return refit_scales(weight, hessian, replace(quantized, codes=codes), slopes)
+    quantized, loss = refit_scales(weight, hessian, quantized, slopes_of(weight, hessian, quantized))
+    for _ in range(rounds):
+        codes, slopes = descend(weight, hessian, quantized)
+        quantized, loss = refit_scales(weight, hessian, replace(quantized, codes=codes), slopes)
+    return quantized, loss
 
 
 def slopes_of(weight: Tensor, hessian: Tensor, quantized: QuantWeight) -> Tensor:
@@ -120,23 +127,21 @@ def descend(weight: Tensor, hessian: Tensor, quantized: QuantWeight) -> tuple[Te
     Returns:
         The codes, uint8 (out_features, in_features), and the slopes that they end in, see :func:`slopes_of`.
     """
-    per_group = quantized.spec.columns_per_group(weight.shape[1])
-    current = quantized.dequantize()
+    columns = len(hessian)
+    groups = torch.arange(columns, device=hessian.device) // quantized.spec.columns_per_group(columns)
     slopes = slopes_of(weight, hessian, quantized).T.contiguous()  # transposed, so that columns are contiguous
-    current, codes = current.T.contiguous(), quantized.codes.T.contiguous()
+    current, codes = quantized.dequantize().T.contiguous(), torch.empty_like(quantized.codes.T.contiguous())
     scales, zeros = quantized.scales.float().T.contiguous(), quantized.zeros.float().T.contiguous()
-    diagonal = hessian.diagonal().tolist()
-    for block in _slices(len(hessian), BLOCK_SIZE):
-        before, inside = current[block].clone(), hessian[block, block]
-        for j in range(block.stop - block.start):
-            column = block.start + j
-            group = column // per_group
-            slope = slopes[column]
-            if j:
-                slope = slope + inside[j, :j] @ (current[block.start : column] - before[:j])
-            code = current[column].sub(slope, alpha=1 / diagonal[column]).div_(scales[group]).round_()
-            code.add_(zeros[group]).clamp_(0, quantized.spec.max_code)
-            codes[column] = code
-            current[column] = code.sub_(zeros[group]).mul_(scales[group])
-        slopes.addmm_(hessian[:, block], current[block] - before)
+    for block in _slices(columns, BLOCK_SIZE):
+        inverse = 1 / hessian.diagonal()[block]
+        codes[block], change = solve_columns(
+            current[block] - slopes[block] * inverse.unsqueeze(1),
+            current[block],
+            hessian[block, block] * inverse,
+            scales,
+            zeros,
+            groups[block],
+            quantized.spec.max_code,
+        )
+        slopes.addmm_(hessian[:, block], change)
     return codes.T.contiguous(), slopes.T

@@ -106,7 +106,7 @@ class Shaper:
             part = waiting.pop()
             pulled = outputs[part] @ errors
             left = pulled / outputs.diagonal()[part].unsqueeze(1) - errors[part]
-            polished, _ = polish(weight[part] - left, self._damped, 0.0, given.rows(part))
+            polished, _ = polish(weight[part] - left, self._damped, 0.0, given.rows(part), rounds=1)
             change = polished.dequantize() - weight[part] - errors[part]
             slope = (2 * pulled + outputs[part, part] @ change) @ self._damped
             if float((slope * change).sum(dtype=torch.float64)) <= 0:

@@ -20,7 +20,7 @@ from bittern.errors import BitternError
 from bittern.runtime import MOST_THREADS
 from bittern.weight import QuantWeight
 
-ABI = 2
+ABI = 3
 LIBRARY = Path(__file__).with_name("libbittern.so")
 # Forces an instruction set, for tests and for bug reports.
 VARIABLE = "BITTERN_INSTRUCTIONS"
@@ -47,6 +47,26 @@ class Matrix(ctypes.Structure):
         ("scales", ctypes.c_void_p),
         ("zeros", ctypes.c_void_p),
         ("order", ctypes.c_void_p),
+    )
+
+
+class Columns(ctypes.Structure):
+    """``bt_columns``."""
+
+    _fields_ = (
+        ("columns", ctypes.c_int32),
+        ("rows", ctypes.c_int32),
+        ("max_code", ctypes.c_int32),
+        ("targets", ctypes.c_void_p),
+        ("originals", ctypes.c_void_p),
+        ("coupling", ctypes.c_void_p),
+        ("down", ctypes.c_ssize_t),
+        ("across", ctypes.c_ssize_t),
+        ("scales", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("groups", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p),
+        ("errors", ctypes.c_void_p),
     )
 
 
@@ -95,6 +115,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         "bt_linear": (integer, [pointer, pointer, integer, integer, integer, pointer, size, pointer, pointer]),
         "bt_attention": (integer, [pointer, pointer]),
         "bt_forward": (integer, [pointer] * 8),
+        "bt_solve_columns": (integer, [pointer, pointer]),
         "bt_read_probe": (ctypes.c_double, [pointer, pointer, ctypes.c_size_t]),
     }
     for name, (result, arguments) in signatures.items():
@@ -284,6 +305,36 @@ def dequantize(m: Matrix, start: int = 0, stop: int | None = None, threads: int 
     out = torch.empty(stop - start, m.in_features)
     check(library().bt_dequantize(context(threads), ctypes.addressof(m), start, stop, out.data_ptr()), "bt_dequantize")
     return out
+
+
+def solve_columns(
+    targets: Tensor,
+    originals: Tensor,
+    coupling: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    groups: Tensor,
+    max_code: int,
+    codes: Tensor,
+    errors: Tensor,
+) -> None:
+    """See :func:`bittern.quantize.columns.solve_columns`, with a place for what that returns.
+
+    Args:
+        targets: and all others that are not integers float32; all but ``coupling`` contiguous.
+    """
+    given = (targets, originals, scales, zeros, groups, codes, errors)
+    assert all(tensor.is_contiguous() for tensor in given)
+    call = Columns(
+        *targets.shape,
+        max_code,
+        targets.data_ptr(),
+        originals.data_ptr(),
+        coupling.data_ptr(),
+        *coupling.stride(),
+        *(tensor.data_ptr() for tensor in given[2:]),
+    )
+    check(library().bt_solve_columns(context(), ctypes.addressof(call)), "bt_solve_columns")
 
 
 def read_probe(megabytes: int, threads: int) -> float:
