@@ -120,7 +120,7 @@ def test_what_made_it_worse_is_not_taken(
     source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untuned: str
 ) -> None:
     quantize(source, tmp_path / "fast", text, effort=untuned)
-    monkeypatch.setattr(tune, "LR", 3.0)
+    monkeypatch.setattr(tune, "LRS", dict.fromkeys(tune.LRS, 3.0))
     manifest = quantize(source, tmp_path / "best", text, effort="best", tune_tokens=4_000)
     assert manifest["tuning"]["refused"] and any("training" in note for note in manifest["notes"])
     fast, best = (load_file(tmp_path / name / "model.safetensors") for name in ("fast", "best"))
@@ -130,7 +130,7 @@ def test_what_made_it_worse_is_not_taken(
 def test_training_that_ends_in_nan_is_not_taken(
     source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tune, "LR", 1e30)
+    monkeypatch.setattr(tune, "LRS", dict.fromkeys(tune.LRS, 1e30))
     manifest = quantize(source, tmp_path / "best", text, effort="best", tune_tokens=4_000)
     assert "training diverged" in manifest["tuning"]["refused"] and "--lr" not in manifest["tuning"]["refused"]
     assert manifest["tuning"]["kl"]["tuned"] is None and manifest["tuning"]["kl"]["solved"] > 0
@@ -209,7 +209,7 @@ def test_a_kill_during_training_changes_no_byte(source: Path, text: Path, tmp_pa
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize(("bits", "rate"), [(2, tune.LR_2_BITS), (3, tune.LR)])
+@pytest.mark.parametrize(("bits", "rate"), [(2, 6e-3), (3, 2e-3), (4, 7e-4)])
 def test_the_manifest_tells_it(source: Path, text: Path, tmp_path: Path, bits: int, rate: float) -> None:
     quantize(source, tmp_path / "out", text, effort="best", tune_tokens=32 * 64, bits=bits)
     manifest = json.loads((tmp_path / "out" / "bittern_manifest.json").read_text())

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 TOKENS = 128_000
 """To train on, unless a user says how many."""
 
-LR, LR_2_BITS = 2e-3, 6e-3
-"""Of the factors of scales and norms; 2-bit ones have further to go (docs/log.md)."""
+LRS = {2: 6e-3, 3: 2e-3, 4: 7e-4, 8: 1e-5}
+"""Of the factors of scales and norms, by bits: a third for each more, there is less to make up for (docs/log.md)."""
 
 BATCH, MICRO = 1024, 1024
 """Tokens in a step and in one forward pass, about."""
@@ -171,7 +171,7 @@ def tune(
     else:
         path.unlink(missing_ok=True)
     run = Run(student, teacher, factors, windows, 0, held_out, path, story)
-    lr = LR_2_BITS if plan.commonest.bits == 2 else LR
+    lr = LRS[plan.commonest.bits]
     micro = max(1, min(batch, MICRO // seqlen))
     options = Training(steps, lr, batch, micro, kl_weight=1.0, eval_every=max(1, -(-steps // 4)))
     record: dict[str, Any] = {
