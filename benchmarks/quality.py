@@ -88,6 +88,11 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if len({name for name, _ in options.text}) < len(options.text):
         parser.error("--text: expected names that differ")
+    if options.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            parser.error("--device cuda: torch sees no GPU here; --device cpu")
     if options.picture and importlib.util.find_spec("matplotlib") is None:
         parser.error("--picture: matplotlib is not installed here; pip install matplotlib, or leave the option out")
     return options
