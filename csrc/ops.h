@@ -1,4 +1,5 @@
-// What a decoder does between its matrices: one source, compiled once per instruction set.
+// What a decoder does between its matrices, and the inner loop of the quantizer: one source, compiled once per
+// instruction set.
 //
 // Every file of kernels includes this one and gets functions of its own (static), so that no code of a newer
 // instruction set can leak into an older one. No result depends on how rows are shared among threads or calls.

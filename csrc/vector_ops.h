@@ -1,4 +1,5 @@
-// The functions between a decoder's matrices, as every instruction set provides them (ops.h).
+// The functions between a decoder's matrices, and the quantizer's inner loop, as every instruction set provides them
+// (ops.h).
 #ifndef BITTERN_VECTOR_OPS_H
 #define BITTERN_VECTOR_OPS_H
 

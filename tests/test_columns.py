@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 import bittern
-from bittern.quantize.columns import BLOCK_SIZE, solve_columns
+from bittern.quantize import columns as module
+from bittern.quantize.columns import BLOCK_SIZE, _triton, solve_columns
 from tests import tiny
 
 SHAPES = [(BLOCK_SIZE, 72, 3), (BLOCK_SIZE, 5, 4), (40, 33, 2), (1, 3, 8), (17, 1024, 8)]
@@ -30,8 +32,13 @@ def problem(columns: int, rows: int, bits: int) -> tuple[Tensor, Tensor, Tensor,
     return targets, originals, coupling, scales, zeros, groups, 2**bits - 1
 
 
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernel", "loop"])
 @pytest.mark.parametrize(("columns", "rows", "bits"), SHAPES)
-def test_each_column_is_the_nearest_to_what_those_before_leave_it(columns: int, rows: int, bits: int) -> None:
+def test_each_column_is_the_nearest_to_what_those_before_leave_it(
+    columns: int, rows: int, bits: int, kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kernels:
+        monkeypatch.setattr(module, "_kernel", lambda _: None)
     targets, originals, coupling, scales, zeros, groups, most = problem(columns, rows, bits)
     given = targets.clone()
     codes, errors = solve_columns(targets, originals, coupling, scales, zeros, groups, most)
@@ -43,6 +50,13 @@ def test_each_column_is_the_nearest_to_what_those_before_leave_it(columns: int, 
     grid = torch.arange(most + 1, dtype=torch.float64).view(-1, 1, 1)
     nearest = ((grid - zero) * own - expected).abs().argmin(0)
     assert (nearest != codes).double().mean() < 0.001  # ties
+
+
+def test_a_gpu_kernel_that_cannot_be_had_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton is missing, or has no compiler: the loop does it, and says why."""
+    monkeypatch.setitem(sys.modules, "bittern.quantize.columns_triton", None)
+    with pytest.warns(UserWarning, match=r"solved by torch.*columns_triton"):
+        assert _triton.__wrapped__(torch.device("cpu")) is None
 
 
 @pytest.mark.gpu

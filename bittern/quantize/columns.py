@@ -7,8 +7,8 @@ operations for every column take far longer to start than to do, so there is one
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -42,7 +42,9 @@ def solve_columns(
     codes = torch.empty(targets.shape, dtype=torch.uint8, device=targets.device)
     errors = torch.empty_like(targets)
     if kernel := _kernel(targets):
-        kernel(targets, originals, coupling, scales, zeros, groups, max_code, codes, errors)
+        rows = (targets, originals, scales, zeros, groups, codes, errors)
+        assert all(tensor.is_contiguous() for tensor in rows)
+        kernel(rows, coupling, max_code)
         return codes, errors
     for j, group in enumerate(groups.tolist()):
         target = targets[j]
@@ -54,18 +56,28 @@ def solve_columns(
     return codes, errors
 
 
-def _kernel(targets: Tensor) -> Callable[..., None] | None:
+Kernel = Callable[[Sequence[Tensor], Tensor, int], None]
+"""Of targets, originals, scales, zeros, groups, codes and errors, all contiguous; coupling of any strides; max_code."""
+
+
+def _kernel(targets: Tensor) -> Kernel | None:
     """What does all of that in one call, where there is something."""
     if targets.dtype != torch.float32 or len(targets) > BLOCK_SIZE:
         return None
-    if targets.is_cuda and _has_triton():
-        from bittern.quantize.columns_triton import launch
-
-        return launch
+    if targets.is_cuda:
+        return _triton(targets.device)
     return native.solve_columns if targets.device.type == "cpu" and native.available() else None
 
 
 @cache
-def _has_triton() -> bool:
-    """Whether torch came with Triton; on Windows it does not."""
-    return importlib.util.find_spec("triton") is not None
+def _triton(device: torch.device) -> Kernel | None:
+    """The kernel for a GPU, if it runs: Triton wants a C compiler and Python's headers, and not every torch has it."""
+    one, integer = torch.ones(1, 1, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    try:
+        from bittern.quantize.columns_triton import launch
+
+        launch((one.clone(), one, one, one, integer, one.to(torch.uint8), one.clone()), one, 1)
+    except Exception as error:  # whatever stands in its way, torch can do it
+        warnings.warn(f"columns are solved by torch, many times slower: Triton's kernel: {error}", stacklevel=2)
+        return None
+    return launch

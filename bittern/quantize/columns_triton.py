@@ -6,6 +6,7 @@ Everything is IEEE fp32, division and rounding to the nearest even too; only sum
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,21 +20,10 @@ ROWS = 16
 """Of a program, which is one warp: no barriers, and a matrix of a thousand rows has enough programs."""
 
 
-def launch(
-    targets: Tensor,
-    originals: Tensor,
-    coupling: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    groups: Tensor,
-    max_code: int,
-    codes: Tensor,
-    errors: Tensor,
-) -> None:
-    """See :func:`bittern.quantize.columns.solve_columns`, with a place for what that returns."""
+def launch(tensors: Sequence[Tensor], coupling: Tensor, max_code: int) -> None:
+    """A :data:`bittern.quantize.columns.Kernel`."""
+    targets, originals, scales, zeros, groups, codes, errors = tensors
     columns, rows = targets.shape
-    given = (targets, originals, scales, zeros, groups, codes, errors)
-    assert all(tensor.is_contiguous() for tensor in given)
     with torch.cuda.device(targets.device):
         _columns[(triton.cdiv(rows, ROWS),)](
             targets,

@@ -22,7 +22,6 @@ from bittern.weight import LARGEST_SCALE, QuantWeight, round_scale
 REFIT_BYTES = 1 << 26
 """Rows whose scales are refitted together fill so much with their systems of equations."""
 
-
 ROUNDS = 4
 """How often codes descend and scales are refitted; three times as many bring nothing more (docs/log.md)."""
 
@@ -130,7 +129,8 @@ def descend(weight: Tensor, hessian: Tensor, quantized: QuantWeight) -> tuple[Te
     columns = len(hessian)
     groups = torch.arange(columns, device=hessian.device) // quantized.spec.columns_per_group(columns)
     slopes = slopes_of(weight, hessian, quantized).T.contiguous()  # transposed, so that columns are contiguous
-    current, codes = quantized.dequantize().T.contiguous(), torch.empty_like(quantized.codes.T.contiguous())
+    current = quantized.dequantize().T.contiguous()
+    codes = torch.empty_like(current, dtype=torch.uint8)
     scales, zeros = quantized.scales.float().T.contiguous(), quantized.zeros.float().T.contiguous()
     for block in _slices(columns, BLOCK_SIZE):
         inverse = 1 / hessian.diagonal()[block]

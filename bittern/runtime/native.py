@@ -307,33 +307,18 @@ def dequantize(m: Matrix, start: int = 0, stop: int | None = None, threads: int 
     return out
 
 
-def solve_columns(
-    targets: Tensor,
-    originals: Tensor,
-    coupling: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    groups: Tensor,
-    max_code: int,
-    codes: Tensor,
-    errors: Tensor,
-) -> None:
-    """See :func:`bittern.quantize.columns.solve_columns`, with a place for what that returns.
+def solve_columns(tensors: Sequence[Tensor], coupling: Tensor, max_code: int) -> None:
+    """``bt_solve_columns``.
 
     Args:
-        targets: and all others that are not integers float32; all but ``coupling`` contiguous.
+        tensors: contiguous: targets and originals, float32 (columns, rows); scales and zeros, float32 (groups, rows);
+            groups, int64 (columns,); codes, uint8, and errors, float32 (columns, rows).
+        coupling: float32 (columns, columns), of any strides.
+        max_code: the largest code.
     """
-    given = (targets, originals, scales, zeros, groups, codes, errors)
-    assert all(tensor.is_contiguous() for tensor in given)
-    call = Columns(
-        *targets.shape,
-        max_code,
-        targets.data_ptr(),
-        originals.data_ptr(),
-        coupling.data_ptr(),
-        *coupling.stride(),
-        *(tensor.data_ptr() for tensor in given[2:]),
-    )
+    targets, originals, *others = (tensor.data_ptr() for tensor in tensors)
+    shape, strides = tensors[0].shape, coupling.stride()
+    call = Columns(*shape, max_code, targets, originals, coupling.data_ptr(), *strides, *others)
     check(library().bt_solve_columns(context(), ctypes.addressof(call)), "bt_solve_columns")
 
 
