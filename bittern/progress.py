@@ -108,8 +108,8 @@ def measured_row(done: int, total: int) -> None:
 
 
 def weighed_row(done: int, total: int) -> None:
-    """Say of how many windows it is known what their tokens count."""
-    print(f"what tokens count: {done}/{total} windows", file=sys.stderr, flush=True)
+    """Say of how many blocks it is known what their outputs count."""
+    print(f"what outputs count: {done}/{total} blocks", file=sys.stderr, flush=True)
 
 
 def sampled_row(done: int, total: int) -> None:

@@ -299,8 +299,10 @@ def test_quantize_shows_a_row_per_layer(run: Bittern, model: Path, text: Path, t
     out = tmp_path / "out"
     shown = run("quantize", model, "-o", out, *quantize_options(text), "--layer", "q_proj=bits:8", "--skip", "o_proj")
     assert shown.code == 0
-    first, *rows = shown.err.splitlines()
+    first, *counted = shown.err.splitlines()
     assert re.fullmatch(r"expected: \d+:\d\d, \d+ MB peak memory, \d+ kB to write", first)
+    assert counted[:2] == ["what outputs count: 1/2 blocks", "what outputs count: 2/2 blocks"]
+    rows = counted[2:]
     assert len(rows) == 2 * 6  # seven matrices in each of two blocks, o_proj skipped
     assert [int(row.split("/")[0]) for row in rows] == list(range(1, 13))
     for row in rows:
@@ -560,7 +562,8 @@ def slow_quantize(model: Path, text: Path, tmp_path: Path) -> Iterator[subproces
     options = ["--group-size", 32, "--dataset", text, "--nsamples", 60, "--seqlen", 64, "--batch-size", 1]
     process = spawn("quantize", model, "-o", tmp_path / "out", *options)
     assert process.stderr is not None
-    assert process.stderr.readline().startswith("expected: ")
+    for begin in ("expected: ", "what outputs count: 1/2", "what outputs count: 2/2"):
+        assert process.stderr.readline().startswith(begin)
     assert " 1/14 " in f" {process.stderr.readline()}"
     yield process
     process.kill()
@@ -572,7 +575,7 @@ def test_a_kill_leaves_nothing_that_looks_finished(slow_quantize: subprocess.Pop
     slow_quantize.wait()
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.rglob("config.json"))
-    assert all(path.name.startswith("block-") for path in tmp_path.rglob("*.safetensors"))
+    assert all(path.name.startswith(("block-", "outputs-")) for path in tmp_path.rglob("*.safetensors"))
 
 
 def test_an_interrupt_is_one_line_and_leaves_finished_blocks_alone(

@@ -21,7 +21,7 @@ from bittern.checkpoint import open_checkpoint
 from bittern.errors import BitternError
 from bittern.evaluate import evaluate
 from bittern.page.page import make_sections, render
-from bittern.quantize import mixed
+from bittern.quantize import backward, mixed
 from bittern.quantize.gptq import factorize, gptq
 from bittern.quantize.mixed import choose
 from bittern.quantize.plan import make_plan
@@ -135,8 +135,10 @@ def test_expected_harm_is_near_what_rounding_one_group_does(source: Path) -> Non
         assert kl is not None and 1 / near < group.harm[3] / kl < near, (group.layers, group.harm[3], kl)
 
 
-def test_harm_is_the_formula_computed_on_the_whole_model(source: Path) -> None:
+def test_harm_is_the_formula_computed_on_the_whole_model(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same expectation with all of the model in memory, and gradients of one backward pass through it."""
+    monkeypatch.setattr(backward, "_is_fast", lambda _: False)
+    monkeypatch.setattr(backward, "KEPT", torch.float32)
     windows = torch.randint(4, 200, (5, 24), generator=torch.Generator().manual_seed(2))
     group = measured(source, windows)[3]
     name = group.layers[0]
@@ -146,11 +148,9 @@ def test_harm_is_the_formula_computed_on_the_whole_model(source: Path) -> None:
     handle = model.get_submodule(name).register_forward_hook(lambda _, __, output: outputs.append(output))
     for index, ids in enumerate(windows):
         embedded = model.get_input_embeddings()(ids[None]).requires_grad_()
-        logits = model(inputs_embeds=embedded, use_cache=False).logits[0]
-        draws = torch.Generator().manual_seed(index)
-        drawn = torch.multinomial(logits.detach().softmax(1), 1, generator=draws)
-        loss = -logits.log_softmax(1).gather(1, drawn).sum()
-        squares += torch.autograd.grad(loss, outputs.pop())[0][0].double().square().sum(0)
+        logits = model(inputs_embeds=embedded, use_cache=False).logits
+        drawn = backward.root_of_fisher(logits.detach(), index)
+        squares += torch.autograd.grad(logits, outputs.pop(), drawn)[0][0].double().square().sum(0)
     handle.remove()
     weight = model.get_parameter(f"{name}.weight").detach()
     inputs = recorded(model, name, windows)

@@ -94,6 +94,24 @@ def test_a_run_that_stopped_goes_on_in_the_same_bytes(
     assert {path.name for path in tmp_path.iterdir()} == {"source", "whole", "out"}
 
 
+def test_what_outputs_count_is_found_once(source: Path, text: Path, tmp_path: Path) -> None:
+    """Unless it is not what was written."""
+    run(source, tmp_path / "whole", text)
+    for broken in (False, True):
+        out = tmp_path / f"broken-{broken}"
+        stopped(8, source, out, text)
+        files = sorted(tmp_path.glob(f".{out.name}.quantizing/*/outputs-*.safetensors"))
+        assert [path.stem for path in files] == ["outputs-00001", "outputs-00002", "outputs-00003"]
+        if broken:
+            content = bytearray(files[-1].read_bytes())
+            content[-1] ^= 1
+            files[-1].write_bytes(content)
+        told: list[tuple[int, int]] = []
+        run(source, out, text, on_weighed=lambda *at, told=told: told.append(at))
+        assert len(told) == (BLOCKS if broken else 0)
+        assert hashes(out) == hashes(tmp_path / "whole")
+
+
 def killed(source: Path, out: Path, options: dict[str, Any], kills: int, seed: int) -> list[list[int]]:
     """What :mod:`tests.killed` tells of its attempts; then ``out`` stands and, uninterrupted, ``out.whole``."""
     command = [sys.executable, "-m", "tests.killed", str(source), str(out), str(kills), str(seed), json.dumps(options)]

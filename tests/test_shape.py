@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bittern.quantize import shape as module
 from bittern.quantize.gptq import Factor, factorize, gptq
-from bittern.quantize.polish import polish
+from bittern.quantize.polish import improve, polish, slopes_of
 from bittern.quantize.shape import Shaper, damped
 from bittern.weight import QuantSpec, QuantWeight
 
@@ -82,7 +82,9 @@ def test_outputs_that_do_not_go_together_are_solved_row_by_row(
     swept = shaper._sweep(weight, torch.eye(12), solved)
     plain = gptq(weight, factor, spec, grid=(solved.scales.float(), solved.zeros)).weight
     assert (swept.codes != plain.codes).float().mean() < 0.01
-    polished, wanted = shaper._polish(weight, outputs, plain), polish(weight, hessian, factor.damping, plain)[0]
+    inputs = inputs_of(hessian, factor).float()
+    slopes = slopes_of(weight, inputs, plain)
+    polished, wanted = shaper._polish(outputs, plain, slopes)[0], improve(inputs, plain, slopes)[0]
     same = (polished.codes == wanted.codes).all(1)  # scales that round the other way take codes with them
     assert int(same.sum()) >= 9
     torch.testing.assert_close(polished.scales[same], wanted.scales[same], rtol=2e-3, atol=0)
@@ -94,14 +96,16 @@ def test_a_row_that_is_polished_makes_all_rows_better(spec: QuantSpec, monkeypat
     weight, hessian, factor, curvature, solved = problem(spec)
     shaper, outputs = Shaper(hessian, factor), damped(curvature)
     inputs = inputs_of(hessian, factor)
-    before = divergence(weight, inputs, outputs, solved)
+    before, slopes = divergence(weight, inputs, outputs, solved), slopes_of(weight, inputs.float(), solved)
     for row in range(12):
         own = slice(row, row + 1)
         monkeypatch.setattr(module, "_parts", lambda _, own=own: [own])  # the others are left as they are
-        solved = shaper._polish(weight, outputs, solved)
+        solved, slopes = shaper._polish(outputs, solved, slopes)
         after = divergence(weight, inputs, outputs, solved)
         assert after <= before * (1 + 1e-5)
         before = after
+    expected = slopes_of(weight.double(), inputs, solved)
+    torch.testing.assert_close(slopes.double(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("rows", [1, 12, 40])

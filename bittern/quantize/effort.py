@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bittern.errors import BitternError
+from bittern.model import Matrix
+from bittern.weight import QuantSpec
 
 
 @dataclass(frozen=True)
@@ -18,8 +21,9 @@ class Effort:
         exact_share: of the calibration windows, walked through the unquantized blocks too. Where it is not 0, blocks
             are solved stage by stage, and towards what the full-precision model computes.
         balance: channels are evened out first, see :mod:`bittern.quantize.balance`; needs an exact share.
-        guide: tokens and outputs count by what they do to the predictions, see :mod:`bittern.quantize.guide`, and
-            errors are shaped by that, see :mod:`bittern.quantize.shape`; needs an exact share.
+        shape: errors are shaped by what outputs do to the predictions, see :mod:`bittern.quantize.guide` and
+            :mod:`bittern.quantize.shape`; needs an exact share.
+        weigh: and tokens count by that.
         tune: scales and norms are trained at the end, see :mod:`bittern.quantize.tune`.
     """
 
@@ -28,8 +32,20 @@ class Effort:
     polish: bool = True
     exact_share: float = 0.0
     balance: bool = False
-    guide: bool = False
+    shape: bool = False
+    weigh: bool = False
     tune: bool = False
+
+    def shaped(self, block: Sequence[tuple[Matrix, QuantSpec]]) -> list[Matrix]:
+        """The matrices of a planned block whose errors are shaped; blocks of experts are not walked in stages.
+
+        Where tokens are not weighed, none with more outputs than inputs: the moments of its outputs would take more
+        than those of its inputs, for least of what there is to gain (docs/log.md).
+        """
+        members = [matrix for matrix, _ in block]
+        if not self.shape or any(matrix.expert is not None for matrix in members):
+            return []
+        return [matrix for matrix in members if self.weigh or matrix.out_features <= matrix.in_features]
 
     def exact_windows(self, windows: int) -> int:
         """How many of the calibration windows, the first ones, are walked through the unquantized blocks."""
@@ -38,8 +54,8 @@ class Effort:
 
 EFFORTS = {
     "plain": Effort(search=False, act_order=False, polish=False),
-    "fast": Effort(exact_share=0.25, balance=True),
-    "best": Effort(exact_share=0.25, balance=True, guide=True, tune=True),
+    "fast": Effort(exact_share=0.25, balance=True, shape=True),
+    "best": Effort(exact_share=0.25, balance=True, shape=True, weigh=True, tune=True),
 }
 
 

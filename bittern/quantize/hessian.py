@@ -6,6 +6,7 @@ tensor (q, k and v; gate and up) share one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -197,6 +198,20 @@ class _Recorder(TorchFunctionMode):
         unreached = [m for m in (*self.modules.values(), *self.experts.values()) if m not in reached]
         found += [Inputs([m], torch.zeros(m.in_features, m.in_features, device=self.device), 0) for m in unreached]
         return shrink_experts(found)
+
+
+def check_finite(name: str, hidden: Sequence[Tensor]) -> None:
+    """Refuse hidden states, (batch, positions, hidden_size) each, with NaN or infinity in them.
+
+    Raises:
+        BitternError: naming the block that put them out, and the sample.
+    """
+    first = 0
+    for state in hidden:
+        if not math.isfinite(float(state.sum())) and not bool(torch.isfinite(state).all()):
+            bad = int((~torch.isfinite(state.flatten(1)).all(1)).nonzero()[0])
+            raise BitternError(f"{name}: NaN or infinite output for calibration sample {number_of(first + bad)}")
+        first += state.shape[0]
 
 
 def check_inputs(moments: Accumulator, x: Tensor, matrix: Matrix, first: int, samples: int | None = None) -> None:

@@ -35,9 +35,10 @@ from bittern.quantize.plan import Plan, make_plan
 from bittern.quantize.preflight import Job, artifact_bytes, gguf_bytes, predict, work_bytes
 from bittern.quantize.resume import WorkFolder, decided_by
 from bittern.quantize.sensitivity import BITS, Sensitivity
-from bittern.quantize.solve import OwnWindows, Solver, batch_windows, default_batch
+from bittern.quantize.solve import Solver
 from bittern.quantize.tune import TOKENS as TUNE_TOKENS
 from bittern.quantize.tune import tune, write_text
+from bittern.quantize.windows import OwnWindows, batch_windows, default_batch
 from bittern.report import with_origin
 from bittern.schema import carried
 from bittern.size import planned_size, source_size, unchanged_cache
@@ -133,7 +134,7 @@ def quantize(
         on_prediction: called before the work with what it will take: seconds, bytes of memory at most, bytes to write.
         on_note: called with what a user should know before the work, a sentence each.
         on_measured: where an average is asked for, called with the blocks whose sensitivity is known and their number.
-        on_weighed: at effort best, called with the windows of this process whose tokens are weighed and their number.
+        on_weighed: called with the blocks whose outputs are weighed and their number, ten times or so.
         on_sampled: where the model writes its own text, see :func:`~bittern.calibration.load_tokens`.
 
     Returns:
@@ -145,7 +146,7 @@ def quantize(
     """
     options = {key: value for key, value in locals().items() if key not in _NO_OPTIONS}
     started = time.monotonic()
-    with together(device) as place, ExitStack() as stack:
+    with torch.inference_mode(False), together(device) as place, ExitStack() as stack:
         stack.callback(heap.for_others)
         rank, processes = world()
         options["batch_size"] = batch_size = default_batch(seqlen, place) if batch_size is None else batch_size
@@ -196,7 +197,7 @@ def quantize(
         windows = OwnWindows() if tokens is None else batch_windows(tokens.ids, batch_size, stages)
         mixed: dict[str, Any] = {}
         if isinstance(bits, float) and tokens is not None and not dry_run:
-            meter = Sensitivity(model, checkpoint, sources, [], damp_percent, place, seed)
+            meter = Sensitivity(model, checkpoint, sources, [], damp_percent, place)
             plan, mixed = measure_and_mix(plan_of, meter, tokens.ids, bits, None if rank else on_measured)
         elif isinstance(bits, float):
             plan = even_mix(plan_of, bits)

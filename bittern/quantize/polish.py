@@ -42,11 +42,25 @@ def polish(
         The matrix with other scales and codes, and the loss of each row, (out_features,).
     """
     hessian = hessian + damping * torch.eye(len(hessian), device=hessian.device)
-    quantized, loss = refit_scales(weight, hessian, quantized, slopes_of(weight, hessian, quantized))
+    quantized, slopes = refit_scales(hessian, quantized, slopes_of(weight, hessian, quantized))
     for _ in range(rounds):
-        codes, slopes = descend(weight, hessian, quantized)
-        quantized, loss = refit_scales(weight, hessian, replace(quantized, codes=codes), slopes)
-    return quantized, loss
+        quantized, slopes = improve(hessian, quantized, slopes)
+    return quantized, row_losses(weight, quantized, slopes)
+
+
+def improve(hessian: Tensor, quantized: QuantWeight, slopes: Tensor) -> tuple[QuantWeight, Tensor]:
+    """Let the codes descend, and refit the scales.
+
+    Args:
+        hessian: fp32 (in_features, in_features), damped: no diagonal entry is 0.
+        quantized: where to begin.
+        slopes: see :func:`slopes_of`; they tell all that has to be known of the target.
+
+    Returns:
+        The matrix with other codes and scales, and its slopes.
+    """
+    codes, slopes = descend(hessian, quantized, slopes)
+    return refit_scales(hessian, replace(quantized, codes=codes), slopes)
 
 
 def slopes_of(weight: Tensor, hessian: Tensor, quantized: QuantWeight) -> Tensor:
@@ -54,27 +68,29 @@ def slopes_of(weight: Tensor, hessian: Tensor, quantized: QuantWeight) -> Tensor
     return (quantized.dequantize() - weight) @ hessian
 
 
-def refit_scales(weight: Tensor, hessian: Tensor, quantized: QuantWeight, slopes: Tensor) -> tuple[QuantWeight, Tensor]:
+def row_losses(weight: Tensor, quantized: QuantWeight, slopes: Tensor) -> Tensor:
+    """``(w^ - w) H (w^ - w)'`` of each row, (out_features,)."""
+    return ((quantized.dequantize() - weight) * slopes).sum(1).clamp_min_(0)
+
+
+def refit_scales(hessian: Tensor, quantized: QuantWeight, slopes: Tensor) -> tuple[QuantWeight, Tensor]:
     """The least-squares scales of given codes; a row keeps its own where rounding to fp16 makes them worse.
 
     What is solved for is how far the scales are to move, ``(A' H A) d = -A' R``: of 8 bits the loss is a millionth of
     the output's square, and would drown in the rounding of a difference of two of these.
 
     Args:
-        weight: fp32 (out_features, in_features).
         hessian: fp32 (in_features, in_features), damped.
         quantized: codes, and scales whose signs stay.
         slopes: see :func:`slopes_of`.
 
     Returns:
-        The same codes with their scales, and the loss of each row, fp32 (out_features,).
+        The same codes with their scales, and the slopes that these leave.
     """
-    scales = quantized.scales.float()
-    loss = (slopes * (quantized.dequantize() - weight)).sum(1)
     fitted, change = least_squares(hessian, quantized, slopes)
-    better = change < 0
-    fitted = torch.where(better.unsqueeze(1), fitted, scales).to(quantized.scales.dtype)
-    return replace(quantized, scales=fitted), (loss + change.clamp_max(0)).clamp_min_(0)
+    scales = torch.where((change < 0).unsqueeze(1), fitted, quantized.scales.float())
+    refitted = replace(quantized, scales=scales.to(quantized.scales.dtype))
+    return refitted, slopes.addmm(refitted.dequantize() - quantized.dequantize(), hessian)
 
 
 def least_squares(hessian: Tensor, quantized: QuantWeight, slopes: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,20 +131,20 @@ def _slices(count: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def descend(weight: Tensor, hessian: Tensor, quantized: QuantWeight) -> tuple[Tensor, Tensor]:
+def descend(hessian: Tensor, quantized: QuantWeight, slopes: Tensor) -> tuple[Tensor, Tensor]:
     """Choose each code once more, column by column.
 
     Args:
-        weight: fp32 (out_features, in_features).
         hessian: fp32 (in_features, in_features), damped: no diagonal entry is 0.
         quantized: where to begin.
+        slopes: see :func:`slopes_of`.
 
     Returns:
         The codes, uint8 (out_features, in_features), and the slopes that they end in, see :func:`slopes_of`.
     """
     columns = len(hessian)
     groups = torch.arange(columns, device=hessian.device) // quantized.spec.columns_per_group(columns)
-    slopes = slopes_of(weight, hessian, quantized).T.contiguous()  # transposed, so that columns are contiguous
+    slopes = slopes.T.clone(memory_format=torch.contiguous_format)  # transposed, so that columns are contiguous
     current = quantized.dequantize().T.contiguous()
     codes = torch.empty_like(current, dtype=torch.uint8)
     scales, zeros = quantized.scales.float().T.contiguous(), quantized.zeros.float().T.contiguous()

@@ -7,7 +7,6 @@ Bytes follow from the plan. Seconds and memory are counts of pieces times what a
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 import time
@@ -30,20 +29,19 @@ from bittern.quantize.plan import Plan
 from bittern.quantize.rehearsal import (
     BLOCK_FLOPS,
     BlockCosts,
-    Cost,
     SolveCosts,
-    measured,
     place,
     rehearse_blocks,
     rehearse_shaping,
     rehearse_solver,
-    seconds,
 )
 from bittern.quantize.resume import stored_bytes
 from bittern.quantize.solve import Solver
+from bittern.quantize.stopwatch import Cost, read_rate, rounding_rate, write_rate
 from bittern.quantize.tune import HELD_OUT, MICRO
+from bittern.quantize.windows import guiding_windows
 from bittern.report import peak_memory
-from bittern.weight import QuantSpec, round_to_nearest
+from bittern.weight import QuantSpec
 from bittern.writer import planned_bytes, to_json
 
 Entries = Sequence[tuple[Matrix, QuantSpec]]
@@ -54,10 +52,7 @@ ERRORS = {"seconds": 0.25, "peak_memory_bytes": 0.15, "bytes": 0.01}
 
 _FP32 = 4
 _PIECES = 48 * 2**20  # that casting keeps in memory of however large a model
-_SAMPLE_BYTES = 4 * 2**20
-_TRIED = torch.Size((128, 1024))  # weights that are rounded and packed to try; every group size divides its columns
 _HOLES = 1.3  # times what a step of training makes is what the heap takes for it: measured on two models
-_GUIDING = 2.5  # forward passes that one with its way back takes, where no gradient of weights is wanted
 _FEWEST, _SHARE = 32, 1 / 60  # positions, and share of the run's samples, that are tried with
 
 
@@ -150,28 +145,33 @@ def predict(job: Job, size: int, started: float) -> Prediction:
         size: bytes of what it makes.
         started: when it began, by ``time.monotonic``; what was done since counts, finding out all this too.
     """
-    grids = {(matrix.in_features, spec) for block in job.solver.plan.blocks for matrix, spec in block}
-    specs = {spec for _, spec in (*grids, *job.solver.plan.outside)}
-    read, write = _read_rate(job), {spec: _write_rate(job.packing, spec) for spec in specs}
+    grids = {
+        (matrix.in_features, spec, matrix in job.solver.effort.shaped(block))
+        for block in job.solver.plan.blocks
+        for matrix, spec in block
+    }
+    specs = {spec for _, spec, _ in grids} | {spec for _, spec in job.solver.plan.outside}
+    own = job.solver
+    read, write = read_rate(own), {spec: write_rate(job.packing, spec) for spec in specs}
     rounded = {spec for _, spec in job.solver.plan.outside} if job.samples else specs
-    rounding = {spec: _rounding_rate(spec) for spec in rounded}
+    rounding = {spec: rounding_rate(spec) for spec in rounded}
     blocks: Sequence[BlockCosts] = ()
     if job.samples:
         samples, positions = _tried(job)
         scale = job.seqlen / positions
         if job.exact_samples:
             heap.for_holding()
-        own = job.solver
         blocks = rehearse_blocks(own.model, own.sources, own.plan, own.device, samples, positions, own.effort)
         if job.exact_samples:
             heap.for_solving()
         rehearsed = partial(rehearse_solver, rows=_most_rows(own.plan), damp_percent=own.damp_percent)
         solver = {grid: rehearsed(*grid, device=own.device, effort=own.effort) for grid in grids}
-        shaping = {
-            matrix.out_features: rehearse_shaping(matrix.out_features, spec, own.damp_percent, own.device)
-            for matrix, spec in {m.out_features: (m, s) for block in own.plan.blocks for m, s in block}.values()
-            if own.effort.guide
+        kinds = {
+            (matrix.out_features, matrix.in_features, dict(block)[matrix])
+            for block in own.plan.blocks
+            for matrix in own.effort.shaped(block)
         }
+        shaping = {kind: rehearse_shaping(*kind, own.damp_percent, own.device) for kind in kinds}
     heap.trim()
     base = resident_memory()  # after the libraries have done all that they will be asked for
     stages: dict[str, float] = {"start": 0.0}
@@ -182,9 +182,7 @@ def predict(job: Job, size: int, started: float) -> Prediction:
         if job.samples:
             last = position + 1 == len(job.solver.plan.blocks)
             took |= _block_seconds(job, position, blocks[position], solver, shaping, scale, last)
-            held.append(
-                _block_bytes(job, position, blocks[position], solver, scale) + _curvature_bytes(job, blocks, position)
-            )
+            held.append(_block_bytes(job, position, blocks[position], solver, scale) + _curvature_bytes(job, entries))
         else:
             took["rounding to nearest"] = sum(m.out_features * m.in_features * rounding[spec] for m, spec in entries)
             held.append(_FP32 * (stored + 4 * max((m.out_features * m.in_features for m, _ in entries), default=0)))
@@ -193,8 +191,8 @@ def predict(job: Job, size: int, started: float) -> Prediction:
             stages[name] = stages.get(name, 0.0) + value
         again = took["reading"] + (blocks[position].advance.seconds * job.samples * scale if job.samples else 0.0)
         per_block.append((sum(took.values()), again if job.samples else 0.0))
-    if job.solver.effort.guide and any(block.walk is not None for block in blocks):
-        stages["what tokens and outputs count"] = _guiding_seconds(job, blocks, scale)
+    if job.samples and any(job.solver.effort.shaped(entries) for entries in job.solver.plan.blocks):
+        stages["what tokens and outputs count"] = _guiding_seconds(job, blocks, scale, read)
         held.append(_guiding_bytes(job, blocks, positions))
     if job.samples and job.solver.effort.tune:
         stages["training of scales and norms"] = _tuning_seconds(job, blocks, scale)
@@ -215,6 +213,8 @@ def predict(job: Job, size: int, started: float) -> Prediction:
 def work_bytes(job: Job, unsolved: Iterable[Entries]) -> int:
     """What finished blocks, these among them, and training keep on the disk until the output stands."""
     kept = stored_bytes(unsolved)
+    if job.samples:
+        kept += sum(_curvature_bytes(job, entries) for entries in unsolved)
     if job.samples and job.solver.effort.tune:
         scales = sum(m.out_features * s.groups(m.in_features) for block in job.solver.plan.blocks for m, s in block)
         # Factors and two moments of each, the old ones until the new ones stand; and windows of text.
@@ -226,21 +226,22 @@ def _block_seconds(
     job: Job,
     position: int,
     block: BlockCosts,
-    solver: Mapping[tuple[int, QuantSpec], SolveCosts],
-    shaping: Mapping[int, float],
+    solver: Mapping[tuple[int, QuantSpec, bool], SolveCosts],
+    shaping: Mapping[tuple[int, int, QuantSpec], float],
     scale: float,
     last: bool,
 ) -> dict[str, float]:
     """Seconds of every stage of one block: one line a stage."""
     groups = _groups(job, position, block)
+    shaped = set(job.solver.effort.shaped(job.solver.plan.blocks[position]))
     solves = [
-        solver[width, spec].solve(sum(m.out_features for m, s in members if s == spec))
+        solver[width, *kind].solve(sum(m.out_features for m, s in members if (s, m in shaped) == kind))
         for width, members in groups
-        for spec in dict.fromkeys(spec for _, spec in members)
+        for kind in dict.fromkeys((spec, matrix in shaped) for matrix, spec in members)
     ]
     forward = block.advance.seconds * scale
     costs = {
-        "factorizing": sum(solver[width, members[0][1]].factorize.seconds for width, members in groups),
+        "factorizing": sum(solver[_key(members, shaped)].factorize.seconds for _, members in groups),
         "grids and codes": sum(solves),
     }
     if block.walk is None:
@@ -249,7 +250,7 @@ def _block_seconds(
             **costs,
             "forward passes, quantized": 0.0 if last else forward * job.samples,
         }
-    matrices = [matrix for _, members in groups for matrix, _ in members]
+    matrices = [(m.out_features, m.in_features, s) for _, members in groups for m, s in members if m in shaped]
     held_out = job.exact_samples - learned_from(job.exact_samples)
     return {
         "forward passes, second moments": block.walk.samples(job.samples * scale),
@@ -257,33 +258,53 @@ def _block_seconds(
         "full precision": block.walk.exact * job.exact_samples * scale + 2 * forward * held_out,
         "balancing": block.walk.balance,
         **costs,
-        **({"shaping": sum(shaping[m.out_features] * m.in_features for m in matrices)} if shaping else {}),
+        **({"shaping": sum(shaping[kind] for kind in matrices)} if shaping else {}),
     }
 
 
-def _guiding_seconds(job: Job, blocks: Sequence[BlockCosts], scale: float) -> float:
-    """A forward and a backward pass of the whole model over every window, and the moments of all outputs."""
+def _key(members: Entries, shaped: Collection[Matrix]) -> tuple[int, QuantSpec, bool]:
+    """What matrices that share an input are rehearsed as: as the first of them."""
+    matrix, spec = members[0]
+    return matrix.in_features, spec, matrix in shaped
+
+
+def _guiding_windows(job: Job) -> int:
+    """Windows of this process that are sent back through the model."""
+    return job.samples if job.solver.effort.weigh else min(job.samples, guiding_windows(job.seqlen))
+
+
+def _guiding_seconds(job: Job, blocks: Sequence[BlockCosts], scale: float, read: float) -> float:
+    """Forwards and backwards through all blocks, each read twice, and the moments of outputs."""
     inside = sum(_parameters(job, position) for position in range(len(blocks)))
-    forward = sum(block.advance.seconds for block in blocks) * scale
-    moments = forward * _curvature_bytes(job, blocks) / _FP32 / (2 * inside)
-    return job.samples * (_GUIDING * _window_seconds(job, blocks, scale) + moments)
+    config = job.solver.model.config.get_text_config(decoder=True)
+    head = config.vocab_size * config.hidden_size / inside
+    back = sum(block.back for block in blocks) * scale * (1 + 2 / 3 * head)  # the head is not computed twice
+    values = sum(_curvature_bytes(job, entries) for entries in job.solver.plan.blocks) / _FP32
+    moments = sum(block.advance.seconds for block in blocks) * scale * values / (2 * inside)
+    return float(_guiding_windows(job) * (back + moments) + 2 * read * _FP32 * inside)
 
 
 def _guiding_bytes(job: Job, blocks: Sequence[BlockCosts], positions: int) -> float:
-    """The model, the moments of all outputs, and of a batch what a forward pass leaves, and its logits' gradient."""
+    """States before all blocks in 16 bits; what is outside of the blocks with a window's logits, or a block at work."""
     config = job.solver.model.config.get_text_config(decoder=True)
-    whole = sum(_parameters(job, position) for position in range(len(blocks))) + config.vocab_size * config.hidden_size
+    tokens = _guiding_windows(job) * job.seqlen
+    kept = 2 * tokens * config.hidden_size * len(blocks)
+    if job.solver.device.type != "cpu":
+        return float(kept)
+    prefix, state = f"{live.blocks(job.solver.model)[0]}.", job.solver.model.state_dict()
+    outside = _FP32 * sum(state[name].numel() for name in job.solver.sources if not name.startswith(prefix))
+    logits = 3 * _FP32 * job.seqlen * config.vocab_size
     batch = min(job.batch_size, job.samples) * job.seqlen
-    step = batch * (sum(block.traced for block in blocks) / positions + 3 * _FP32 * config.vocab_size)
-    return float(_FP32 * whole + _curvature_bytes(job, blocks) + _HOLES * step)
+    inside = [
+        _FP32 * _parameters(job, position) + 2 * _curvature_bytes(job, entries) + batch * block.traced / positions
+        for position, (block, entries) in enumerate(zip(blocks, job.solver.plan.blocks, strict=True))
+    ]
+    return float(kept + 2 * _FP32 * tokens * config.hidden_size + _HOLES * max(outside + logits, *inside))
 
 
-def _curvature_bytes(job: Job, blocks: Sequence[BlockCosts], first: int = 0) -> float:
-    """Moments of the outputs of all matrices from a block on."""
-    if not job.solver.effort.guide:
-        return 0.0
-    pairs = list(zip(blocks, job.solver.plan.blocks, strict=True))[first:]
-    return float(sum(_FP32 * m.out_features**2 for block, each in pairs if block.walk is not None for m, _ in each))
+def _curvature_bytes(job: Job, entries: Entries) -> int:
+    """Moments of the outputs of a block's matrices."""
+    return sum(_FP32 * matrix.out_features**2 for matrix in job.solver.effort.shaped(entries))
 
 
 def _tuning_seconds(job: Job, blocks: Sequence[BlockCosts], scale: float) -> float:
@@ -310,19 +331,20 @@ def _tuning_bytes(job: Job, blocks: Sequence[BlockCosts], positions: int) -> flo
 
 
 def _block_bytes(
-    job: Job, position: int, block: BlockCosts, solver: Mapping[tuple[int, QuantSpec], SolveCosts], scale: float
+    job: Job, position: int, block: BlockCosts, solver: Mapping[tuple[int, QuantSpec, bool], SolveCosts], scale: float
 ) -> float:
     """What the stage of a block that holds most holds, with all that is there meanwhile."""
     if job.solver.device.type != "cpu":
         return float(_FP32 * _parameters(job, position))  # the rest is in the device's memory
     batch = min(job.batch_size, job.samples) * scale
     groups = _groups(job, position, block)
+    shaped = set(job.solver.effort.shaped(job.solver.plan.blocks[position]))
     moments = [_FP32 * width**2 for width, _ in groups]
     activations = batch * block.advance.bytes
     solving = [
         max(
-            solver[width, members[0][1]].factorize.bytes,
-            2 * _FP32 * width**2 + sum(m.out_features for m, _ in members) * solver[width, members[0][1]].row_bytes,
+            solver[_key(members, shaped)].factorize.bytes,
+            2 * _FP32 * width**2 + sum(m.out_features for m, _ in members) * solver[_key(members, shaped)].row_bytes,
         )
         for width, members in groups
     ]
@@ -381,34 +403,6 @@ def _outside_bytes(job: Job) -> int:
     width = job.solver.model.config.get_text_config(decoder=True).hidden_size
     wide = _FP32 * sum(state[name].numel() for name in names)
     return int(wide + stored + job.samples * job.seqlen * width * _FP32)
-
-
-def _read_rate(job: Job) -> float:
-    """Seconds for a byte of a weight that is read and made fp32."""
-    state = job.solver.model.state_dict()
-    sizes = {name: _FP32 * state[name].numel() for name in job.solver.sources}
-    fitting = [name for name, size in sizes.items() if size <= _SAMPLE_BYTES] or [min(sizes, key=lambda n: sizes[n])]
-    name = max(fitting, key=lambda n: sizes[n])
-    shape = tuple(state[name].shape)
-    took = seconds(lambda: live.read_tensor(job.solver.checkpoint, job.solver.sources[name], shape, torch.float32))
-    return took / float(sizes[name])
-
-
-def _write_rate(packing: Packing, spec: QuantSpec) -> Cost:
-    """What keeping a weight in the work folder and packing it from there take, but for the disk."""
-    weight = round_to_nearest(torch.linspace(-1, 1, _TRIED.numel()).view(_TRIED), spec)
-    packed = measured(lambda: packing.pack("", weight))
-    stored = sum(tensor.nbytes for tensor in packing.pack("", weight).values())
-    values = bytes(_SAMPLE_BYTES)
-    hashed = seconds(lambda: hashlib.sha256(values)) / _SAMPLE_BYTES
-    each = packed.times(1 / _TRIED.numel())
-    return Cost(each.seconds + hashed * stored / _TRIED.numel() + 2 * hashed, each.bytes)
-
-
-def _rounding_rate(spec: QuantSpec) -> float:
-    """Seconds for a weight that is rounded to nearest."""
-    weight = torch.linspace(-1, 1, _TRIED.numel()).view(_TRIED)
-    return seconds(lambda: round_to_nearest(weight, spec)) / float(_TRIED.numel())
 
 
 def _writing_bytes(entries: Entries, write: Mapping[QuantSpec, Cost]) -> float:

@@ -7,8 +7,7 @@ share, and the model calls its blocks with that as it will with the real ones. W
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -17,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bittern import model as live
 from bittern.model import Matrix, Piece
+from bittern.quantize.backward import Visit, sixteen_bits
 from bittern.quantize.balance import Balancer
 from bittern.quantize.drift import Drift
 from bittern.quantize.effort import Effort
@@ -30,9 +28,10 @@ from bittern.quantize.gptq import Factor, factorize, gptq
 from bittern.quantize.grid import CHUNK
 from bittern.quantize.hessian import collect
 from bittern.quantize.plan import Plan
-from bittern.quantize.polish import polish
+from bittern.quantize.polish import ROUNDS, polish
 from bittern.quantize.shape import Shaper
-from bittern.quantize.stages import Walks, exact_stages, storages
+from bittern.quantize.stages import Walks, exact_stages
+from bittern.quantize.stopwatch import Cost, Live, measured, seconds
 from bittern.replay import BlockCall, capture
 from bittern.weight import QuantSpec, min_max_grid, round_to_nearest
 
@@ -42,24 +41,14 @@ if TYPE_CHECKING:
 WIDEST = 2048
 """Columns of a matrix that is solved to find out what it takes; wider ones are extrapolated."""
 
+SHAPED = 1024
+"""Rows and columns of a matrix that is shaped to find out what it takes."""
+
 BLOCK_FLOPS = 2.5e9
 """Of a forward pass that is tried, about: some hundredths of a second on one core."""
 
 _ROWS = (16, 512)
-_ROUNDS = 3
-_LONG = 1.0  # seconds; what takes more is done once
 _NUMBER = 0.02  # a weight's order of magnitude
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Seconds, and the bytes of tensors that are alive at once."""
-
-    seconds: float
-    bytes: float
-
-    def times(self, factor: float) -> Cost:
-        return Cost(factor * self.seconds, factor * self.bytes)
 
 
 @dataclass(frozen=True)
@@ -101,7 +90,8 @@ class BlockCosts:
         advance: of running one sample through the block.
         readers: the matrices that share an input, by :func:`place`.
         held: bytes of the hidden state of one sample, and of how the block is called.
-        traced: bytes that one sample's forward pass leaves for its gradient; 0 where nothing is trained.
+        traced: bytes that one sample's forward pass leaves for its gradient; 0 where none is wanted.
+        back: seconds of a sample's way forward, and back by :mod:`bittern.quantize.backward`.
         walk: where it is walked.
     """
 
@@ -110,6 +100,7 @@ class BlockCosts:
     readers: list[list[str]]
     held: tuple[int, int]
     traced: float = 0.0
+    back: float = 0.0
     walk: WalkCosts | None = None
 
 
@@ -186,15 +177,16 @@ def _rehearse_block(
     once = measured(advance)
     given = [tensor for tensor in tree_leaves([call.args, call.kwargs]) if isinstance(tensor, Tensor)]
     held = state[0].nbytes, sum(tensor.nbytes for tensor in given)
-    traced = _traced(block, state, call) / samples if effort.tune else 0.0
+    traced = _traced(block, state, call) / samples if effort.shape else 0.0
+    back = seconds(partial(_there_and_back, block, state, call), state.device) / samples if effort.shape else 0.0
     if not matrices:
-        return BlockCosts(Line(0.0, 0.0), once.times(1 / samples), [], held, traced)
+        return BlockCosts(Line(0.0, 0.0), once.times(1 / samples), [], held, traced, back)
     if effort.exact_share:
         stages = exact_stages(model, block, matrices, [state.clone()], [call])
         if stages is not None:
             readers = [[place(matrix, name) for matrix in stage.matrices] for stage in stages]
             walk = _rehearse_walk(model, block, entries, state, call, effort, once.seconds)
-            return BlockCosts(Line(0.0, 0.0), once.times(1 / samples), readers, held, traced, walk)
+            return BlockCosts(Line(0.0, 0.0), once.times(1 / samples), readers, held, traced, back, walk)
     found = collect(model, block, matrices, [state], [call])
     one, two = (
         seconds(partial(collect, model, block, matrices, [state] * n, [call] * n), state.device) for n in (1, 2)
@@ -206,7 +198,15 @@ def _rehearse_block(
         [[place(matrix, name) for matrix in inputs.matrices] for inputs in found],
         held,
         traced,
+        back,
     )
+
+
+def _there_and_back(block: nn.Module, state: Tensor, call: BlockCall) -> None:
+    with torch.no_grad(), sixteen_bits(state.device):
+        call.run(block, state)
+    for _ in Visit(0, block, [state], [call], [state]).send_back():
+        pass
 
 
 def _traced(block: nn.Module, state: Tensor, call: BlockCall) -> int:
@@ -285,11 +285,14 @@ def _rehearse_balance(
 
 
 def rehearse_solver(
-    width: int, spec: QuantSpec, rows: int, damp_percent: float, device: torch.device, effort: Effort
+    width: int, spec: QuantSpec, shaped: bool, rows: int, damp_percent: float, device: torch.device, effort: Effort
 ) -> SolveCosts:
-    """What solving matrices of ``width`` columns takes, the largest of which has ``rows`` rows."""
+    """What solving matrices of ``width`` columns takes, the largest of which has ``rows`` rows.
+
+    Those that are ``shaped`` afterwards are polished for one round.
+    """
     tried = min(width, WIDEST)
-    solve_line = partial(_solve_line, spec=spec, rows=rows, effort=effort)
+    solve_line = partial(_solve_line, spec=spec, rows=rows, effort=effort, rounds=1 if shaped else ROUNDS)
     hessian, factor, cost = _factor(tried, damp_percent, device)
     if effort.exact_share:
         cost = replace(cost, seconds=cost.seconds + seconds(partial(_correct, hessian[:1], hessian), device))
@@ -304,15 +307,16 @@ def rehearse_solver(
     return SolveCosts(cost, solve, width * _weight_bytes(spec, device, effort))
 
 
-def rehearse_shaping(rows: int, spec: QuantSpec, damp_percent: float, device: torch.device) -> float:
-    """Seconds for each column of a matrix of so many rows that is shaped."""
-    tried, width = min(rows, WIDEST), max(128, spec.group_size)
+def rehearse_shaping(rows: int, columns: int, spec: QuantSpec, damp_percent: float, device: torch.device) -> float:
+    """Seconds for shaping a matrix."""
+    height, width = (min(count, SHAPED) for count in (rows, columns))
     hessian, factor, _ = _factor(width, damp_percent, device)
-    curvature = torch.eye(tried, device=device).add_(_NUMBER)
-    weight = _random((tried, width), device)
-    solved = round_to_nearest(weight, spec)
+    curvature = torch.eye(height, device=device).add_(_NUMBER)
+    weight = _random((height, width), device)
+    solved = round_to_nearest(weight, replace(spec, group_size=min(spec.group_size, width)))
     took = seconds(lambda: Shaper(hessian, factor).shape(weight, curvature, solved), device)
-    return took / width * rows / tried
+    # A round takes about three products with the Hessian and two with the curvature.
+    return took * rows * columns * (3 * columns + 2 * rows) / (height * width * (3 * width + 2 * height))
 
 
 def _factor(width: int, damp_percent: float, device: torch.device) -> tuple[Tensor, Factor, Cost]:
@@ -320,11 +324,11 @@ def _factor(width: int, damp_percent: float, device: torch.device) -> tuple[Tens
     return hessian, factorize(hessian, damp_percent), measured(lambda: factorize(hessian, damp_percent), device)
 
 
-def _solve_line(hessian: Tensor, factor: Factor, spec: QuantSpec, rows: int, effort: Effort) -> Line:
+def _solve_line(hessian: Tensor, factor: Factor, spec: QuantSpec, rows: int, effort: Effort, rounds: int) -> Line:
     large = min(max(rows, 2), _ROWS[1])
     small = min(_ROWS[0], large // 2)
     weight = _random((large, len(hessian)), hessian.device)
-    solve = partial(_solve, hessian=hessian, factor=factor, spec=spec, effort=effort)
+    solve = partial(_solve, hessian=hessian, factor=factor, spec=spec, effort=effort, rounds=rounds)
     one, other = (seconds(partial(solve, weight[:n]), hessian.device) for n in (small, large))
     each = max(other - one, 0.0) / (large - small)
     fixed = one - each * small
@@ -334,10 +338,12 @@ def _solve_line(hessian: Tensor, factor: Factor, spec: QuantSpec, rows: int, eff
     return Line(max(fixed, 0.0), each)
 
 
-def _solve(weight: Tensor, hessian: Tensor, factor: Factor, spec: QuantSpec, effort: Effort) -> None:
+def _solve(
+    weight: Tensor, hessian: Tensor, factor: Factor, spec: QuantSpec, effort: Effort, rounds: int = ROUNDS
+) -> None:
     solution = gptq(weight, factor, spec, grid=None if effort.search else min_max_grid(weight, spec))
     if effort.polish:
-        polish(weight, hessian, factor.damping, solution.weight)
+        polish(weight, hessian, factor.damping, solution.weight, rounds)
 
 
 def _correct(weight: Tensor, hessian: Tensor) -> None:
@@ -389,51 +395,3 @@ def _random(shape: Sequence[int], device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     few = torch.randn(min(count, 1 << 20), generator=generator).mul_(_NUMBER)
     return few.repeat(-(-count // few.numel()))[:count].view(torch.Size(shape)).to(device)
-
-
-class Live(TorchDispatchMode):
-    """Watches tensors that operations make; ``peak`` is the most bytes of them that were alive at once."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.peak = 0
-        self._alive: dict[StorageWeakRef, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        given = storages(args, kwargs)
-        for each in tree_leaves(output):
-            if isinstance(each, Tensor) and not storages(each) & given:
-                storage = each.untyped_storage()
-                self._alive[StorageWeakRef(storage)] = storage.nbytes()  # type: ignore[no-untyped-call]
-        self.peak = max(self.peak, self.alive())
-        return output
-
-    def alive(self) -> int:
-        """Bytes of them that are alive now."""
-        expired = [reference for reference in self._alive if reference.expired()]  # type: ignore[no-untyped-call]
-        for reference in expired:
-            del self._alive[reference]
-        return sum(self._alive.values())
-
-
-def measured(function: Callable[[], object], device: torch.device | None = None) -> Cost:
-    """What a function takes and holds, of tensors that it makes."""
-    with Live() as tensors:
-        function()
-    return Cost(seconds(function, device), tensors.peak)
-
-
-def seconds(function: Callable[[], object], device: torch.device | None = None) -> float:
-    """How long a function takes: the least of three times, unless that is long.
-
-    What others take from the machine comes and goes within a rehearsal, and is part of none of its pieces.
-    """
-    took: list[float] = []
-    while not took or (took[0] < _LONG and len(took) < _ROUNDS):
-        began = time.perf_counter()
-        function()
-        if device is not None and device.type == "cuda":
-            torch.cuda.synchronize(device)
-        took.append(time.perf_counter() - began)
-    return min(took)

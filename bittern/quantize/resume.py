@@ -5,7 +5,8 @@ for each run, named by a hash of all that decides the run's result. So blocks of
 a command with another option does not destroy what the one before it has done: to repeat that one is to go on with it.
 
 A run's folder has ``run.json``, which says what decided its result, and ``block-00012.safetensors`` for each finished
-block: codes, scales and zeros of its layers, and in the header their records, and a hash of the values. Files
+block: codes, scales and zeros of its layers, and in the header their records, and a hash of the values. Before a
+block is finished, ``outputs-00012.safetensors`` may have how its outputs count (:mod:`bittern.quantize.guide`). Files
 are written under another name and renamed when they are durable. There is no config.json: no loader opens the folder.
 """
 
@@ -188,23 +189,37 @@ class WorkFolder:
             "seconds": now - self._since,
             "sha256": _digest(tensors),
         }
-        infos = [TensorInfo(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-        header, offsets = header_bytes(infos, {_STORY: json.dumps(story)})
-        path = self._path(position)
-        partial = path.with_suffix(".partial")
-        with explained(self.output):
-            file = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-            try:
-                os.pwrite(file, header, 0)
-                for name, tensor in tensors.items():
-                    write_elements(file, offsets[name], tensor)
-                os.fsync(file)
-            finally:
-                os.close(file)
-            partial.rename(path)
-            fsync(self.folder)
+        self._write(self._path(position), tensors, story)
+        self._curvatures(position).unlink(missing_ok=True)
         self.finished.add(position)
         self._since = now
+
+    def keep_curvatures(self, position: int, curvatures: Mapping[Matrix, Tensor]) -> None:
+        """Keep how the outputs of a block's matrices count, until that block is kept.
+
+        Raises:
+            BitternError: when the disk refuses.
+        """
+        tensors = {matrix.label: curvature.cpu().contiguous() for matrix, curvature in curvatures.items()}
+        self._write(self._curvatures(position), tensors, {"sha256": _digest(tensors)})
+
+    def has_curvatures(self, position: int) -> bool:
+        """Whether they are here whole."""
+        try:
+            self._checked(self._curvatures(position))
+        except BitternError:
+            return False
+        return True
+
+    def curvatures(self, position: int, matrices: Iterable[Matrix]) -> dict[Matrix, Tensor]:
+        """Those of some matrices of a block, as far as they were kept.
+
+        Raises:
+            BitternError: for a file that is not what was written.
+        """
+        path = self._curvatures(position)
+        tensors = self._checked(path)[0] if path.exists() else {}
+        return {matrix: tensors[matrix.label] for matrix in matrices if matrix.label in tensors}
 
     def load(self, position: int) -> list[Layer]:
         """The layers of a finished block.
@@ -249,13 +264,8 @@ class WorkFolder:
 
     def _read(self, position: int) -> tuple[list[Layer], float]:
         path = self._path(position)
-        stored = read_header(path)
         try:
-            with safe_open(path, framework="pt") as file:
-                story = json.loads(file.metadata()[_STORY])
-            tensors = _read_tensors(path, stored)
-            if _digest(tensors) != story["sha256"]:
-                raise BitternError(f"{path}: expected the values that its header has the hash of, found others")
+            tensors, story = self._checked(path)
             layers = []
             for number, record in enumerate(story["layers"]):
                 spec = QuantSpec(record["bits"], record["group_size"], record["sym"])
@@ -264,11 +274,45 @@ class WorkFolder:
             return layers, float(story["seconds"])
         except (KeyError, TypeError, ValueError) as error:
             raise BitternError(f"{path}: expected a block that bittern has kept, found something else") from error
+
+    def _write(self, path: Path, tensors: Mapping[str, Tensor], story: Mapping[str, Any]) -> None:
+        """Under another name, which it loses when it is durable."""
+        infos = [TensorInfo(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+        header, offsets = header_bytes(infos, {_STORY: json.dumps(story)})
+        partial = path.with_suffix(".partial")
+        with explained(self.output):
+            file = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+            try:
+                os.pwrite(file, header, 0)
+                for name, tensor in tensors.items():
+                    write_elements(file, offsets[name], tensor)
+                os.fsync(file)
+            finally:
+                os.close(file)
+            partial.rename(path)
+            fsync(self.folder)
+
+    @staticmethod
+    def _checked(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors of a file, whose hash its story has, and that."""
+        try:
+            stored = read_header(path)
+            with safe_open(path, framework="pt") as file:
+                story = json.loads(file.metadata()[_STORY])
+            tensors = _read_tensors(path, stored)
+            if _digest(tensors) != story["sha256"]:
+                raise BitternError(f"{path}: expected the values that its header has the hash of, found others")
+            return tensors, story
+        except (KeyError, TypeError, ValueError) as error:
+            raise BitternError(f"{path}: expected what bittern has kept, found something else") from error
         except (OSError, EOFError) as error:
             raise BitternError(f"{path}: cannot be read: {error}") from error
 
     def _path(self, position: int) -> Path:
         return self.folder / f"block-{position:05}.safetensors"
+
+    def _curvatures(self, position: int) -> Path:
+        return self.folder / f"outputs-{position:05}.safetensors"
 
     def _next(self) -> str:
         """Where a run with these blocks goes on, in words that count from one."""

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bittern.quantize.gptq import Factor, factorize, gptq
-from bittern.quantize.polish import polish, slopes_of
+from bittern.quantize.polish import improve, row_losses, slopes_of
 from bittern.weight import QuantWeight
 
 DAMPING = 0.3
@@ -66,22 +66,20 @@ class Shaper:
         factor = factorize(outputs, 1e-6)
         order, back = factor.order, factor.order.argsort()  # of the rows, here and in all below
         weight, outputs, given = weight[order], outputs[order][:, order], solved.rows(order)
-        before = least = self._divergence(weight, outputs, given)
-        best, found = given, self._sweep(weight, factor.upper, given)
-        if not self._divergence(weight, outputs, found) < 2 * before:
-            found = given  # where outputs go together closely, a sweep in parts may miss
+        best = given, slopes_of(weight, self._damped, given)
+        before = least = _divergence(weight, outputs, *best)
+        swept = self._sweep(weight, factor.upper, given)
+        found = swept, slopes_of(weight, self._damped, swept)
+        if not _divergence(weight, outputs, *found) < 2 * before:
+            found = best  # where outputs go together closely, a sweep in parts may miss
         for _ in range(ROUNDS):
-            found = self._polish(weight, outputs, found)
-            divergence = self._divergence(weight, outputs, found)
+            found = self._polish(outputs, *found)
+            divergence = _divergence(weight, outputs, *found)
             if not divergence < least:
                 break
             best, least = found, divergence
-        losses = (slopes_of(weight, self._damped, best) * (best.dequantize() - weight)).sum(1).clamp_min_(0)
-        return best.rows(back), least / before if before > 0 else 1.0, losses[back]
-
-    def _divergence(self, weight: Tensor, outputs: Tensor, quantized: QuantWeight) -> float:
-        error = quantized.dequantize() - weight
-        return float(((outputs @ error) * (error @ self._damped)).sum(dtype=torch.float64))
+        share = least / before if before > 0 else 1.0
+        return best[0].rows(back), share, row_losses(weight, *best)[back]
 
     def _sweep(self, weight: Tensor, upper: Tensor, given: QuantWeight) -> QuantWeight:
         """New codes on the given grid: each part takes over the errors of those before, by V."""
@@ -94,28 +92,34 @@ class Shaper:
             codes.append(solved.codes)
         return replace(given, codes=torch.cat(codes))
 
-    def _polish(self, weight: Tensor, outputs: Tensor, given: QuantWeight) -> QuantWeight:
+    def _polish(self, outputs: Tensor, given: QuantWeight, slopes: Tensor) -> tuple[QuantWeight, Tensor]:
         """New codes and scales: each part for what the others, as they are by then, leave it.
 
-        A part that is worse for it, since its rows do not see each other's changes, is tried again in halves; one row
-        cannot be worse.
+        Of its target a part needs to know the slopes alone, ``G_i E H / G_ii``: from those of all rows no product with
+        H is left but those of the polishing itself. A part that is worse for it, since its rows do not see each other's
+        changes, is tried again in halves; one row cannot be worse.
         """
-        errors, codes, scales = given.dequantize() - weight, given.codes.clone(), given.scales.clone()
-        waiting = _parts(len(weight))[::-1]
+        codes, scales, slopes = given.codes.clone(), given.scales.clone(), slopes.clone()
+        waiting = _parts(len(codes))[::-1]
         while waiting:
             part = waiting.pop()
-            pulled = outputs[part] @ errors
-            left = pulled / outputs.diagonal()[part].unsqueeze(1) - errors[part]
-            polished, _ = polish(weight[part] - left, self._damped, 0.0, given.rows(part), rounds=1)
-            change = polished.dequantize() - weight[part] - errors[part]
-            slope = (2 * pulled + outputs[part, part] @ change) @ self._damped
+            own, pulled = given.rows(part), outputs[part] @ slopes
+            begun = pulled / outputs.diagonal()[part].unsqueeze(1)
+            polished, ended = improve(self._damped, own, begun)
+            change, moved = polished.dequantize() - own.dequantize(), ended - begun  # and what that moves all by H
+            slope = 2 * pulled + outputs[part, part] @ moved
             if float((slope * change).sum(dtype=torch.float64)) <= 0:
                 codes[part], scales[part] = polished.codes, polished.scales
-                errors[part] += change
+                slopes[part] += moved
             elif part.stop - part.start > 1:
                 middle = (part.start + part.stop) // 2
                 waiting += [slice(middle, part.stop), slice(part.start, middle)]
-        return replace(given, codes=codes, scales=scales)
+        return replace(given, codes=codes, scales=scales), slopes
+
+
+def _divergence(weight: Tensor, outputs: Tensor, quantized: QuantWeight, slopes: Tensor) -> float:
+    """``tr(G E H E')``."""
+    return float(((outputs @ slopes) * (quantized.dequantize() - weight)).sum(dtype=torch.float64))
 
 
 def damped(curvature: Tensor) -> Tensor:

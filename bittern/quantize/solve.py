@@ -10,11 +10,10 @@ run, once, so that what comes after them is what it would have been.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,21 +21,21 @@ from torch import Tensor, nn
 
 from bittern import model as live
 from bittern.checkpoint import Checkpoint
-from bittern.errors import BitternError
 from bittern.model import Matrix, Piece
-from bittern.processes import check_same, from_first, number_of, share, share_of, world
+from bittern.processes import check_same, from_first, world
 from bittern.quantize import heap
 from bittern.quantize.balance import Balanced, Balancer
-from bittern.quantize.drift import Drift, learned_from
+from bittern.quantize.drift import Drift
 from bittern.quantize.effort import Effort
 from bittern.quantize.gptq import factorize, gptq
 from bittern.quantize.grid import search_grid
-from bittern.quantize.guide import Guide, find_guide, token_weights
-from bittern.quantize.hessian import Inputs, collect
+from bittern.quantize.guide import find_guides, token_weights
+from bittern.quantize.hessian import Inputs, check_finite, collect
 from bittern.quantize.plan import Plan
-from bittern.quantize.polish import polish
+from bittern.quantize.polish import ROUNDS, polish
 from bittern.quantize.shape import Shaper
 from bittern.quantize.stages import Stage, Walks, exact_stages
+from bittern.quantize.windows import OwnWindows, guiding_windows
 from bittern.replay import BlockCall, capture, share_equal
 from bittern.weight import QuantSpec, QuantWeight, min_max_grid, round_to_nearest
 
@@ -45,55 +44,12 @@ if TYPE_CHECKING:
 
     from bittern.quantize.resume import WorkFolder
 
+Curvatures = Callable[[Sequence[Matrix]], dict[Matrix, Tensor]]
+
 Layer = tuple[dict[str, Any], QuantWeight]
 """The manifest's record of a packed layer, and its weight."""
 
-BATCH_TOKENS = {"cpu": 1024, "cuda": 4096}
-"""Tokens run together: on a CPU one product of so many rows is as fast as one of more, and holds less memory."""
-
 NO_TOKENS = "no calibration token reached it: rounded to nearest"
-
-
-@dataclass(frozen=True)
-class OwnWindows:
-    """This process's calibration windows.
-
-    Attributes:
-        batches: ids, int64 (samples, positions) each; none at all means rounding to nearest.
-        exact: the first so many batches are walked through the unquantized blocks too,
-        learned: and the drift's correction is learned from the first so many of these.
-    """
-
-    batches: Sequence[Tensor] = ()
-    exact: int = 0
-    learned: int = 0
-
-
-def default_batch(seqlen: int, device: torch.device) -> int:
-    """How many windows of so many tokens to run together."""
-    return max(1, BATCH_TOKENS[device.type] // max(seqlen, 1))
-
-
-def batch_windows(ids: Tensor, batch_size: int, effort: Effort) -> OwnWindows:
-    """This process's share of all calibration windows, in batches.
-
-    Args:
-        ids: int64 (windows, positions), the same in every process.
-        batch_size: windows in a batch at most.
-        effort: decides how many of the windows are walked in full precision too.
-
-    Raises:
-        BitternError: when a process would have none of these, or no windows at all.
-    """
-    exact, size = effort.exact_windows(len(ids)), world()[1]
-    if 0 < exact < size or len(ids) < size:
-        what = f"windows, {exact} of them for full precision too" if exact else "windows"
-        raise BitternError(f"nsamples: expected one for each of the {size} processes at least, found {len(ids)} {what}")
-    own = share(ids)
-    ends = [0, share_of(learned_from(exact)), share_of(exact), len(own)]
-    parts = [list(torch.split(own[start:stop], batch_size)) if stop > start else [] for start, stop in pairwise(ends)]
-    learned, held, others = parts
-    return OwnWindows([*learned, *held, *others], len(learned) + len(held), len(learned))
 
 
 @dataclass
@@ -109,7 +65,7 @@ class Solver:
         device: where to compute.
         effort: the stages.
         dtype: that what is not quantized is stored in.
-        on_weighed: see :func:`bittern.quantize.guide.find_guide`; in the first process alone.
+        on_weighed: see :func:`bittern.quantize.guide.find_guides`; in the first process alone.
     """
 
     model: PreTrainedModel
@@ -141,7 +97,7 @@ class Solver:
         if not missing:
             return
         batches = windows.batches
-        guide = self._guide(batches) if batches and self.effort.guide else Guide()
+        sizes = self._guide(batches, missing, work) if batches and self.effort.shape else {}
         if windows.exact:
             heap.for_holding()
         hidden, calls = self._capture(prefix, blocks, batches) if batches else ([], [])
@@ -170,13 +126,11 @@ class Solver:
                 balanced = Balanced()
                 if stages is not None and before is not None:
                     balanced = balancer.balance(block, stages, entries, before, exact[0], block_calls[0])
-                    for matrix, divided in balanced.rows.items():
-                        if matrix in guide.curvatures:
-                            guide.curvatures[matrix].mul_(divided).mul_(divided.unsqueeze(1))
                 rescaled = {part: left for matrix, left in balanced.matrices.items() for part, _, _ in matrix.parts}
+                curvatures = partial(self._curvatures, position, work, balanced.rows)
                 solved = []
                 for record, weight in self._solve_block(
-                    block, entries, stages, guide, windows.learned, hidden, block_calls
+                    block, entries, stages, sizes, curvatures, windows.learned, hidden, block_calls
                 ):
                     record["rescaled"] = record["layer"] in rescaled
                     record["left"] = _known(balance=rescaled.get(record["layer"])) | record["left"]
@@ -186,7 +140,7 @@ class Solver:
                     work.save(position, solved, balanced.changed)
             if stages is None and position < missing[-1]:
                 _advance(block, hidden, block_calls)
-            _check_finite(name, hidden)
+            check_finite(name, hidden)
             live.drop_tensors(self.model, inside)
             heap.trim()
         if windows.exact:
@@ -197,18 +151,45 @@ class Solver:
         later = [self.plan.blocks[other] for other in missing if other > position]
         return any(all(matrix.expert is None for matrix, _ in block) for block in later)
 
-    def _guide(self, batches: Sequence[Tensor]) -> Guide:
-        """What counts for each matrix; nothing of blocks of experts, which are not walked in stages."""
-        walked = [block for block in self.plan.blocks if all(matrix.expert is None for matrix, _ in block)]
-        matrices = [matrix for block in walked for matrix, _ in block]
-        if not matrices:
-            return Guide()
+    def _guide(
+        self, batches: Sequence[Tensor], missing: Sequence[int], work: WorkFolder | None
+    ) -> dict[Matrix, Tensor]:
+        """What each token counts, where that is asked for; how outputs count is kept in the work folder.
+
+        Nothing of blocks of experts, which are not walked in stages.
+        """
+        matrices = [
+            self.effort.shaped(block) if position in missing else [] for position, block in enumerate(self.plan.blocks)
+        ]
+        there = work is not None and all(work.has_curvatures(position) for position in missing if matrices[position])
+        kept = torch.tensor([there], dtype=torch.uint8, device=self.device)
+        from_first(kept)
+        if not any(matrices) or (bool(kept) and not self.effort.weigh):
+            return {}
+        if not self.effort.weigh:
+            few = torch.cat(list(batches))[: guiding_windows(batches[0].shape[1])]
+            batches = torch.split(few, len(batches[0]))
+        sizes: dict[Matrix, Tensor] = {}
         told = None if world()[0] else self.on_weighed
-        guide = find_guide(self.model, self.checkpoint, self.sources, matrices, batches, self.device, told)
-        if world()[0]:
-            guide.curvatures.clear()  # only the first process solves
+        whole = self.model, self.checkpoint, self.sources
+        for position, guide in find_guides(*whole, matrices, batches, self.device, told):
+            if self.effort.weigh:
+                sizes |= guide.sizes
+            if work is not None and guide.curvatures:
+                work.keep_curvatures(position, guide.curvatures)
         heap.trim()
-        return guide
+        return sizes
+
+    def _curvatures(
+        self, position: int, work: WorkFolder | None, divided: dict[Matrix, Tensor], matrices: Sequence[Matrix]
+    ) -> dict[Matrix, Tensor]:
+        """How the outputs of some matrices of a block count, whose rows were divided by numbers since."""
+        if work is None or not self.effort.shape:
+            return {}
+        found = {matrix: each.to(self.device) for matrix, each in work.curvatures(position, matrices).items()}
+        for matrix in found.keys() & divided.keys():
+            found[matrix].mul_(divided[matrix]).mul_(divided[matrix].unsqueeze(1))
+        return found
 
     def help(self, windows: OwnWindows) -> None:
         """What every process of torchrun but the first does while that one solves."""
@@ -220,7 +201,8 @@ class Solver:
         block: nn.Module,
         entries: dict[Matrix, QuantSpec],
         stages: list[Stage] | None,
-        guide: Guide,
+        sizes: dict[Matrix, Tensor],
+        curvatures: Curvatures,
         learned: int,
         hidden: list[Tensor],
         calls: list[BlockCall],
@@ -230,13 +212,13 @@ class Solver:
             yield from self._to_nearest(entries)
         elif stages is None:
             for inputs in collect(self.model, block, list(entries), hidden, calls):
-                yield from self._solve_together(inputs, None, entries, {})
+                yield from self._solve_together(inputs, None, entries, curvatures)
         else:
             with Walks(self.model, block, stages, hidden, calls) as walks:
                 for stage in stages:
-                    inputs, drift = walks.gather(stage, learned, token_weights(guide.sizes, stage.matrices))
+                    inputs, drift = walks.gather(stage, learned, token_weights(sizes, stage.matrices))
                     heap.for_solving()
-                    yield from self._solve_together(inputs, drift, entries, guide.curvatures)
+                    yield from self._solve_together(inputs, drift, entries, curvatures)
                     del inputs, drift
                     heap.trim()
                     heap.for_holding()
@@ -287,7 +269,7 @@ class Solver:
         inputs: Inputs,
         drift: Drift | None,
         specs: dict[Matrix, QuantSpec],
-        curvatures: dict[Matrix, Tensor],
+        curvatures: Curvatures,
     ) -> Iterator[Layer]:
         """Solve the matrices that share an input, and put the results into the block."""
         weights = [live.get_weight(self.model, matrix) for matrix in inputs.matrices]
@@ -297,7 +279,8 @@ class Solver:
         else:
             wanted, left = drift.corrected(weights, inputs.hessian)
         if world()[0] == 0:
-            yield from self._solve(inputs, wanted, specs, dict(zip(inputs.matrices, left, strict=True)), curvatures)
+            drifts = dict(zip(inputs.matrices, left, strict=True))
+            yield from self._solve(inputs, wanted, specs, drifts, curvatures(inputs.matrices))
         from_first(*weights)
 
     def _solve(
@@ -313,7 +296,7 @@ class Solver:
         Args:
             wanted: what the stacked matrices should be, fp32 (rows of all, in_features).
             drift: what is left of the drift's error, for the record.
-            curvatures: of their outputs, where they are known; those are used up.
+            curvatures: of their outputs, where they are known.
         """
         began = time.monotonic()
         unseen = inputs.tokens == 0 and inputs.prior == 0
@@ -339,7 +322,8 @@ class Solver:
                 solution = gptq(target, factor, spec, grid=grid)
                 weight, loss = solution.weight, solution.loss
                 if self.effort.polish:
-                    weight, loss = polish(target, inputs.hessian, factor.damping, weight)
+                    rounds = 1 if all(matrix in curvatures for matrix in members) else ROUNDS
+                    weight, loss = polish(target, inputs.hessian, factor.damping, weight, rounds)
                 losses = torch.stack((loss, solution.norm, solution.loss, loss))
             start = 0
             for matrix in members:
@@ -348,7 +332,7 @@ class Solver:
                 own, shaped = weight.rows(rows), None
                 found = None if losses is None else losses[:, rows]
                 if shaper is not None and found is not None and matrix in curvatures:
-                    own, shaped, found[0] = shaper.shape(targets[matrix], curvatures.pop(matrix), own)
+                    own, shaped, found[0] = shaper.shape(targets[matrix], curvatures[matrix], own)
                 live.get_weight(self.model, matrix).copy_(own.dequantize())
                 for record, part in layers_of(matrix, own, found, outcome, began):
                     record["left"] = _known(drift=drift[matrix]) | record["left"] | _known(shape=shaped)
@@ -371,15 +355,6 @@ def _advance(block: nn.Module, hidden: list[Tensor], calls: list[BlockCall]) -> 
         for state, call in zip(hidden, calls, strict=True):
             # In place: new tensors in the place of old ones would leave holes all over the heap.
             state.copy_(call.run(block, state))
-
-
-def _check_finite(name: str, hidden: list[Tensor]) -> None:
-    first = 0
-    for state in hidden:
-        if not math.isfinite(float(state.sum())) and not bool(torch.isfinite(state).all()):
-            bad = int((~torch.isfinite(state.flatten(1)).all(1)).nonzero()[0])
-            raise BitternError(f"{name}: NaN or infinite output for calibration sample {number_of(first + bad)}")
-        first += state.shape[0]
 
 
 def _fallback(inputs: Inputs) -> str | None:
