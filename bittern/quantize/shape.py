@@ -34,7 +34,7 @@ FLOOR = 0.03
 PARTS = 8
 """Rows are solved in so many parts, one after the other; those of a part do not see each other's changes."""
 
-ROUNDS = 4
+ROUNDS = 3
 """How often all rows are polished at most."""
 
 
