@@ -171,10 +171,13 @@ def test_blocks_of_experts_need_no_pass(tmp_path: Path) -> None:
 
 def test_a_gradient_that_is_no_number_is_an_error(tmp_path: Path) -> None:
     model = tiny.random_model(vocab_size=64)
-    for name in ("gate_proj", "up_proj"):  # their product overflows
-        model.get_parameter(f"model.layers.1.mlp.{name}.weight").data.fill_(1e30)
-    with pytest.raises(BitternError, match="a gradient of its output is NaN or infinite"):
+    for name, value in (("gate_proj", 1e30), ("up_proj", 1e-30)):  # their product is about 1
+        model.get_parameter(f"model.layers.1.mlp.{name}.weight").data.fill_(value)
+    with pytest.raises(BitternError, match=r"layers\.1\.mlp\.up_proj: a gradient of its output is NaN or infinite"):
         guide_of(tiny.save(model, tmp_path / "source"), [IDS])
+    model.get_parameter("model.layers.1.mlp.up_proj.weight").data.fill_(1e30)
+    with pytest.raises(BitternError, match=r"layers\.1: NaN or infinite output for calibration sample 0"):
+        guide_of(tiny.save(model, tmp_path / "other"), [IDS])
 
 
 def test_best_solves_for_what_counts(
