@@ -6,7 +6,7 @@ forward prepares masks and position embeddings, and its blocks are asked to reco
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +60,27 @@ def capture(model: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> tuple[Tenso
         f"{type(model).__name__}: its blocks are given more of each other than the hidden state that one returns, which"
         " is not supported; only quantize --method rtn does without a walk through them"
     )
+
+
+def capture_all(
+    model: nn.Module, blocks: nn.ModuleList, batches: Sequence[Tensor], device: torch.device
+) -> tuple[list[Tensor], list[list[BlockCall]]]:
+    """Per batch of ids, the hidden states before the first block, and how each block is called; see :func:`capture`."""
+    hidden: list[Tensor] = []
+    calls: list[list[BlockCall]] = []
+    for ids in batches:
+        state, recorded = capture(model, blocks, ids.to(device))
+        hidden.append(state.clone())  # the call may hold the original
+        calls.append(share_equal(recorded, calls[0]) if calls else recorded)
+    return hidden, calls
+
+
+def advance(block: nn.Module, hidden: Sequence[Tensor], calls: Sequence[BlockCall]) -> None:
+    """Replace the hidden states by the block's outputs."""
+    with torch.no_grad():
+        for state, call in zip(hidden, calls, strict=True):
+            # In place: new tensors in the place of old ones would leave holes all over the heap.
+            state.copy_(call.run(block, state))
 
 
 def _record(

@@ -71,9 +71,9 @@ def codes(folder: Path) -> dict[str, torch.Tensor]:
         return {name: artifact.read(name).codes for name in artifact.layers}
 
 
-@pytest.mark.parametrize(("name", "bits"), [("dense", "2.5"), ("experts", "4")])
+@pytest.mark.parametrize(("name", "bits", "shaped"), [("dense", "2.5", True), ("experts", "4", False)])
 def test_two_processes_make_what_one_makes(
-    name: str, bits: str, sources: dict[str, Path], letters: Path, tmp_path: Path
+    name: str, bits: str, shaped: bool, sources: dict[str, Path], letters: Path, tmp_path: Path
 ) -> None:
     manifests: list[dict[str, Any]] = []
     for count, launcher in ((1, [sys.executable, "-m", "bittern"]), (2, TORCHRUN)):
@@ -91,21 +91,24 @@ def test_two_processes_make_what_one_makes(
     assert found == expected
     for stage, share in one["layers"][0]["left"].items():
         assert two["layers"][0]["left"][stage] == pytest.approx(share, rel=1e-3)
-    # Sums of another order differ in their last bits, and in the layers that read the first input nothing else does.
+    # Sums of another order differ in their last bits. In the layers that read the first input nothing else does, nor in
+    # those of the first attention where errors are not shaped.
     losses = torch.tensor([[record["loss"] for record in manifest["layers"]] for manifest in manifests])
-    torch.testing.assert_close(losses[0, :3], losses[1, :3], rtol=1e-3, atol=0)
+    first_layers = losses[:, :3] if shaped else losses[:, :4]
+    torch.testing.assert_close(*first_layers, rtol=1e-3 if shaped else 1e-4, atol=0)
     # Then a scale that falls on the other side of what fp16 holds, by 1 part in 1024, is seen by all layers after it,
-    # and a code that does by all rows after its own, which make up for it; they agree on the whole.
+    # and where errors are shaped, a code that does by all rows after its own, which make up for it; they agree on the
+    # whole.
     torch.testing.assert_close(losses[0].log().mean(), losses[1].log().mean(), rtol=0, atol=0.02)
     first, second = codes(tmp_path / "1"), codes(tmp_path / "2")
     same = sum(int((first[layer] == second[layer]).sum()) for layer in first)
-    assert same / sum(each.numel() for each in first.values()) > 0.8
+    assert same / sum(each.numel() for each in first.values()) > (0.8 if shaped else 0.93)
     ids = torch.randint(4, 200, (8, 32), generator=torch.Generator().manual_seed(3))
     ours, theirs, base = (bittern.load(path, device="cpu") for path in (tmp_path / "1", tmp_path / "2", sources[name]))
     apart, *harms = (
         evaluate(one, ids, against=other).kl or 0.0 for one, other in ((ours, theirs), (ours, base), (theirs, base))
     )
-    assert harms[0] == pytest.approx(harms[1], rel=0.1) and apart < harms[0], (apart, harms)
+    assert harms[0] == pytest.approx(harms[1], rel=0.1) and apart < harms[0] * (1 if shaped else 0.3), (apart, harms)
 
 
 def test_an_error_of_all_is_told_once(sources: dict[str, Path], text: Path, tmp_path: Path) -> None:
@@ -212,6 +215,20 @@ def test_the_shares_of_all_processes_are_all_windows(
         assert sorted(found["held"]) == list(range(learned_from(exact), exact))
         assert sorted(found["others"]) == list(range(exact, windows))
     assert max(len(batch) for batch in whole.batches) <= batch_size
+
+
+@pytest.mark.parametrize(("seqlen", "windows"), [(512, 16), (513, 16), (5000, 2), (1 << 20, 1)])
+def test_a_part_of_the_windows_tells_how_outputs_count(
+    seqlen: int, windows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8192 tokens at least, over all processes, and a window in each of them."""
+    for size in (1, 2, 3):
+        counts = []
+        for rank in range(size):
+            for module in (processes, shares):
+                monkeypatch.setattr(module, "world", lambda rank=rank, size=size: (rank, size))
+            counts.append(shares.guiding_windows(seqlen))
+        assert sum(counts) == max(size, windows) and min(counts) >= 1
 
 
 def test_too_few_windows_for_the_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

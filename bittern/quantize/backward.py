@@ -23,7 +23,7 @@ from bittern.checkpoint import Checkpoint
 from bittern.model import Piece
 from bittern.processes import number_of
 from bittern.quantize.hessian import check_finite
-from bittern.replay import BlockCall, capture, logits_after, share_equal
+from bittern.replay import BlockCall, advance, capture_all, logits_after
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,24 +94,18 @@ def go_back(
     live.load_tensors(model, checkpoint, sources, outside, device=device)
     model.tie_weights()
     live.move_buffers(model, device)
-    rows = [batch.to(device) for batch in batches]
-    hidden: list[Tensor] = []
-    calls: list[list[BlockCall]] = []
-    for ids in rows:
-        state, recorded = capture(model, blocks, ids)
-        hidden.append(state.clone())  # the call may hold the original
-        calls.append(share_equal(recorded, calls[0]) if calls else recorded)
+    hidden, calls = capture_all(model, blocks, batches, device)
     kept = []
     for position, block in enumerate(blocks):
         kept.append([state.to("cpu", KEPT, copy=True) for state in hidden])
         live.load_tensors(model, checkpoint, sources, inside[position], device=device)
-        with torch.no_grad(), sixteen_bits(device):
-            for state, each in zip(hidden, calls, strict=True):
-                state.copy_(each[position].run(block, state))
+        with sixteen_bits(device):
+            advance(block, hidden, [each[position] for each in calls])
         check_finite(f"{prefix}.{position}", hidden)
         live.drop_tensors(model, inside[position])
     gradients, first = [], 0
-    for ids, state in zip(rows, hidden, strict=True):
+    for batch, state in zip(batches, hidden, strict=True):
+        ids = batch.to(device)
         windows = [slice(index, index + 1) for index in range(len(ids))]  # logits are large
         found = [_from_logits(model, blocks, ids[own], state[own], first + own.start) for own in windows]
         gradients.append(torch.cat(found))

@@ -40,7 +40,7 @@ class Effort:
         """The matrices of a planned block whose errors are shaped; blocks of experts are not walked in stages.
 
         Where tokens are not weighed, none with more outputs than inputs: the moments of its outputs would take more
-        than those of its inputs, for least of what there is to gain (docs/log.md).
+        than those of its inputs, for the least of what there is to gain (docs/log.md).
         """
         members = [matrix for matrix, _ in block]
         if not self.shape or any(matrix.expert is not None for matrix in members):

@@ -244,13 +244,15 @@ def _block_seconds(
         "factorizing": sum(solver[_key(members, shaped)].factorize.seconds for _, members in groups),
         "grids and codes": sum(solves),
     }
+    if shaping:
+        kinds = [(m.out_features, m.in_features, s) for _, members in groups for m, s in members if m in shaped]
+        costs["shaping"] = sum(shaping[kind] for kind in kinds)
     if block.walk is None:
         return {
             "forward passes, second moments": block.gather.fixed + block.gather.each * job.samples * scale,
             **costs,
             "forward passes, quantized": 0.0 if last else forward * job.samples,
         }
-    matrices = [(m.out_features, m.in_features, s) for _, members in groups for m, s in members if m in shaped]
     held_out = job.exact_samples - learned_from(job.exact_samples)
     return {
         "forward passes, second moments": block.walk.samples(job.samples * scale),
@@ -258,7 +260,6 @@ def _block_seconds(
         "full precision": block.walk.exact * job.exact_samples * scale + 2 * forward * held_out,
         "balancing": block.walk.balance,
         **costs,
-        **({"shaping": sum(shaping[kind] for kind in matrices)} if shaping else {}),
     }
 
 

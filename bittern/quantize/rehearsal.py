@@ -29,7 +29,7 @@ from bittern.quantize.grid import CHUNK
 from bittern.quantize.hessian import collect
 from bittern.quantize.plan import Plan
 from bittern.quantize.polish import ROUNDS, polish
-from bittern.quantize.shape import Shaper
+from bittern.quantize.shape import Shaper, rounds_before
 from bittern.quantize.stages import Walks, exact_stages
 from bittern.quantize.stopwatch import Cost, Live, measured, seconds
 from bittern.replay import BlockCall, capture
@@ -289,10 +289,10 @@ def rehearse_solver(
 ) -> SolveCosts:
     """What solving matrices of ``width`` columns takes, the largest of which has ``rows`` rows.
 
-    Those that are ``shaped`` afterwards are polished for one round.
+    They are polished as often as those that are ``shaped`` afterwards, or not.
     """
     tried = min(width, WIDEST)
-    solve_line = partial(_solve_line, spec=spec, rows=rows, effort=effort, rounds=1 if shaped else ROUNDS)
+    solve_line = partial(_solve_line, spec=spec, rows=rows, effort=effort, rounds=rounds_before(shaped))
     hessian, factor, cost = _factor(tried, damp_percent, device)
     if effort.exact_share:
         cost = replace(cost, seconds=cost.seconds + seconds(partial(_correct, hessian[:1], hessian), device))

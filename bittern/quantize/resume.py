@@ -212,14 +212,13 @@ class WorkFolder:
         return True
 
     def curvatures(self, position: int, matrices: Iterable[Matrix]) -> dict[Matrix, Tensor]:
-        """Those of some matrices of a block, as far as they were kept.
-
-        Raises:
-            BitternError: for a file that is not what was written.
-        """
+        """Those of some matrices of a block, as far as they were kept."""
         path = self._curvatures(position)
-        tensors = self._checked(path)[0] if path.exists() else {}
-        return {matrix: tensors[matrix.label] for matrix in matrices if matrix.label in tensors}
+        if not path.exists():
+            return {}
+        stored, by_label = read_header(path), {matrix.label: matrix for matrix in matrices}
+        found = _read_tensors(path, {label: stored[label] for label in by_label.keys() & stored.keys()})
+        return {by_label[label]: curvature for label, curvature in found.items()}
 
     def load(self, position: int) -> list[Layer]:
         """The layers of a finished block.

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from bittern.quantize.gptq import Factor, factorize, gptq
+from bittern.quantize.polish import ROUNDS as UNSHAPED
 from bittern.quantize.polish import improve, row_losses, slopes_of
 from bittern.weight import QuantWeight
 
@@ -36,6 +37,11 @@ PARTS = 8
 
 ROUNDS = 3
 """How often all rows are polished at most."""
+
+
+def rounds_before(shaped: bool) -> int:
+    """How often rows are polished for themselves: those that are to be shaped gain nothing by more than one round."""
+    return 1 if shaped else UNSHAPED
 
 
 class Shaper:

@@ -32,11 +32,11 @@ from bittern.quantize.grid import search_grid
 from bittern.quantize.guide import find_guides, token_weights
 from bittern.quantize.hessian import Inputs, check_finite, collect
 from bittern.quantize.plan import Plan
-from bittern.quantize.polish import ROUNDS, polish
-from bittern.quantize.shape import Shaper
+from bittern.quantize.polish import polish
+from bittern.quantize.shape import Shaper, rounds_before
 from bittern.quantize.stages import Stage, Walks, exact_stages
 from bittern.quantize.windows import OwnWindows, guiding_windows
-from bittern.replay import BlockCall, capture, share_equal
+from bittern.replay import BlockCall, advance, capture_all
 from bittern.weight import QuantSpec, QuantWeight, min_max_grid, round_to_nearest
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class Solver:
             check_same(0 if stages is None else len(stages), f"stages of {name}")
             if stages is None:  # it has not come through this block
                 if any(matrix.expert is not None for matrix in entries) and self._walks_after(position, missing):
-                    _advance(block, exact, block_calls[: len(exact)])
+                    advance(block, exact, block_calls[: len(exact)])
                 else:
                     exact.clear()
             if position in finished:
@@ -139,7 +139,7 @@ class Solver:
                 if work is not None:
                     work.save(position, solved, balanced.changed)
             if stages is None and position < missing[-1]:
-                _advance(block, hidden, block_calls)
+                advance(block, hidden, block_calls)
             check_finite(name, hidden)
             live.drop_tensors(self.model, inside)
             heap.trim()
@@ -161,10 +161,7 @@ class Solver:
         matrices = [
             self.effort.shaped(block) if position in missing else [] for position, block in enumerate(self.plan.blocks)
         ]
-        there = work is not None and all(work.has_curvatures(position) for position in missing if matrices[position])
-        kept = torch.tensor([there], dtype=torch.uint8, device=self.device)
-        from_first(kept)
-        if not any(matrices) or (bool(kept) and not self.effort.weigh):
+        if not any(matrices) or (not self.effort.weigh and self._all_kept(work, missing, matrices)):
             return {}
         if not self.effort.weigh:
             few = torch.cat(list(batches))[: guiding_windows(batches[0].shape[1])]
@@ -180,11 +177,18 @@ class Solver:
         heap.trim()
         return sizes
 
+    def _all_kept(self, work: WorkFolder | None, missing: Sequence[int], matrices: Sequence[list[Matrix]]) -> bool:
+        """Whether an earlier process has found how outputs count, and the first one has it; the same in all."""
+        there = work is not None and all(work.has_curvatures(position) for position in missing if matrices[position])
+        kept = torch.tensor([there], dtype=torch.uint8, device=self.device)
+        from_first(kept)
+        return bool(kept)
+
     def _curvatures(
         self, position: int, work: WorkFolder | None, divided: dict[Matrix, Tensor], matrices: Sequence[Matrix]
     ) -> dict[Matrix, Tensor]:
         """How the outputs of some matrices of a block count, whose rows were divided by numbers since."""
-        if work is None or not self.effort.shape:
+        if work is None:
             return {}
         found = {matrix: each.to(self.device) for matrix, each in work.curvatures(position, matrices).items()}
         for matrix in found.keys() & divided.keys():
@@ -248,14 +252,9 @@ class Solver:
         ]
         live.load_tensors(self.model, self.checkpoint, self.sources, outside, device=self.device)
         live.move_buffers(self.model, self.device)
-        hidden: list[Tensor] = []
-        calls: list[list[BlockCall]] = []
-        for ids in batches:
-            state, recorded = capture(self.model, blocks, ids.to(self.device))
-            hidden.append(state.clone())  # the call may hold the original
-            calls.append(share_equal(recorded, calls[0]) if calls else recorded)
+        captured = capture_all(self.model, blocks, batches, self.device)
         live.drop_tensors(self.model, outside)
-        return hidden, calls
+        return captured
 
     def _to_nearest(self, entries: dict[Matrix, QuantSpec]) -> Iterator[Layer]:
         outcome = {"method": "rtn", "damp": None, "tokens": 0, "fallback": None}
@@ -323,7 +322,7 @@ class Solver:
                 solution = gptq(target, factor, spec, grid=grid)
                 weight, loss = solution.weight, solution.loss
                 if self.effort.polish:
-                    rounds = 1 if all(matrix in curvatures for matrix in members) else ROUNDS
+                    rounds = rounds_before(all(matrix in curvatures for matrix in members))
                     weight, loss = polish(target, inputs.hessian, factor.damping, weight, rounds)
                 losses = torch.stack((loss, solution.norm, solution.loss, loss))
             start = 0
@@ -348,14 +347,6 @@ def _finished(work: WorkFolder | None, blocks: int, device: torch.device) -> set
         marks[list(work.finished)] = 1
     from_first(marks)
     return set(marks.nonzero().flatten().tolist())
-
-
-def _advance(block: nn.Module, hidden: list[Tensor], calls: list[BlockCall]) -> None:
-    """Replace the hidden states by the block's outputs."""
-    with torch.no_grad():
-        for state, call in zip(hidden, calls, strict=True):
-            # In place: new tensors in the place of old ones would leave holes all over the heap.
-            state.copy_(call.run(block, state))
 
 
 def _fallback(inputs: Inputs) -> str | None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from bittern import model as live
 from bittern.errors import BitternError
 from bittern.quantize.hessian import Accumulator
-from bittern.replay import BlockCall, capture, share_equal
+from bittern.replay import BlockCall, advance, capture_all
 from bittern.training.train import cosine
 from bittern.uptrain import merge as closed
 from bittern.uptrain.heads import (
@@ -120,11 +120,7 @@ def regroup(
     prefix, blocks = live.blocks(teacher)
     new_blocks = live.blocks(student)[1]
     size = counts.key_value // student.config.get_text_config(decoder=True).num_key_value_heads
-    captured = [capture(teacher, blocks, ids.to(teacher.device)) for ids in batches]
-    calls = [recorded for _, recorded in captured]
-    calls = [share_equal(recorded, calls[0]) for recorded in calls]
-    source = [state.clone() for state, _ in captured]
-    del captured  # with the masks that each batch had to itself
+    source, calls = capture_all(teacher, blocks, batches, teacher.device)
     state = [state.clone() for state in source]
     for position, (block, new) in enumerate(zip(blocks, new_blocks, strict=True)):
         name = f"{prefix}.{position}"
@@ -134,9 +130,7 @@ def regroup(
         if attention is not None:
             record = _regroup_block(block, new, attention, stream, observed, recipe, counts, size, name)
             yield {"layer": name, **record}
-        with torch.no_grad():
-            for hidden, call in zip(state, stream.calls, strict=True):
-                hidden.copy_(call.run(new, hidden))  # in place, or the heap fills with holes
+        advance(new, state, stream.calls)
         source = stream.target
 
 
