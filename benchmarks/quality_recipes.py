@@ -48,6 +48,7 @@ TOOLS: Mapping[str, Tool] = {
     "bittern": Tool("bittern", None, ""),
     "rtn": Tool("round to nearest", None, "", ("--method", "rtn"), calibrated=False),
     "gptqmodel": Tool(REFERENCE, *_GPTQMODEL, _FP32),
+    "gptqmodel-bf16": Tool("GPTQModel bf16", *_GPTQMODEL),
     "gptqmodel-actorder": Tool("GPTQModel desc_act", *_GPTQMODEL, (*_FP32, "--desc-act")),
     "gptqmodel-mse": Tool("GPTQModel mse", *_GPTQMODEL, (*_FP32, "--mse", "2.4")),
     "gptqmodel-damp": Tool("GPTQModel damp .01", *_GPTQMODEL, (*_FP32, "--damp-percent", "0.01")),

@@ -51,7 +51,7 @@ def balance_first_block(
     layers, found, state, calls, exact, stages = first_block(model)
     balancer = Balancer(model, dtype)
     specs = dict.fromkeys(found, QuantSpec(4, 32))
-    made = balancer.balance(layers[0], stages, specs, state, exact[0], calls[0])
+    made = balancer.balance(layers[0], stages, specs, state, calls[0])
     changed, rescaled = made.changed, made.matrices
     after = state.clone()
     again = exact_stages(model, layers[0], found, [after], calls[:1])
@@ -86,7 +86,7 @@ def test_shared_value_heads_keep_their_channels() -> None:
 def test_rows_were_divided_by_what_is_said() -> None:
     """What makes another matrix's input puts out so much less; shared value heads too."""
     model = uneven(tiny.random_model())
-    layers, found, state, calls, exact, stages = first_block(model)
+    layers, found, state, calls, _, stages = first_block(model)
     outputs: dict[str, list[Tensor]] = {}
     for matrix in found:
         kept = outputs.setdefault(matrix.module, [])
@@ -94,7 +94,7 @@ def test_rows_were_divided_by_what_is_said() -> None:
     with torch.no_grad():
         calls[0].run(layers[0], state)
         specs = dict.fromkeys(found, QuantSpec(4, 32))
-        made = Balancer(model, torch.float32).balance(layers[0], stages, specs, state, exact[0], calls[0])
+        made = Balancer(model, torch.float32).balance(layers[0], stages, specs, state, calls[0])
         calls[0].run(layers[0], state)
     assert {matrix.module.rpartition(".")[2] for matrix in made.rows} == {"up_proj", "v_proj"}
     for matrix, divided in made.rows.items():
@@ -125,7 +125,7 @@ def test_what_was_left_alone_in_one_block_is_tried_out_in_the_next(monkeypatch: 
         stages = exact_stages(model, layers[position], found, exact, [calls[position]])
         assert stages is not None
         specs = dict.fromkeys(found, QuantSpec(4, 32))
-        rescaled = balancer.balance(layers[position], stages, specs, state, exact[0], calls[position]).matrices
+        rescaled = balancer.balance(layers[position], stages, specs, state, calls[position]).matrices
         assert bool(rescaled) is (position == 0)
         after = calls[position].run(layers[position], state)
         torch.testing.assert_close(after, exact[0], rtol=1e-4, atol=1e-5)

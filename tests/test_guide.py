@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """As the oracles compute, whatever this machine multiplies faster."""
-    monkeypatch.setattr(backward, "_is_fast", lambda _: False)
+    monkeypatch.setattr("bittern.replay.fast_in_sixteen_bits", lambda _: False)
     monkeypatch.setattr(backward, "KEPT", torch.float32)
 
 
@@ -137,7 +137,7 @@ def test_curvatures_are_those_of_the_gradients(source: Path) -> None:
 def test_sixteen_bits_tell_the_same(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.randint(4, 60, (16, 32), generator=torch.Generator().manual_seed(9))
     exact = guide_of(source, [ids])
-    monkeypatch.setattr(backward, "_is_fast", lambda _: True)
+    monkeypatch.setattr("bittern.replay.fast_in_sixteen_bits", lambda _: True)
     monkeypatch.setattr(backward, "KEPT", torch.bfloat16)
     found = guide_of(source, [ids])
     differs = False

@@ -137,7 +137,7 @@ def test_expected_harm_is_near_what_rounding_one_group_does(source: Path) -> Non
 
 def test_harm_is_the_formula_computed_on_the_whole_model(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same expectation with all of the model in memory, and gradients of one backward pass through it."""
-    monkeypatch.setattr(backward, "_is_fast", lambda _: False)
+    monkeypatch.setattr("bittern.replay.fast_in_sixteen_bits", lambda _: False)
     monkeypatch.setattr(backward, "KEPT", torch.float32)
     windows = torch.randint(4, 200, (5, 24), generator=torch.Generator().manual_seed(2))
     group = measured(source, windows)[3]

@@ -70,6 +70,15 @@ def test_the_artifact_holds_everything(source: Path, text: Path, tmp_path: Path)
     assert manifest["calibration"]["tokens_found"] == 6 * 32 and len(manifest["calibration"]["sha256"]) == 64
 
 
+@pytest.mark.parametrize(("options", "damp"), [({"effort": "plain"}, 0.01), ({}, 0.2), ({"damp_percent": 0.05}, 0.05)])
+def test_damping_is_the_effort_s_or_the_user_s(
+    options: dict[str, Any], damp: float, source: Path, text: Path, tmp_path: Path
+) -> None:
+    manifest = run(source, tmp_path / "out", text, **options)
+    assert {layer["damp"] for layer in manifest["layers"]} == {manifest["options"]["damp_percent"]} == {damp}
+    assert json.loads((tmp_path / "out" / "quantize_config.json").read_text())["damp_percent"] == damp
+
+
 def test_same_seed_same_bytes(source: Path, text: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 7)):
         run(source, tmp_path / name, text, seed=seed)

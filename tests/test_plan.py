@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
+import torch
 
 from bittern.errors import BitternError
 from bittern.formats.packing import Packing
@@ -105,3 +108,21 @@ def test_packed_tensors_are_those_of_the_format() -> None:
     for format, expected in suffixes.items():
         names = [info.name for info in plan.packed_tensors(Packing(format))]
         assert names == [f"l.experts.0.{part}.{suffix}" for part in ("w1", "w3") for suffix in expected]
+
+
+@pytest.mark.parametrize(
+    ("bits", "eights", "fast", "rough"),
+    [
+        (4, [], True, True),
+        (2, [], True, True),
+        (4, [], False, False),
+        (8, [], True, False),
+        (2, ["q"], True, False),
+    ],
+)
+def test_products_are_rough_where_that_is_faster_and_quantizing_is_rougher(
+    bits: int, eights: list[str], fast: bool, rough: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[make_plan.__module__], "fast_in_sixteen_bits", lambda _: fast)
+    plan = make_plan(BLOCKS, bits, 32, True, [(each, 8) for each in eights], skip=["layers.1.down"])
+    assert plan.rough(torch.device("cpu")) is rough

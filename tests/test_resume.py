@@ -163,7 +163,7 @@ def test_a_changed_option_starts_over_and_says_which(source: Path, text: Path, t
     notes: list[str] = []
     stopped(8, source, tmp_path / "out", text, bits=4, damp_percent=0.05, on_note=notes.append)
     assert len(notes) == 1 and "holds 2 of 4 blocks of a run that differs" in notes[0]
-    assert "(bits 3, now 4, damp_percent 0.01, now 0.05)" in notes[0]
+    assert "(bits 3, now 4, damp_percent 0.2, now 0.05)" in notes[0]
     assert len(blocks_left(tmp_path)) == 3
     run(source, tmp_path / "out", text, bits=4, damp_percent=0.05)
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")

@@ -95,6 +95,32 @@ def test_what_nothing_reads_again_is_emptied(kind: str, spent: list[list[int]], 
     assert torch.equal(hidden[1], whole)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_rough_products_are_near_those_in_fp32_and_end_with_the_walk(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bittern.replay.fast_in_sixteen_bits", lambda _: True)
+    model = tiny.random_model(kind)
+    block = blocks(model)[1][0]
+    found, hidden, calls = start(model)
+    gathered, ends = [], []
+    for rough in (False, True):
+        exact, states = [state.clone() for state in hidden[:1]], [state.clone() for state in hidden]
+        stages = exact_stages(model, block, found, exact, calls[:1], rough)
+        assert stages is not None
+        with Walks(model, block, stages, states, calls, rough) as walks:
+            for stage in stages:
+                gathered.append((rough, walks.gather(stage, 1)[0].hessian))
+                assert not torch.is_autocast_enabled("cpu")
+            walks.finish()
+        ends.append([*exact, *states])
+    for one, other in zip(*ends, strict=True):
+        assert other.dtype == torch.float32 and 0 < (one - other).norm() < 0.01 * one.norm()
+    exact_moments, rough_moments = ([found for rough, found in gathered if rough is wanted] for wanted in (False, True))
+    for one, other in zip(exact_moments, rough_moments, strict=True):
+        assert torch.equal(other, other.T) and 0 < (one - other).norm() < 0.01 * one.norm()
+
+
 def test_blocks_of_experts_are_not_walked() -> None:
     model = tiny.random_model("mixtral", num_local_experts=4, num_experts_per_tok=2)
     found, hidden, calls = start(model)

@@ -11,7 +11,6 @@ Where a processor multiplies bfloat16 faster than fp32, it does: what is found a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,7 +22,7 @@ from bittern.checkpoint import Checkpoint
 from bittern.model import Piece
 from bittern.processes import number_of
 from bittern.quantize.hessian import check_finite
-from bittern.replay import BlockCall, advance, capture_all, logits_after
+from bittern.replay import BlockCall, advance, capture_all, logits_after, sixteen_bits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -118,18 +117,6 @@ def go_back(
         states = [state.to(device, torch.float32) for state in kept.pop()]
         yield Visit(position, blocks[position], states, [each[position] for each in calls], gradients)
         live.drop_tensors(model, inside[position])
-
-
-def sixteen_bits(device: torch.device) -> AbstractContextManager[None]:
-    """Products in bfloat16, where that is faster."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=_is_fast(device))
-
-
-def _is_fast(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 def _from_logits(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, hidden: Tensor, first: int) -> Tensor:

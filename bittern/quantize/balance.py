@@ -67,7 +67,6 @@ class Balancer:
         stages: Sequence[Stage],
         specs: dict[Matrix, QuantSpec],
         before: Tensor,
-        after: Tensor,
         call: BlockCall,
     ) -> Balanced:
         """Balance one block, and the full-precision inputs that its stages hold.
@@ -76,7 +75,7 @@ class Balancer:
             block: in memory.
             stages: of :func:`bittern.quantize.stages.exact_stages`.
             specs: grids of its matrices.
-            before, after: a batch of hidden states in full precision before and after the block.
+            before: a batch of hidden states in front of the block, fp32.
             call: how that batch calls it.
 
         Returns:
@@ -87,6 +86,7 @@ class Balancer:
         factors: list[Tensor | None] = []
         found = Balanced()
         with torch.no_grad():
+            after = call.run(block, before)
             for stage in stages:
                 maker = _maker(stage, stages) if stage.norm is None else None
                 factor, made, left = self._balance_stage(stage, maker, specs)
@@ -117,7 +117,8 @@ class Balancer:
         share that is left of the expected noise.
         """
         weights = [live.get_weight(self.model, matrix) for matrix in stage.matrices]
-        power = sum((x.flatten(0, -2).square().sum(0) for x in stage.exact), torch.zeros((), device=weights[0].device))
+        squares = (x.flatten(0, -2).float().square().sum(0) for x in stage.exact)
+        power = sum(squares, torch.zeros((), device=weights[0].device))
         add_up(power)
         columns = specs[stage.matrices[0]].columns_per_group(weights[0].shape[1])
         if stage.norm is not None:

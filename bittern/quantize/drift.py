@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bittern.processes import add_up
+from bittern.quantize.hessian import add_product
 
 DAMPING = 0.3
 """Of the mean diagonal of the second moment: much more than the solver's, for what the calibration text hardly shows
@@ -41,11 +42,12 @@ class Drift:
         exact: the input in full precision, (batch, positions, in_features), per batch.
             Taken out of the list one by one, for they are large.
         learned: the first so many batches are learned from, the others are held out.
+        rough: see :class:`bittern.quantize.hessian.Accumulator`.
     """
 
-    def __init__(self, exact: list[Tensor], learned: int) -> None:
+    def __init__(self, exact: list[Tensor], learned: int, rough: bool = False) -> None:
         features = exact[0].shape[-1]
-        self._exact, self._learned = exact, learned
+        self._exact, self._learned, self._rough = exact, learned, rough
         self._total = torch.zeros(features, features, device=exact[0].device)
         self._tokens = 0
         self._held: list[tuple[Tensor, Tensor]] = []
@@ -61,13 +63,14 @@ class Drift:
         """
         if not self._exact:
             return
-        moved = self._exact.pop(0) - x
+        x = x.float()
+        moved = self._exact.pop(0).float() - x
         if root is not None:
             moved, x = moved.mul_(root), x * root
         moved, x = moved.flatten(0, -2), x.flatten(0, -2)
         if self._learned:
             self._learned -= 1
-            self._total.addmm_(moved.T, x)
+            add_product(self._total, moved, x, self._rough)
             self._tokens += len(x)
         else:
             self._held.append((moved, x))

@@ -25,6 +25,7 @@ class Effort:
             :mod:`bittern.quantize.shape`; needs an exact share.
         weigh: and tokens count by that.
         tune: scales and norms are trained at the end, see :mod:`bittern.quantize.tune`.
+        damp_percent: unless a user says another, see :func:`bittern.quantize.gptq.factorize`.
     """
 
     search: bool = True
@@ -35,6 +36,7 @@ class Effort:
     shape: bool = False
     weigh: bool = False
     tune: bool = False
+    damp_percent: float = 0.01
 
     def shaped(self, block: Sequence[tuple[Matrix, QuantSpec]]) -> list[Matrix]:
         """The matrices of a planned block whose errors are shaped; blocks of experts are not walked in stages.
@@ -52,10 +54,13 @@ class Effort:
         return min(windows, -int(-self.exact_share * windows // 1))
 
 
+DAMP_PERCENT = 0.2
+"""Layer losses are least at .01, what is lost of the predictions is not (docs/log.md)."""
+
 EFFORTS = {
     "plain": Effort(search=False, act_order=False, polish=False),
-    "fast": Effort(exact_share=0.25, balance=True, shape=True),
-    "best": Effort(exact_share=0.25, balance=True, shape=True, weigh=True, tune=True),
+    "fast": Effort(exact_share=0.25, balance=True, shape=True, damp_percent=DAMP_PERCENT),
+    "best": Effort(exact_share=0.25, balance=True, shape=True, weigh=True, tune=True, damp_percent=DAMP_PERCENT),
 }
 
 

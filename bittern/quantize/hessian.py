@@ -43,18 +43,24 @@ class Inputs:
 
 
 class Accumulator:
-    """The running sum of x x' of one input, upper panels only."""
+    """The running sum of x x' of one input, upper panels only.
 
-    def __init__(self, features: int, device: torch.device) -> None:
+    Args:
+        features: of x.
+        device: where to sum.
+        rough: products in bfloat16, each batch's rounded to it before it is added.
+    """
+
+    def __init__(self, features: int, device: torch.device, rough: bool = False) -> None:
         self.total = torch.zeros(features, features, device=device)
-        self.tokens = 0
+        self.tokens, self.rough = 0, rough
 
     def add(self, x: Tensor) -> None:
         """Add rows ``x`` of shape (..., features)."""
-        x = x.detach().reshape(-1, x.shape[-1]).float()
+        x = x.detach().reshape(-1, x.shape[-1]).to(torch.bfloat16 if self.rough else torch.float32)
         for start in range(0, x.shape[1], SYRK_PANEL):
             panel = slice(start, start + SYRK_PANEL)
-            self.total[panel, start:].addmm_(x[:, panel].T, x[:, start:])
+            add_product(self.total[panel, start:], x[:, panel], x[:, start:], self.rough)
         self.tokens += x.shape[0]
 
     def add_up(self) -> None:
@@ -67,6 +73,14 @@ class Accumulator:
         """E[x x'], whole and symmetric."""
         mean = self.total.triu_().div_(max(self.tokens, 1))
         return mean + mean.triu(1).T
+
+
+def add_product(total: Tensor, x: Tensor, y: Tensor, rough: bool = False) -> None:
+    """Add ``x' y``, a sum over rows, to an fp32 total; ``rough``: in bfloat16, the product rounded to it."""
+    if rough:
+        total.add_(x.bfloat16().T @ y.bfloat16())
+    else:
+        total.addmm_(x.float().T, y.float())
 
 
 def collect(

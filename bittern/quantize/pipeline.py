@@ -70,7 +70,7 @@ def quantize(
     nsamples: int = 128,
     seqlen: int = 512,
     seed: int = 0,
-    damp_percent: float = 0.01,
+    damp_percent: float | None = None,
     layers: Sequence[tuple[str, int]] = (),
     skip: Sequence[str] = (),
     embed_bits: int | None = None,
@@ -116,7 +116,7 @@ def quantize(
         effort: ``plain`` (classic GPTQ), ``fast``, or ``best``, which trains scales and norms after that.
         tune_tokens: that ``best`` trains on, of the dataset; by default :data:`bittern.quantize.tune.TOKENS`.
         dataset, nsamples, seqlen, seed, chat_template: see :func:`~bittern.calibration.load_tokens`.
-        damp_percent: damping of the Hessian as a share of its mean diagonal, in (0, 1).
+        damp_percent: damping of the Hessian as a share of its mean diagonal, in (0, 1); by default the effort's.
         layers: (regular expression, bits) for layers of other bits.
         skip: regular expressions of layers to leave in 16 bits.
         embed_bits, lm_head_bits: 8 packs the embedding, and a head of its own; None leaves them in 16 bits.
@@ -151,6 +151,7 @@ def quantize(
         rank, processes = world()
         options["batch_size"] = batch_size = default_batch(seqlen, place) if batch_size is None else batch_size
         stages = pick_effort(effort)
+        options["damp_percent"] = damp_percent = stages.damp_percent if damp_percent is None else damp_percent
         if tune_tokens is not None and not stages.tune:
             raise BitternError(f"tune_tokens: found {tune_tokens}, but effort {effort} trains nothing; expected best")
         if stages.tune and method == "rtn":

@@ -7,11 +7,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from bittern.checkpoint import TensorInfo
 from bittern.errors import BitternError
 from bittern.formats.packing import Packing
 from bittern.layout import EXPERTS, ROUTER
 from bittern.model import Matrix
+from bittern.replay import fast_in_sixteen_bits
 from bittern.weight import QuantSpec
 
 PACK_MULTIPLE = 32
@@ -64,6 +67,13 @@ class Plan:
         """The tensors that the quantized layers become."""
         grids = {name: spec for name, spec in self.layers.items() if spec is not None}
         return [info for name, shape in self.shapes.items() for info in packing.plan(name, *shape, grids[name])]
+
+    def rough(self, device: torch.device) -> bool:
+        """Whether to walk through the blocks with products in bfloat16: where a device does these faster, and what they
+        round away, 2 ** -9, is next to nothing beside what quantizing does to every layer.
+        """
+        coarse = all(spec is None or spec.bits <= 4 for spec in self.layers.values())
+        return coarse and fast_in_sixteen_bits(device)
 
     @property
     def symmetric(self) -> bool:

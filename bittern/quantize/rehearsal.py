@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from bittern import model as live
 from bittern.model import Matrix, Piece
-from bittern.quantize.backward import Visit, sixteen_bits
+from bittern.quantize.backward import Visit
 from bittern.quantize.balance import Balancer
 from bittern.quantize.drift import Drift
 from bittern.quantize.effort import Effort
@@ -32,7 +32,7 @@ from bittern.quantize.polish import ROUNDS, polish
 from bittern.quantize.shape import Shaper, rounds_before
 from bittern.quantize.stages import Walks, exact_stages
 from bittern.quantize.stopwatch import Cost, Live, measured, seconds
-from bittern.replay import BlockCall, capture
+from bittern.replay import BlockCall, capture, sixteen_bits
 from bittern.weight import QuantSpec, min_max_grid, round_to_nearest
 
 if TYPE_CHECKING:
@@ -154,7 +154,8 @@ def rehearse_blocks(
         if kind not in found:
             inside = [tensor for tensor in sources if tensor.startswith(f"{name}.")]
             with _made_up(model, inside, device, whole=True):
-                found[kind] = _rehearse_block(model, block, name, entries, state, calls[position], effort)
+                given = model, block, name, entries, state, calls[position]
+                found[kind] = _rehearse_block(*given, effort, plan.rough(device))
         result.append(found[kind])
     return result
 
@@ -167,6 +168,7 @@ def _rehearse_block(
     state: Tensor,
     call: BlockCall,
     effort: Effort,
+    rough: bool,
 ) -> BlockCosts:
     samples, matrices = state.shape[0], list(entries)
 
@@ -185,7 +187,9 @@ def _rehearse_block(
         stages = exact_stages(model, block, matrices, [state.clone()], [call])
         if stages is not None:
             readers = [[place(matrix, name) for matrix in stage.matrices] for stage in stages]
-            walk = _rehearse_walk(model, block, entries, state, call, effort, once.seconds)
+            with sixteen_bits(state.device, rough):
+                once = measured(advance)
+            walk = _rehearse_walk(model, block, entries, state, call, effort, rough, once.seconds)
             return BlockCosts(Line(0.0, 0.0), once.times(1 / samples), readers, held, traced, back, walk)
     found = collect(model, block, matrices, [state], [call])
     one, two = (
@@ -227,6 +231,7 @@ def _rehearse_walk(
     state: Tensor,
     call: BlockCall,
     effort: Effort,
+    rough: bool,
     least: float,
 ) -> WalkCosts:
     """What a block takes that can be walked in stages; tried with the batch ``state``, some times over.
@@ -239,9 +244,9 @@ def _rehearse_walk(
         alive = []
         hidden = [state.clone() for _ in range(batches)]
         in_full = [each.clone() for each in hidden[:exact]]
-        stages = exact_stages(model, block, list(entries), in_full, [call] * exact)
+        stages = exact_stages(model, block, list(entries), in_full, [call] * exact, rough)
         assert stages is not None  # it was walked before
-        with Walks(model, block, stages, hidden, [call] * batches) as walks:
+        with Walks(model, block, stages, hidden, [call] * batches, rough) as walks:
             for stage in stages:
                 if tensors is None:
                     walks.gather(stage, exact)
@@ -275,11 +280,10 @@ def _rehearse_walk(
 def _rehearse_balance(
     model: nn.Module, block: nn.Module, entries: dict[Matrix, QuantSpec], state: Tensor, call: BlockCall
 ) -> float:
-    after = state.clone()
-    stages = exact_stages(model, block, list(entries), [after], [call])
+    stages = exact_stages(model, block, list(entries), [state.clone()], [call])
     assert stages is not None
     balancer = Balancer(model, torch.float32)
-    balance = partial(balancer.balance, block, stages, entries, state, after, call)
+    balance = partial(balancer.balance, block, stages, entries, state, call)
     balance()  # only the first block of a kind is tried out
     return seconds(balance, state.device)
 

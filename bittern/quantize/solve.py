@@ -36,7 +36,7 @@ from bittern.quantize.polish import polish
 from bittern.quantize.shape import Shaper, rounds_before
 from bittern.quantize.stages import Stage, Walks, exact_stages
 from bittern.quantize.windows import OwnWindows, guiding_windows
-from bittern.replay import BlockCall, advance, capture_all
+from bittern.replay import BlockCall, advance, capture_all, sixteen_bits
 from bittern.weight import QuantSpec, QuantWeight, min_max_grid, round_to_nearest
 
 if TYPE_CHECKING:
@@ -110,8 +110,10 @@ class Solver:
             entries = dict(self.plan.blocks[position])
             block_calls = [batch_calls[position] for batch_calls in calls]
             before = exact[0].clone() if exact and self.effort.balance else None
-            stages = exact_stages(self.model, block, list(entries), exact, block_calls[: len(exact)])
+            rough = self.plan.rough(self.device)
+            stages = exact_stages(self.model, block, list(entries), exact, block_calls[: len(exact)], rough)
             check_same(0 if stages is None else len(stages), f"stages of {name}")
+            rough = rough and stages is not None
             if stages is None:  # it has not come through this block
                 if any(matrix.expert is not None for matrix in entries) and self._walks_after(position, missing):
                     advance(block, exact, block_calls[: len(exact)])
@@ -125,7 +127,7 @@ class Solver:
             else:
                 balanced = Balanced()
                 if stages is not None and before is not None:
-                    balanced = balancer.balance(block, stages, entries, before, exact[0], block_calls[0])
+                    balanced = balancer.balance(block, stages, entries, before, block_calls[0])
                 rescaled = {part: left for matrix, left in balanced.matrices.items() for part, _, _ in matrix.parts}
                 curvatures = partial(self._curvatures, position, work, balanced.rows)
                 solved = []
@@ -139,7 +141,8 @@ class Solver:
                 if work is not None:
                     work.save(position, solved, balanced.changed)
             if stages is None and position < missing[-1]:
-                advance(block, hidden, block_calls)
+                with sixteen_bits(self.device, rough):
+                    advance(block, hidden, block_calls)
             check_finite(name, hidden)
             live.drop_tensors(self.model, inside)
             heap.trim()
@@ -218,7 +221,7 @@ class Solver:
             for inputs in collect(self.model, block, list(entries), hidden, calls):
                 yield from self._solve_together(inputs, None, entries, curvatures)
         else:
-            with Walks(self.model, block, stages, hidden, calls) as walks:
+            with Walks(self.model, block, stages, hidden, calls, self.plan.rough(self.device)) as walks:
                 for stage in stages:
                     inputs, drift = walks.gather(stage, learned, token_weights(sizes, stage.matrices))
                     heap.for_solving()

@@ -24,7 +24,7 @@ from bittern.errors import BitternError
 from bittern.model import Matrix
 from bittern.quantize.drift import Drift
 from bittern.quantize.hessian import Accumulator, Inputs, check_inputs
-from bittern.replay import BlockCall
+from bittern.replay import BlockCall, sixteen_bits
 
 
 @dataclass
@@ -52,6 +52,7 @@ def exact_stages(
     matrices: Sequence[Matrix],
     hidden: Sequence[Tensor],
     calls: Sequence[BlockCall],
+    rough: bool = False,
 ) -> list[Stage] | None:
     """Run the unquantized block and see who reads what.
 
@@ -61,6 +62,7 @@ def exact_stages(
         matrices: those to solve.
         hidden: per batch, fp32 (batch, positions, hidden_size), in full precision; replaced by the block's outputs.
         calls: per batch, how to call the block.
+        rough: products in bfloat16, where that is faster.
 
     Returns:
         The stages in the order in which the block comes to them; None where it cannot be walked in stages: experts,
@@ -81,7 +83,8 @@ def exact_stages(
                 seen.append((x, [matrix]))
 
         watch = nullcontext() if number else reads
-        with _before(model, matrices, note), _after_norms(model, block, norms), torch.no_grad(), watch:
+        watched = _before(model, matrices, note), _after_norms(model, block, norms)
+        with watched[0], watched[1], torch.no_grad(), sixteen_bits(state.device, rough), watch:
             output = call.run(block, state)
         # Blocks without a norm in front give their input itself to the first matrices: it is about to be replaced.
         given = storages(state)
@@ -110,6 +113,7 @@ class Walks:
         stages: of :func:`exact_stages`.
         hidden: per batch, fp32 (batch, positions, hidden_size).
         calls: per batch, how to call the block.
+        rough: products in bfloat16, where that is faster.
     """
 
     def __init__(
@@ -119,8 +123,9 @@ class Walks:
         stages: Sequence[Stage],
         hidden: Sequence[Tensor],
         calls: Sequence[BlockCall],
+        rough: bool = False,
     ) -> None:
-        self._hidden = hidden
+        self._hidden, self._rough = hidden, rough
         self._inputs = [{0: state} for state in hidden]
         self._arrived = 0  # stages
         self._leaders = {stage.matrices[0] for stage in stages}
@@ -147,8 +152,9 @@ class Walks:
         Raises:
             BitternError: for a batch that comes by another way.
         """
-        for walk, inputs in zip(self._walks, self._inputs, strict=True):
-            with torch.no_grad():
+        for state, walk, inputs in zip(self._hidden, self._walks, self._inputs, strict=True):
+            # Entered and left on this side of the switch: what is solved in between is solved in fp32.
+            with torch.no_grad(), sixteen_bits(state.device, self._rough):
                 arrived = walk.switch()
             if walk.dead or arrived[0] != stage.matrices[0]:
                 raise BitternError(f"{stage.matrices[0].label}: a calibration batch goes through its block without it")
@@ -171,8 +177,8 @@ class Walks:
         Raises:
             BitternError: for NaN and infinity, and as :meth:`inputs` does.
         """
-        drift = Drift(stage.exact, learned)
-        moments = Accumulator(stage.matrices[0].in_features, stage.exact[0].device)
+        drift = Drift(stage.exact, learned, self._rough)
+        moments = Accumulator(stage.matrices[0].in_features, stage.exact[0].device, self._rough)
         first = 0
         counts = None if weights is None else weights.flatten()
         for x in self.inputs(stage):
@@ -191,13 +197,14 @@ class Walks:
         """Walk each batch to the end of the block, and put the outputs in the place of the hidden states."""
         for state, walk, inputs in zip(self._hidden, self._walks, self._inputs, strict=True):
             inputs.clear()
-            with torch.no_grad():
+            with torch.no_grad(), sixteen_bits(state.device, self._rough):
                 output = walk.switch()
+            with torch.no_grad():
                 if state.shape == output.shape:
                     # In place: new tensors in the place of old ones would leave holes all over the heap.
                     state.copy_(output)
                 else:
-                    state.data = output.contiguous()
+                    state.data = output.to(state.dtype).contiguous()
 
     def _stop(self, matrix: Matrix, x: Tensor) -> None:
         getcurrent().parent.switch((matrix, x))
