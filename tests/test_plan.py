@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 
@@ -123,6 +121,6 @@ def test_packed_tensors_are_those_of_the_format() -> None:
 def test_products_are_rough_where_that_is_faster_and_quantizing_is_rougher(
     bits: int, eights: list[str], fast: bool, rough: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules[make_plan.__module__], "fast_in_sixteen_bits", lambda _: fast)
+    monkeypatch.setattr("bittern.replay.fast_in_sixteen_bits", lambda _: fast)
     plan = make_plan(BLOCKS, bits, 32, True, [(each, 8) for each in eights], skip=["layers.1.down"])
     assert plan.rough(torch.device("cpu")) is rough

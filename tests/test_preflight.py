@@ -197,8 +197,9 @@ def test_twice_the_windows_take_twice_the_passes(source: Path, text: Path, tmp_p
     assert two["factorizing"] == one["factorizing"] > 0
 
 
-def test_what_waits_in_a_block_is_counted_stage_by_stage(source: Path) -> None:
+def test_what_waits_in_a_block_is_counted_stage_by_stage(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Llama, 8 positions: by hand, in fp32 numbers a position."""
+    monkeypatch.setattr("bittern.replay.fast_in_sixteen_bits", lambda _: False)
     with open_checkpoint(source) as checkpoint:
         model, sources, plan = planned(checkpoint)
         costs = rehearse_blocks(model, sources, plan, torch.device("cpu"), 2, 8, pick_effort("fast"))

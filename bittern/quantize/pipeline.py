@@ -103,8 +103,8 @@ def quantize(
     Args:
         source: a folder, a GGUF file or a Hub id.
         output: the folder to write, for "gguf" a file; it appears when it is whole.
-        bits: 8, 4, 3 or 2; or a float, the average that layers of these bits shall have, each as many as it needs
-            (see :mod:`bittern.quantize.mixed`): 2.5, and 3.0 is an average too.
+        bits: 8, 4, 3 or 2; or a float, such as 2.5 or 3.0: the average that layers of these bits shall have, each as
+            many as it needs (see :mod:`bittern.quantize.mixed`).
         group_size: input columns that share a scale; -1 the whole row, ``auto`` the largest of 128, 64
             and 32 that divides every layer.
         sym: zeros in the middle of the grid (scales are signed), or searched.
@@ -120,8 +120,7 @@ def quantize(
         layers: (regular expression, bits) for layers of other bits.
         skip: regular expressions of layers to leave in 16 bits.
         embed_bits, lm_head_bits: 8 packs the embedding, and a head of its own; None leaves them in 16 bits.
-        dtype: ``bf16``, ``fp16`` or ``fp32`` for what is not quantized. By default the source's, and
-            fp16 for an fp32 source.
+        dtype: ``bf16``, ``fp16`` or ``fp32`` for what is not quantized; by default the source's, of fp32 fp16.
         device: ``cpu``, ``cuda`` or ``auto``.
         batch_size: calibration samples run together; by default what suits the device.
         max_shard_size: bytes.

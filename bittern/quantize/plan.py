@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from bittern import replay
 from bittern.checkpoint import TensorInfo
 from bittern.errors import BitternError
 from bittern.formats.packing import Packing
 from bittern.layout import EXPERTS, ROUTER
 from bittern.model import Matrix
-from bittern.replay import fast_in_sixteen_bits
 from bittern.weight import QuantSpec
 
 PACK_MULTIPLE = 32
@@ -73,7 +73,7 @@ class Plan:
         round away, 2 ** -9, is next to nothing beside what quantizing does to every layer.
         """
         coarse = all(spec is None or spec.bits <= 4 for spec in self.layers.values())
-        return coarse and fast_in_sixteen_bits(device)
+        return coarse and replay.fast_in_sixteen_bits(device)
 
     @property
     def symmetric(self) -> bool:
