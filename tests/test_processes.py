@@ -93,7 +93,8 @@ def test_two_processes_make_what_one_makes(
     # Where bfloat16 is faster, what each batch adds to the moments is rounded to it, by 1 part in 512 at most.
     near = 5e-3 if fast_in_sixteen_bits(torch.device("cpu")) else 1e-3
     for stage, share in one["layers"][0]["left"].items():
-        assert two["layers"][0]["left"][stage] == pytest.approx(share, rel=near)
+        # What is left by shaping hangs on single codes, as the losses below do.
+        assert two["layers"][0]["left"][stage] == pytest.approx(share, rel=4 * near if stage == "shape" else near)
     # Sums of another order differ in their last bits. In the layers that read the first input nothing else does, nor in
     # those of the first attention where errors are not shaped.
     losses = torch.tensor([[record["loss"] for record in manifest["layers"]] for manifest in manifests])

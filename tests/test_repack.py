@@ -90,6 +90,22 @@ def test_there_and_back(format: str, bits: int, sym: bool, source: Path, tmp_pat
     assert torch.equal(logits(tmp_path / "there"), logits(first))
 
 
+def test_damping_is_stated_as_the_source_states_it(source: Path, tmp_path: Path) -> None:
+    def stated(name: str) -> float:
+        return float(json.loads((tmp_path / name / "quantize_config.json").read_text())["damp_percent"])
+
+    bittern.convert(
+        quantized(source, tmp_path / "first", damp_percent=0.07), tmp_path / "ct", format="compressed-tensors"
+    )
+    bittern.convert(tmp_path / "ct", tmp_path / "back", format="gptq")
+    (tmp_path / "first" / "bittern_manifest.json").unlink()  # others' artifacts have none
+    bittern.convert(tmp_path / "first", tmp_path / "v2", format="gptq_v2")
+    assert stated("first") == stated("back") == stated("v2") == 0.07
+    (tmp_path / "ct" / "bittern_manifest.json").unlink()
+    bittern.convert(tmp_path / "ct", tmp_path / "unknown", format="gptq")
+    assert stated("unknown") == 0.01
+
+
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
 def test_mlx_holds_asymmetric_grids_in_fp32(bits: int, source: Path, tmp_path: Path) -> None:
     first = quantized(source, tmp_path / "first", bits=bits, sym=False)
