@@ -83,9 +83,10 @@ def advance(block: nn.Module, hidden: Sequence[Tensor], calls: Sequence[BlockCal
             state.copy_(call.run(block, state))
 
 
-def sixteen_bits(device: torch.device, wanted: bool = True) -> AbstractContextManager[None]:
-    """Products in bfloat16, where that is faster than fp32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted and fast_in_sixteen_bits(device))
+def sixteen_bits(device: torch.device, wanted: bool | None = None) -> AbstractContextManager[None]:
+    """Products in bfloat16; unless it is said whether, where that is faster than fp32."""
+    enabled = fast_in_sixteen_bits(device) if wanted is None else wanted
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def fast_in_sixteen_bits(device: torch.device) -> bool:

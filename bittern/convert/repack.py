@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from bittern import model as live
-from bittern.artifact import Artifact, quantization_config
+from bittern.artifact import Artifact
 from bittern.checkpoint import Checkpoint, CheckpointWriter, TensorInfo, open_checkpoint
 from bittern.consumers import asks_dequantize
 from bittern.convert.cast import DTYPES, cast_tensors, cast_values, other_matrices, target_dtype, with_dtype
@@ -114,7 +114,7 @@ def repack(
             format,
             torch.float32 if floats == torch.float32 else torch.float16,
             exact=not allow_inexact,
-            damp_percent=_damp_percent(checkpoint, contents.origin),
+            damp_percent=_damp_percent(artifact, contents.origin),
             desc_act=artifact.scheme is not None and artifact.scheme.desc_act,
             dequantize=format == "compressed-tensors" and asks_dequantize(target, layout_of(artifact)),
         )
@@ -213,9 +213,9 @@ class _Place:
     transposed: bool
 
 
-def _damp_percent(checkpoint: Checkpoint, origin: dict[str, Any] | None) -> float:
+def _damp_percent(artifact: Artifact, origin: dict[str, Any] | None) -> float:
     """What layers were damped by, as far as config or manifest say; only GPTQ's configs have a place for it."""
-    said = [quantization_config(checkpoint)[1], *(each.get("options") for each in lineage(origin or {}))]
+    said = [artifact.found, *(each.get("options") for each in lineage(origin or {}))]
     for options in said:
         found = options.get("damp_percent") if isinstance(options, dict) else None
         if isinstance(found, float) and 0 < found < 1:

@@ -103,6 +103,7 @@ class Solver:
         hidden, calls = self._capture(prefix, blocks, batches) if batches else ([], [])
         exact = [state.clone() for state in hidden[: windows.exact]]
         balancer = Balancer(self.model, self.dtype)
+        rough = self.plan.rough(self.device)
         for position in range(missing[-1] + 1) if batches else missing:
             name, block = f"{prefix}.{position}", blocks[position]
             inside = [tensor for tensor in self.sources if tensor.startswith(f"{name}.")]
@@ -110,10 +111,9 @@ class Solver:
             entries = dict(self.plan.blocks[position])
             block_calls = [batch_calls[position] for batch_calls in calls]
             before = exact[0].clone() if exact and self.effort.balance else None
-            rough = self.plan.rough(self.device)
             stages = exact_stages(self.model, block, list(entries), exact, block_calls[: len(exact)], rough)
             check_same(0 if stages is None else len(stages), f"stages of {name}")
-            rough = rough and stages is not None
+            walked_rough = rough and stages is not None
             if stages is None:  # it has not come through this block
                 if any(matrix.expert is not None for matrix in entries) and self._walks_after(position, missing):
                     advance(block, exact, block_calls[: len(exact)])
@@ -141,7 +141,7 @@ class Solver:
                 if work is not None:
                     work.save(position, solved, balanced.changed)
             if stages is None and position < missing[-1]:
-                with sixteen_bits(self.device, rough):
+                with sixteen_bits(self.device, walked_rough):
                     advance(block, hidden, block_calls)
             check_finite(name, hidden)
             live.drop_tensors(self.model, inside)

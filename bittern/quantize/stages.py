@@ -62,7 +62,7 @@ def exact_stages(
         matrices: those to solve.
         hidden: per batch, fp32 (batch, positions, hidden_size), in full precision; replaced by the block's outputs.
         calls: per batch, how to call the block.
-        rough: products in bfloat16, where that is faster.
+        rough: products in bfloat16.
 
     Returns:
         The stages in the order in which the block comes to them; None where it cannot be walked in stages: experts,
@@ -83,8 +83,13 @@ def exact_stages(
                 seen.append((x, [matrix]))
 
         watch = nullcontext() if number else reads
-        watched = _before(model, matrices, note), _after_norms(model, block, norms)
-        with watched[0], watched[1], torch.no_grad(), sixteen_bits(state.device, rough), watch:
+        with (
+            _before(model, matrices, note),
+            _after_norms(model, block, norms),
+            torch.no_grad(),
+            sixteen_bits(state.device, rough),
+            watch,
+        ):
             output = call.run(block, state)
         # Blocks without a norm in front give their input itself to the first matrices: it is about to be replaced.
         given = storages(state)
@@ -113,7 +118,7 @@ class Walks:
         stages: of :func:`exact_stages`.
         hidden: per batch, fp32 (batch, positions, hidden_size).
         calls: per batch, how to call the block.
-        rough: products in bfloat16, where that is faster.
+        rough: products in bfloat16, those of the moments too, see :class:`bittern.quantize.hessian.Accumulator`.
     """
 
     def __init__(
@@ -197,9 +202,9 @@ class Walks:
         """Walk each batch to the end of the block, and put the outputs in the place of the hidden states."""
         for state, walk, inputs in zip(self._hidden, self._walks, self._inputs, strict=True):
             inputs.clear()
-            with torch.no_grad(), sixteen_bits(state.device, self._rough):
-                output = walk.switch()
             with torch.no_grad():
+                with sixteen_bits(state.device, self._rough):
+                    output = walk.switch()
                 if state.shape == output.shape:
                     # In place: new tensors in the place of old ones would leave holes all over the heap.
                     state.copy_(output)
