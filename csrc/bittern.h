@@ -14,7 +14,7 @@ extern "C" {
 #endif
 
 #define BT_API __attribute__((visibility("default")))
-#define BT_ABI 3 /* changes with every change of this file; the Python side refuses any other */
+#define BT_ABI 4 /* changes with every change of this file; the Python side refuses any other */
 
 enum { BT_BAD_ARGUMENT = -1, BT_NO_MEMORY = -2, BT_NO_THREAD = -3, BT_UNSUPPORTED = -4 };
 
@@ -101,6 +101,22 @@ typedef struct bt_columns {
 } bt_columns;
 
 BT_API int bt_solve_columns(bt_context *context, const bt_columns *call);
+
+/* Coordinate descent on the codes of rows (bittern/quantize/polish.py): each column in its turn gets the code that is
+   nearest to where its slope vanishes,
+     code = clamp(round((scale (code - zero) - slope / hessian[k][k]) / scale) + zero, 0, max_code),
+   and what that changes the weight by, times hessian[k], is added to the slopes of its row. Rows do not see each
+   other. */
+typedef struct bt_descent {
+    int32_t rows, columns, group_size, max_code; /* whole groups; at most 255 */
+    const float *hessian;                        /* [columns][columns], symmetric */
+    const float *inverse;                        /* [columns], of its diagonal */
+    const float *scales, *zeros;                 /* [rows][columns / group_size] */
+    uint8_t *codes;                              /* [rows][columns], changed */
+    float *slopes;                               /* [rows][columns], changed */
+} bt_descent;
+
+BT_API int bt_descend(bt_context *context, const bt_descent *call);
 
 /* A decoder of the Llama family. */
 

@@ -275,6 +275,50 @@ void check_columns(bt_context *c, int columns, int rows, int max_code, const cha
     }
 }
 
+// Coordinate descent: each code was the best one in its turn, and the slopes are those of the codes.
+void check_descent(bt_context *c, int rows, int columns, int group_size, int max_code, const char *what) {
+    const int groups = columns / group_size;
+    Buffer<float> hessian = make<float>(columns * columns), inverse = make<float>(columns);
+    Buffer<float> scales = make<float>(rows * groups), zeros = make<float>(rows * groups);
+    Buffer<float> slopes = make<float>(rows * columns);
+    Buffer<uint8_t> codes = make<uint8_t>(rows * columns);
+    Buffer<double> expected = make<double>(rows * columns);
+    for (int i = 0; i < columns; i++) {
+        for (int j = 0; j <= i; j++) hessian[i * columns + j] = hessian[j * columns + i] = random_float() / 8;
+        hessian[i * columns + i] = 1 + random_float() / 2;
+        inverse[i] = 1 / hessian[i * columns + i];
+    }
+    for (int i = 0; i < rows * groups; i++) {
+        scales[i] = (random_below(2) != 0 ? 1.0f : -1.0f) * (2 + random_float()) / static_cast<float>(max_code);
+        zeros[i] = static_cast<float>(random_below(max_code + 1));
+    }
+    for (int i = 0; i < rows * columns; i++) {
+        codes[i] = static_cast<uint8_t>(random_below(max_code + 1));
+        expected[i] = slopes[i] = random_float();
+    }
+    Buffer<uint8_t> given = make<uint8_t>(rows * columns);
+    memcpy(given.get(), codes.get(), static_cast<size_t>(rows * columns));
+    bt_descent call = {};
+    call.rows = rows, call.columns = columns, call.group_size = group_size, call.max_code = max_code;
+    call.hessian = hessian.get(), call.inverse = inverse.get(), call.scales = scales.get(), call.zeros = zeros.get();
+    call.codes = codes.get(), call.slopes = slopes.get();
+    expect(bt_descend(c, &call) == 0, "%s: bt_descend", what);
+    for (int row = 0; row < rows; row++) {
+        double *own = expected.get() + row * columns;
+        for (int k = 0; k < columns; k++) {
+            const int at = row * columns + k, grid = row * groups + k / group_size;
+            const double scale = scales[grid], code = codes[at];
+            const double wanted = given[at] - own[k] * inverse[k] / scale;
+            const double nearest = wanted < 0 ? 0 : wanted > max_code ? max_code : wanted;
+            expect(fabs(code - nearest) < 0.501 + 1e-3 * max_code, "%s: row %d, column %d: code", what, row, k);
+            for (int j = 0; j < columns; j++) own[j] += (code - given[at]) * scale * hessian[k * columns + j];
+        }
+        for (int k = 0; k < columns; k++) {
+            expect(fabs(slopes[row * columns + k] - own[k]) < 1e-4, "%s: row %d, column %d: slope", what, row, k);
+        }
+    }
+}
+
 // All that one instruction set computes.
 int check_set(int set) {
     static const int shapes[][3] = {{1, 32, 32},   {15, 100, 32},  {17, 96, 96},  {33, 100, 100}, {16, 40, 8},
@@ -308,6 +352,9 @@ int check_set(int set) {
         check_attention(c, set_names[set]);
         check_columns(c, 64, 200, 7, set_names[set]), check_columns(c, 64, 61, 255, set_names[set]);
         check_columns(c, 13, 3, 3, set_names[set]), check_columns(c, 1, 65, 15, set_names[set]);
+        check_descent(c, 13, 96, 32, 15, set_names[set]), check_descent(c, 7, 40, 40, 3, set_names[set]);
+        check_descent(c, 1, 24, 8, 255, set_names[set]), check_descent(c, 9, 30, 5, 7, set_names[set]);
+        check_descent(c, 0, 8, 8, 7, set_names[set]);
     }
     for (int activations : {BT_A16, BT_A8}) {
         for (int cache : {BT_F32, BT_BF16, BT_I8}) check_decoder(contexts, 3, activations, cache, set_names[set]);

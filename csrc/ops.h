@@ -199,8 +199,56 @@ void solve_columns(const bt_columns &c, const float (*coupling)[most_columns], i
     }
 }
 
-const VectorOps ops = {rms_norm, add,    gate,  cap,    embed,         head,
-                       append,   attend, merge, finish, solve_columns, read};
+// Few codes of a solved matrix change, so `lanes` columns are decided on at once as if none of them did; from the first
+// that does on, they are decided on again.
+void descend_row(const bt_descent &c, int row) {
+    using namespace wide;
+    typedef uint8_t Codes __attribute__((vector_size(lanes)));
+    const Floats magic = all(0x1.8p23f), least = all(-1024.0f), most = all(1024.0f), none = {};
+    const Floats largest = all(static_cast<float>(c.max_code)), numbers = __builtin_convertvector(lane_numbers, Floats);
+    const int groups = c.columns / c.group_size;
+    uint8_t *codes = c.codes + row * static_cast<int64_t>(c.columns);
+    float *slopes = c.slopes + row * static_cast<int64_t>(c.columns);
+    for (int group = 0; group < groups; group++) {
+        const float step = c.scales[row * static_cast<int64_t>(groups) + group];
+        const Floats scale = all(step), zero = all(c.zeros[row * static_cast<int64_t>(groups) + group]);
+        const int stop = (group + 1) * c.group_size;
+        for (int column = stop - c.group_size; column < stop; column += lanes) {
+            const int count = stop - column < lanes ? stop - column : lanes;
+            Codes packed = {};
+            memcpy(&packed, codes + column, static_cast<size_t>(count));
+            Floats given = __builtin_convertvector(packed, Floats);
+            const Floats inverse = load_some(c.inverse + column, count);
+            for (int from = 0; from < count;) {
+                const Floats slope = load_some(slopes + column, count);
+                Floats code = ((given - zero) * scale - slope * inverse) / scale;
+                code = code > least ? code : least;  // further than any grid reaches; takes NaN too
+                code = code < most ? code : most;
+                code = (code + magic) - magic + zero;  // to the nearest, ties to even
+                code = code > 0.0f ? code : none;
+                code = code < largest ? code : largest;
+                // The first lane of those whose turn is still to come.
+                const Floats behind = numbers < static_cast<float>(from) ? none : all(static_cast<float>(lanes)) - numbers;
+                const int lane = lanes - static_cast<int>(largest_lane(code != given ? behind : none));
+                if (lane >= count) break;
+                const float change = (code[lane] - given[lane]) * step;
+                given[lane] = code[lane];
+                codes[column + lane] = static_cast<uint8_t>(code[lane]);
+                const float *pull = c.hessian + (column + lane) * static_cast<int64_t>(c.columns);
+#pragma omp simd
+                for (int k = 0; k < c.columns; k++) slopes[k] += change * pull[k];
+                from = lane + 1;
+            }
+        }
+    }
+}
+
+void descend(const bt_descent &c, int begin, int end) {
+    for (int row = begin; row < end; row++) descend_row(c, row);
+}
+
+const VectorOps ops = {rms_norm, add,   gate,   cap,           embed,   head, append,
+                       attend,   merge, finish, solve_columns, descend, read};
 
 }  // namespace
 

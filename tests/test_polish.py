@@ -11,7 +11,8 @@ from torch import Tensor
 from bittern.quantize import polish as module
 from bittern.quantize.columns import BLOCK_SIZE
 from bittern.quantize.gptq import factorize, gptq
-from bittern.quantize.polish import descend, polish, refit_scales, slopes_of
+from bittern.quantize.polish import damp, descend, polish, refit_scales, slopes_of
+from bittern.runtime import native
 from bittern.weight import QuantSpec, QuantWeight
 
 SPECS = [QuantSpec(bits, group_size, sym) for bits in (2, 3, 4, 8) for group_size in (8, -1) for sym in (True, False)]
@@ -36,7 +37,7 @@ def row_losses(weight: Tensor, hessian: Tensor, found: Tensor) -> Tensor:
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_refitted_scales_are_the_least_squares_ones(spec: QuantSpec) -> None:
     weight, inputs, hessian, solved = problem(spec)
-    refitted, slopes = refit_scales(hessian, solved, slopes_of(weight, hessian, solved))
+    refitted, slopes = refit_scales(damp(hessian, 0.0), solved, slopes_of(weight, hessian, solved))
     assert torch.equal(refitted.codes, solved.codes) and refitted.scales.dtype == solved.scales.dtype
     groups = solved.scales.shape[1]
     steps = (solved.codes.view(9, groups, -1).double() - solved.zeros.unsqueeze(2)).flatten(1)
@@ -71,9 +72,12 @@ def test_each_code_becomes_the_best_for_the_others(spec: QuantSpec, monkeypatch:
             tried[:, column] = code
             trials.append(row_losses(weight, hessian, (tried - zeros) * scales))
         codes[:, column] = torch.stack(trials).argmin(0).to(torch.uint8)
-    for size in (BLOCK_SIZE, 5):
-        monkeypatch.setattr(module, "BLOCK_SIZE", size)
-        found, slopes = descend(hessian, solved, slopes_of(weight, hessian, solved))
+    begun = slopes_of(weight, hessian, solved)
+    for size in (None, BLOCK_SIZE, 5):  # by the kernel, and by products of blocks of columns
+        if size is not None:
+            monkeypatch.setattr(native, "available", lambda: False)
+            monkeypatch.setattr(module, "BLOCK_SIZE", size)
+        found, slopes = descend(damp(hessian, 0.0), solved, begun)
         assert (found != codes).float().mean() < 0.005  # a tie here and there
         expected = slopes_of(weight.double(), hessian.double(), replace(solved, codes=found))
         torch.testing.assert_close(slopes.double(), expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
@@ -82,14 +86,15 @@ def test_each_code_becomes_the_best_for_the_others(spec: QuantSpec, monkeypatch:
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_polish_makes_no_row_worse(spec: QuantSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, _, hessian, solved = problem(spec)
-    polished, loss = polish(weight, hessian, 0.0, solved)
+    polished, loss = polish(weight, damp(hessian, 0.0), solved)
     before = row_losses(weight, hessian, solved.dequantize())
     assert bool((loss <= before * (1 + 1e-4)).all())
     if spec.bits < 8:
         assert float(loss.sum()) < 0.98 * float(before.sum())
     torch.testing.assert_close(loss.double(), row_losses(weight, hessian, polished.dequantize()), rtol=1e-3, atol=0)
-    monkeypatch.setattr(module, "REFIT_BYTES", 1)
-    again = polish(weight, hessian, 0.0, solved)[0]
+    monkeypatch.setattr(module, "REFIT_BYTES", {"cpu": 1})
+    monkeypatch.setattr(module, "LEAST_ROWS", 2)
+    again = polish(weight, damp(hessian, 0.0), solved)[0]
     assert float((again.codes == polished.codes).float().mean()) > 0.99
     torch.testing.assert_close(
         row_losses(weight, hessian, again.dequantize()).sum(), loss.double().sum(), rtol=0.01, atol=0
@@ -101,6 +106,7 @@ def test_a_group_of_zeros_stays_zero() -> None:
     weight = torch.randn(4, 16, generator=generator)
     weight[:, 8:] = 0
     hessian = torch.eye(16)
-    polished, _ = polish(weight, hessian, 0.01, gptq(weight, factorize(hessian, 0.01), QuantSpec(4, 8)).weight)
+    factor = factorize(hessian, 0.01)
+    polished, _ = polish(weight, damp(hessian, factor.damping), gptq(weight, factor, QuantSpec(4, 8)).weight)
     assert bool(torch.isfinite(polished.scales.float()).all())
     assert torch.equal(polished.dequantize()[:, 8:], weight[:, 8:])

@@ -180,7 +180,9 @@ def test_twice_the_windows_take_twice_the_passes(source: Path, text: Path, tmp_p
         costs = rehearse_blocks(model, sources, plan, cpu, 2, 32, plain)
         assert not any(tensor.device.type != "meta" for tensor in model.state_dict().values())
         solving = {
-            (width, QuantSpec(4, 32), False): rehearse_solver(width, QuantSpec(4, 32), False, 96, 0.01, cpu, plain)
+            (width, QuantSpec(4, 32), False): rehearse_solver(
+                width, QuantSpec(4, 32), False, 96, 0.01, cpu, plain, False
+            )
             for width in (64, 96)
         }
         for samples in (100, 200):
@@ -249,9 +251,9 @@ def test_a_run_that_goes_on_is_spared_what_is_done() -> None:
 def test_a_wide_matrix_is_extrapolated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes, which no machine disturbs: tried at 64 columns, they are those of 256."""
     cpu = torch.device("cpu")
-    whole = rehearse_solver(256, QuantSpec(4, 32), False, 64, 0.01, cpu, pick_effort("fast"))
+    whole = rehearse_solver(256, QuantSpec(4, 32), False, 64, 0.01, cpu, pick_effort("fast"), True)
     monkeypatch.setattr(rehearsal, "WIDEST", 64)
-    tried = rehearse_solver(256, QuantSpec(4, 32), False, 64, 0.01, cpu, pick_effort("fast"))
+    tried = rehearse_solver(256, QuantSpec(4, 32), False, 64, 0.01, cpu, pick_effort("fast"), True)
     assert tried.factorize.bytes == pytest.approx(whole.factorize.bytes, rel=0.05)
     assert tried.row_bytes == whole.row_bytes and tried.solve.fixed > 0
     assert Line(2.0, 0.5)(10) == 7

@@ -53,11 +53,14 @@ def by_hand(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, scale: f
 @pytest.mark.parametrize(("heads", "key_value_heads"), [(4, 4), (6, 2), (4, 1)])
 @pytest.mark.parametrize(("queries", "keys"), [(5, 5), (1, 7), (3, 7)])
 @pytest.mark.parametrize("mask", [None, "shared", "by head", "added"])
-def test_equals_attention_by_hand(heads: int, key_value_heads: int, queries: int, keys: int, mask: str | None) -> None:
+@pytest.mark.parametrize("size", [8, 12], ids=["values like keys", "wider values"])
+def test_equals_attention_by_hand(
+    heads: int, key_value_heads: int, queries: int, keys: int, mask: str | None, size: int
+) -> None:
     generator = torch.Generator().manual_seed(heads + keys)
     query = torch.randn(2, heads, queries, 8, generator=generator)
     key = torch.randn(2, key_value_heads, keys, 8, generator=generator)
-    value = torch.randn(2, key_value_heads, keys, 12, generator=generator)
+    value = torch.randn(2, key_value_heads, keys, size, generator=generator)
     if mask is None:
         # One query sees everything; several are causal, and with more keys the cache is an empty static one.
         allowed = torch.ones(queries, keys, dtype=torch.bool).tril(keys if queries == 1 else 0).expand(2, heads, -1, -1)
@@ -72,6 +75,26 @@ def test_equals_attention_by_hand(heads: int, key_value_heads: int, queries: int
     found, weights = attention.attention(nn.Module(), query, key, value, given, scaling=0.3)
     assert weights is None
     torch.testing.assert_close(found, by_hand(query, key, value, allowed, 0.3))
+
+
+@pytest.mark.parametrize("library", [True, False], ids=["native", "torch"])
+def test_autocast_decides_what_comes_out(library: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values are in bfloat16 there, queries and keys in fp32 once they are rotated."""
+    if not library:
+        monkeypatch.setattr(native, "available", lambda: False)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 5, 8, generator=generator) for heads in (4, 2, 2))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found, _ = attention.attention(nn.Module(), query, key, value.bfloat16(), None)
+    allowed = torch.ones(5, 5, dtype=torch.bool).tril().expand(1, 4, -1, -1)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), by_hand(query, key, value, allowed, 8**-0.5), rtol=0.05, atol=0.03)
+
+
+def test_gradients_pass_through_causal_attention() -> None:
+    query, key, value = (torch.randn(1, heads, 5, 8, requires_grad=True) for heads in (4, 2, 2))
+    attention.attention(nn.Module(), query, key, value, None)[0].sum().backward()  # type: ignore[no-untyped-call]
+    assert all(each.grad is not None for each in (query, key, value))
 
 
 def test_refuses_what_it_would_ignore() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bittern.quantize import shape as module
 from bittern.quantize.gptq import Factor, factorize, gptq
-from bittern.quantize.polish import improve, polish, slopes_of
+from bittern.quantize.polish import damp, improve, polish, slopes_of
 from bittern.quantize.shape import Shaper, damped
 from bittern.weight import QuantSpec, QuantWeight
 
@@ -25,7 +25,7 @@ def problem(spec: QuantSpec, rows: int = 12) -> tuple[Tensor, Tensor, Factor, Te
     generator = torch.Generator().manual_seed(3)
     weight, hessian = torch.randn(rows, 24, generator=generator), moments(24, generator)
     factor = factorize(hessian, 0.01)
-    solved, _ = polish(weight, hessian, factor.damping, gptq(weight, factor, spec).weight)
+    solved, _ = polish(weight, damp(hessian, factor.damping), gptq(weight, factor, spec).weight)
     return weight, hessian, factor, moments(rows, generator), solved
 
 
@@ -66,7 +66,7 @@ def test_the_sweep_takes_over_all_errors_before(spec: QuantSpec, monkeypatch: py
             step = codes[row, column] - zeros[row, column]
             error[row, column] = step * scales[row, column] - original[row, column]
     upper = factorize(outputs, 1e-6, act_order=False).upper
-    found = Shaper(hessian, factor)._sweep(weight, upper, solved)
+    found = Shaper(damp(hessian, factor.damping), factor)._sweep(weight, upper, solved)
     assert torch.equal(found.scales, solved.scales) and found.codes.dtype == torch.uint8
     assert (found.codes[:, factor.order] != codes).float().mean() < 0.01  # a tie here and there
 
@@ -78,13 +78,13 @@ def test_outputs_that_do_not_go_together_are_solved_row_by_row(
 ) -> None:
     weight, hessian, factor, curvature, solved = problem(spec)
     monkeypatch.setattr(module, "PARTS", parts)
-    shaper, outputs = Shaper(hessian, factor), damped(torch.diag(curvature.diagonal()))
+    shaper, outputs = Shaper(damp(hessian, factor.damping), factor), damped(torch.diag(curvature.diagonal()))
     swept = shaper._sweep(weight, torch.eye(12), solved)
     plain = gptq(weight, factor, spec, grid=(solved.scales.float(), solved.zeros)).weight
     assert (swept.codes != plain.codes).float().mean() < 0.01
     inputs = inputs_of(hessian, factor).float()
     slopes = slopes_of(weight, inputs, plain)
-    polished, wanted = shaper._polish(outputs, plain, slopes)[0], improve(inputs, plain, slopes)[0]
+    polished, wanted = shaper._polish(outputs, plain, slopes)[0], improve(damp(inputs, 0.0), plain, slopes)[0]
     same = (polished.codes == wanted.codes).all(1)  # scales that round the other way take codes with them
     assert int(same.sum()) >= 9
     torch.testing.assert_close(polished.scales[same], wanted.scales[same], rtol=2e-3, atol=0)
@@ -94,7 +94,7 @@ def test_outputs_that_do_not_go_together_are_solved_row_by_row(
 def test_a_row_that_is_polished_makes_all_rows_better(spec: QuantSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     """The target that a row gets is the right one: what is best for it lessens the divergence of all, row by row."""
     weight, hessian, factor, curvature, solved = problem(spec)
-    shaper, outputs = Shaper(hessian, factor), damped(curvature)
+    shaper, outputs = Shaper(damp(hessian, factor.damping), factor), damped(curvature)
     inputs = inputs_of(hessian, factor)
     before, slopes = divergence(weight, inputs, outputs, solved), slopes_of(weight, inputs.float(), solved)
     for row in range(12):
@@ -112,7 +112,7 @@ def test_a_row_that_is_polished_makes_all_rows_better(spec: QuantSpec, monkeypat
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_divergence_falls_as_is_said(spec: QuantSpec, rows: int) -> None:
     weight, hessian, factor, curvature, solved = problem(spec, rows)
-    shaped, share, losses = Shaper(hessian, factor).shape(weight, 1e-9 * curvature, solved)
+    shaped, share, losses = Shaper(damp(hessian, factor.damping), factor).shape(weight, 1e-9 * curvature, solved)
     inputs, outputs = inputs_of(hessian, factor), damped(curvature)
     before, after = (divergence(weight, inputs, outputs, each) for each in (solved, shaped))
     assert share == pytest.approx(after / before, rel=1e-3)
@@ -124,8 +124,8 @@ def test_divergence_falls_as_is_said(spec: QuantSpec, rows: int) -> None:
 
 def test_outputs_without_curvature_may_be_anything() -> None:
     weight, hessian, factor, curvature, solved = problem(QuantSpec(4, 8))
-    shaped, share, _ = Shaper(hessian, factor).shape(weight, torch.zeros_like(curvature), solved)
+    shaped, share, _ = Shaper(damp(hessian, factor.damping), factor).shape(weight, torch.zeros_like(curvature), solved)
     assert 0 < share <= 1 and bool(torch.isfinite(shaped.scales.float()).all())
     curvature[3], curvature[:, 3] = 0, 0
-    shaped, share, losses = Shaper(hessian, factor).shape(weight, curvature, solved)
+    shaped, share, losses = Shaper(damp(hessian, factor.damping), factor).shape(weight, curvature, solved)
     assert share < 1 and bool(torch.isfinite(losses).all())

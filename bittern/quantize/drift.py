@@ -67,7 +67,8 @@ class Drift:
         moved = self._exact.pop(0).float() - x
         if root is not None:
             moved, x = moved.mul_(root), x * root
-        moved, x = moved.flatten(0, -2), x.flatten(0, -2)
+        dtype = torch.bfloat16 if self._rough else torch.float32
+        moved, x = moved.flatten(0, -2).to(dtype), x.flatten(0, -2).to(dtype)
         if self._learned:
             self._learned -= 1
             add_product(self._total, moved, x, self._rough)
@@ -97,7 +98,7 @@ class Drift:
         step = torch.linalg.solve(damped, weight @ (self._total / tokens), left=False)
         agree, power, whole = torch.zeros(3, len(sizes), device=weight.device)
         for moved, x in self._held:
-            wanted, given = moved @ weight.T, x @ step.T
+            wanted, given = (moved @ weight.T.to(moved.dtype)).float(), (x @ step.T.to(x.dtype)).float()
             agree += torch.stack([part.sum() for part in torch.split(wanted * given, sizes, 1)])
             power += torch.stack([part.sum() for part in torch.split(given.square(), sizes, 1)])
             whole += torch.stack([part.sum() for part in torch.split(wanted.square(), sizes, 1)])

@@ -25,6 +25,7 @@ from bittern.model import Matrix, Piece
 from bittern.processes import add_up
 from bittern.quantize.backward import go_back
 from bittern.quantize.hessian import Accumulator
+from bittern.replay import fast_in_sixteen_bits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -126,7 +127,8 @@ class _Seen:
         self._model = model
         members = list(matrices)
         self.sizes = dict(zip(members, torch.zeros(len(members), *shape), strict=True))
-        self.moments = {matrix: Accumulator(matrix.out_features, device) for matrix in members}
+        rough = fast_in_sixteen_bits(device)  # as the products that the gradients come from
+        self.moments = {matrix: Accumulator(matrix.out_features, device, rough) for matrix in members}
         self.calls = dict.fromkeys(members, 0)
         self.rows = slice(0, 0)
 

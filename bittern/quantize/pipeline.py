@@ -40,6 +40,7 @@ from bittern.quantize.tune import TOKENS as TUNE_TOKENS
 from bittern.quantize.tune import tune, write_text
 from bittern.quantize.windows import OwnWindows, batch_windows, default_batch
 from bittern.report import with_origin
+from bittern.runtime import attention
 from bittern.schema import carried
 from bittern.size import planned_size, source_size, unchanged_cache
 from bittern.ties import refuse_untied
@@ -143,7 +144,7 @@ def quantize(
     Raises:
         BitternError: for anything that a user can mend, before hours are spent wherever it can be known.
     """
-    options = {key: value for key, value in locals().items() if key not in _NO_OPTIONS}
+    options = {key: value for key, value in locals().items() if key not in _NO_OPTIONS and not key.startswith("on_")}
     started = time.monotonic()
     with torch.inference_mode(False), together(device) as place, ExitStack() as stack:
         stack.callback(heap.for_others)
@@ -164,6 +165,7 @@ def quantize(
         if not is_gguf(output):  # of a file, check_gguf is the judge
             check_output(Path(output), checkpoint.path, overwrite)
         model = live.build(checkpoint.config)
+        attention.use(model)
         sources = live.weight_map(model, checkpoint.tensors)
         prefix, blocks = live.blocks(model)
         matrices = [live.matrices(model, f"{prefix}.{position}", sources) for position in range(len(blocks))]
@@ -286,20 +288,8 @@ def quantize(
     return manifest
 
 
-_NO_OPTIONS = (
-    "source",
-    "output",
-    "resume",
-    "dry_run",
-    "on_progress",
-    "on_prediction",
-    "on_note",
-    "on_point",
-    "on_measured",
-    "on_weighed",
-    "on_sampled",
-)
-"""Arguments that do not shape the artifact."""
+_NO_OPTIONS = ("source", "output", "resume", "dry_run")
+"""Arguments that do not shape the artifact, beside those that are called."""
 
 
 def _check_options(

@@ -11,48 +11,68 @@ that take turns, each of which makes the loss of a row ``(w^ - w) (H + lambda I)
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from bittern.quantize.columns import BLOCK_SIZE, solve_columns
+from bittern.quantize.hessian import add_product
+from bittern.runtime import native
 from bittern.weight import LARGEST_SCALE, QuantWeight, round_scale
 
-REFIT_BYTES = 1 << 26
-"""Rows whose scales are refitted together fill so much with their systems of equations."""
+REFIT_BYTES = {"cpu": 1 << 23, "cuda": 1 << 28}
+"""Rows whose scales are refitted together fill so much with their products; on a CPU these stay in its cache."""
+
+LEAST_ROWS = 64
+"""That are refitted together, however wide they are."""
 
 ROUNDS = 4
 """How often codes descend and scales are refitted; three times as many bring nothing more (docs/log.md)."""
 
 
-def polish(
-    weight: Tensor, hessian: Tensor, damping: float, quantized: QuantWeight, rounds: int = ROUNDS
-) -> tuple[QuantWeight, Tensor]:
+@dataclass(frozen=True)
+class Damped:
+    """A Hessian with damping.
+
+    Attributes:
+        whole: H + lambda I, fp32 (in_features, in_features), symmetric; no diagonal entry is 0.
+        factor: what products are made with: the same, or in bfloat16, which rounds what they give to it.
+    """
+
+    whole: Tensor
+    factor: Tensor
+
+
+def damp(hessian: Tensor, damping: float, rough: bool = False) -> Damped:
+    """Add damping to the diagonal of a Hessian, fp32 (in_features, in_features); ``rough``: products in bfloat16."""
+    whole = hessian + damping * torch.eye(len(hessian), device=hessian.device)
+    return Damped(whole, whole.bfloat16() if rough else whole)
+
+
+def polish(weight: Tensor, hessian: Damped, quantized: QuantWeight, rounds: int = ROUNDS) -> tuple[QuantWeight, Tensor]:
     """Refit the scales; then let the codes descend and refit the scales again, a few times.
 
     Args:
         weight: what the matrix should be, fp32 (out_features, in_features).
-        hessian: fp32 (in_features, in_features), symmetric.
-        damping: to be added to its diagonal.
+        hessian: of the inputs.
         quantized: as it was solved.
         rounds: see :data:`ROUNDS`.
 
     Returns:
         The matrix with other scales and codes, and the loss of each row, (out_features,).
     """
-    hessian = hessian + damping * torch.eye(len(hessian), device=hessian.device)
-    quantized, slopes = refit_scales(hessian, quantized, slopes_of(weight, hessian, quantized))
+    quantized, slopes = refit_scales(hessian, quantized, slopes_of(weight, hessian.whole, quantized))
     for _ in range(rounds):
         quantized, slopes = improve(hessian, quantized, slopes)
     return quantized, row_losses(weight, quantized, slopes)
 
 
-def improve(hessian: Tensor, quantized: QuantWeight, slopes: Tensor) -> tuple[QuantWeight, Tensor]:
+def improve(hessian: Damped, quantized: QuantWeight, slopes: Tensor) -> tuple[QuantWeight, Tensor]:
     """Let the codes descend, and refit the scales.
 
     Args:
-        hessian: fp32 (in_features, in_features), damped: no diagonal entry is 0.
+        hessian: of the inputs.
         quantized: where to begin.
         slopes: see :func:`slopes_of`; they tell all that has to be known of the target.
 
@@ -73,48 +93,39 @@ def row_losses(weight: Tensor, quantized: QuantWeight, slopes: Tensor) -> Tensor
     return ((quantized.dequantize() - weight) * slopes).sum(1).clamp_min_(0)
 
 
-def refit_scales(hessian: Tensor, quantized: QuantWeight, slopes: Tensor) -> tuple[QuantWeight, Tensor]:
+def refit_scales(hessian: Damped, quantized: QuantWeight, slopes: Tensor) -> tuple[QuantWeight, Tensor]:
     """The least-squares scales of given codes; a row keeps its own where rounding to fp16 makes them worse.
 
     What is solved for is how far the scales are to move, ``(A' H A) d = -A' R``: of 8 bits the loss is a millionth of
     the output's square, and would drown in the rounding of a difference of two of these.
 
     Args:
-        hessian: fp32 (in_features, in_features), damped.
+        hessian: of the inputs.
         quantized: codes, and scales whose signs stay.
         slopes: see :func:`slopes_of`.
 
     Returns:
         The same codes with their scales, and the slopes that these leave.
     """
-    fitted, change = least_squares(hessian, quantized, slopes)
-    scales = torch.where((change < 0).unsqueeze(1), fitted, quantized.scales.float())
-    refitted = replace(quantized, scales=scales.to(quantized.scales.dtype))
-    return refitted, slopes.addmm(refitted.dequantize() - quantized.dequantize(), hessian)
+    rows, groups = quantized.scales.shape
+    at_once = REFIT_BYTES.get(slopes.device.type, 1 << 26) // (4 * groups * slopes.shape[1])
+    found = [_refit(hessian, quantized.rows(part), slopes[part]) for part in _slices(rows, max(LEAST_ROWS, at_once))]
+    if not found:
+        return quantized, slopes
+    scales = torch.cat([each for each, _ in found]).to(quantized.scales.dtype)
+    return replace(quantized, scales=scales), torch.cat([each for _, each in found])
 
 
-def least_squares(hessian: Tensor, quantized: QuantWeight, slopes: Tensor) -> tuple[Tensor, Tensor]:
-    """What :func:`refit_scales` weighs: scales as they can be stored, fp32 (out_features, groups), and by how much they
-    change the loss of each row, fp32 (out_features,).
-    """
+def _refit(hessian: Damped, quantized: QuantWeight, slopes: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`refit_scales` of some rows: their scales, fp32, and slopes."""
     scales = quantized.scales.float()
     rows, groups = scales.shape
-    steps = (quantized.codes.view(rows, groups, -1) - quantized.zeros.unsqueeze(2).to(slopes.dtype)).flatten(1)
-    found = [
-        _least_squares(hessian, steps[part], scales[part], slopes[part])
-        for part in _slices(rows, REFIT_BYTES // (8 * groups**2))
-    ]
-    if not found:
-        return scales, scales.new_zeros(rows)
-    return torch.cat([each for each, _ in found]), torch.cat([each for _, each in found])
-
-
-def _least_squares(hessian: Tensor, steps: Tensor, scales: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
-    by_group = steps.view(*scales.shape, -1)
-    right = -(slopes.view_as(by_group) * by_group).sum(2).double()
-    system = torch.empty(*scales.shape, scales.shape[1], dtype=torch.float64, device=scales.device)
-    for group, columns in enumerate(_slices(len(hessian), by_group.shape[2])):
-        system[:, group] = ((by_group[:, group] @ hessian[columns]).view_as(by_group) * by_group).sum(2)
+    steps = quantized.codes.view(rows, groups, -1) - quantized.zeros.unsqueeze(2).to(slopes.dtype)
+    factor = hessian.factor.view(groups, -1, slopes.shape[1])
+    # a_g H of every group: it makes the system, and tells what a group's scale does to the slopes.
+    pulls = torch.bmm(steps.transpose(0, 1).to(factor.dtype), factor).to(slopes.dtype)
+    system = (pulls.view(groups, *steps.shape) * steps).sum(3).transpose(0, 1).double()
+    right = -(slopes.view_as(steps) * steps).sum(2).double()
     diagonal = system.diagonal(dim1=1, dim2=2)
     unused = diagonal == 0  # a group whose codes are all its zero: any scale does
     diagonal[unused], right[unused] = 1.0, 0.0
@@ -123,7 +134,11 @@ def _least_squares(hessian: Tensor, steps: Tensor, scales: Tensor, slopes: Tenso
     fitted = round_scale(torch.where((fitted * scales > 0) & (fitted.abs() < LARGEST_SCALE), fitted, scales))
     moved = (fitted - scales).double().unsqueeze(2)
     change = (moved * (system @ moved - 2 * right.unsqueeze(2))).sum((1, 2))
-    return fitted, change.float()
+    fitted = torch.where((change < 0).unsqueeze(1), fitted, scales)
+    slopes = slopes.clone(memory_format=torch.contiguous_format)
+    for pull, each in zip(pulls, (fitted - scales).T, strict=True):
+        slopes.addcmul_(pull, each.unsqueeze(1))
+    return fitted, slopes
 
 
 def _slices(count: int, size: int) -> list[slice]:
@@ -131,33 +146,41 @@ def _slices(count: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def descend(hessian: Tensor, quantized: QuantWeight, slopes: Tensor) -> tuple[Tensor, Tensor]:
+def descend(hessian: Damped, quantized: QuantWeight, slopes: Tensor) -> tuple[Tensor, Tensor]:
     """Choose each code once more, column by column.
 
+    On a CPU by a kernel that moves the slopes where a code changes alone, of a solved matrix one in thirty; else by
+    products, as if all did.
+
     Args:
-        hessian: fp32 (in_features, in_features), damped: no diagonal entry is 0.
+        hessian: of the inputs.
         quantized: where to begin.
         slopes: see :func:`slopes_of`.
 
     Returns:
         The codes, uint8 (out_features, in_features), and the slopes that they end in, see :func:`slopes_of`.
     """
-    columns = len(hessian)
-    groups = torch.arange(columns, device=hessian.device) // quantized.spec.columns_per_group(columns)
+    if slopes.device.type == "cpu" and native.available():
+        codes, slopes = quantized.codes.clone(), slopes.clone(memory_format=torch.contiguous_format)
+        grid = quantized.scales.float().contiguous(), quantized.zeros.float().contiguous()
+        native.descend(hessian.whole, *grid, codes, slopes, quantized.spec.max_code)
+        return codes, slopes
+    whole, columns = hessian.whole, len(hessian.whole)
+    groups = torch.arange(columns, device=whole.device) // quantized.spec.columns_per_group(columns)
     slopes = slopes.T.clone(memory_format=torch.contiguous_format)  # transposed, so that columns are contiguous
     current = quantized.dequantize().T.contiguous()
     codes = torch.empty_like(current, dtype=torch.uint8)
     scales, zeros = quantized.scales.float().T.contiguous(), quantized.zeros.float().T.contiguous()
     for block in _slices(columns, BLOCK_SIZE):
-        inverse = 1 / hessian.diagonal()[block]
+        inverse = 1 / whole.diagonal()[block]
         codes[block], change = solve_columns(
             current[block] - slopes[block] * inverse.unsqueeze(1),
             current[block],
-            hessian[block, block] * inverse,
+            whole[block, block] * inverse,
             scales,
             zeros,
             groups[block],
             quantized.spec.max_code,
         )
-        slopes.addmm_(hessian[:, block], change)
+        add_product(slopes, hessian.factor[block], change, hessian.factor.dtype == torch.bfloat16)
     return codes.T.contiguous(), slopes.T

@@ -165,13 +165,14 @@ def predict(job: Job, size: int, started: float) -> Prediction:
         if job.exact_samples:
             heap.for_solving()
         rehearsed = partial(rehearse_solver, rows=_most_rows(own.plan), damp_percent=own.damp_percent)
-        solver = {grid: rehearsed(*grid, device=own.device, effort=own.effort) for grid in grids}
+        rough = own.plan.rough(own.device)
+        solver = {grid: rehearsed(*grid, device=own.device, effort=own.effort, rough=rough) for grid in grids}
         kinds = {
             (matrix.out_features, matrix.in_features, dict(block)[matrix])
             for block in own.plan.blocks
             for matrix in own.effort.shaped(block)
         }
-        shaping = {kind: rehearse_shaping(*kind, own.damp_percent, own.device) for kind in kinds}
+        shaping = {kind: rehearse_shaping(*kind, own.damp_percent, own.device, rough) for kind in kinds}
     heap.trim()
     base = resident_memory()  # after the libraries have done all that they will be asked for
     stages: dict[str, float] = {"start": 0.0}

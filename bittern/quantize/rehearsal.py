@@ -28,7 +28,7 @@ from bittern.quantize.gptq import Factor, factorize, gptq
 from bittern.quantize.grid import CHUNK
 from bittern.quantize.hessian import collect
 from bittern.quantize.plan import Plan
-from bittern.quantize.polish import ROUNDS, polish
+from bittern.quantize.polish import ROUNDS, Damped, damp, polish
 from bittern.quantize.shape import Shaper, rounds_before
 from bittern.quantize.stages import Walks, exact_stages
 from bittern.quantize.stopwatch import Cost, Live, measured, seconds
@@ -289,7 +289,14 @@ def _rehearse_balance(
 
 
 def rehearse_solver(
-    width: int, spec: QuantSpec, shaped: bool, rows: int, damp_percent: float, device: torch.device, effort: Effort
+    width: int,
+    spec: QuantSpec,
+    shaped: bool,
+    rows: int,
+    damp_percent: float,
+    device: torch.device,
+    effort: Effort,
+    rough: bool,
 ) -> SolveCosts:
     """What solving matrices of ``width`` columns takes, the largest of which has ``rows`` rows.
 
@@ -297,13 +304,14 @@ def rehearse_solver(
     """
     tried = min(width, WIDEST)
     solve_line = partial(_solve_line, spec=spec, rows=rows, effort=effort, rounds=rounds_before(shaped))
-    hessian, factor, cost = _factor(tried, damp_percent, device)
+    hessian, factor, cost = _factor(tried, damp_percent, device, rough)
     if effort.exact_share:
-        cost = replace(cost, seconds=cost.seconds + seconds(partial(_correct, hessian[:1], hessian), device))
+        correct = partial(_correct, hessian.whole[:1], hessian.whole)
+        cost = replace(cost, seconds=cost.seconds + seconds(correct, device))
     solve = solve_line(hessian, factor)
     if tried < width:
         # Each column has a cost of its own; each row one that grows with the columns, and with their square.
-        half = solve_line(*_factor(tried // 2, damp_percent, device)[:2])
+        half = solve_line(*_factor(tried // 2, damp_percent, device, rough)[:2])
         square = max(solve.each - 2 * half.each, 0.0) * 2 / tried**2
         linear = solve.each / tried - square * tried
         solve = Line(solve.fixed * width / tried, linear * width + square * width**2)
@@ -311,10 +319,12 @@ def rehearse_solver(
     return SolveCosts(cost, solve, width * _weight_bytes(spec, device, effort))
 
 
-def rehearse_shaping(rows: int, columns: int, spec: QuantSpec, damp_percent: float, device: torch.device) -> float:
+def rehearse_shaping(
+    rows: int, columns: int, spec: QuantSpec, damp_percent: float, device: torch.device, rough: bool
+) -> float:
     """Seconds for shaping a matrix."""
     height, width = (min(count, SHAPED) for count in (rows, columns))
-    hessian, factor, _ = _factor(width, damp_percent, device)
+    hessian, factor, _ = _factor(width, damp_percent, device, rough)
     curvature = torch.eye(height, device=device).add_(_NUMBER)
     weight = _random((height, width), device)
     solved = round_to_nearest(weight, replace(spec, group_size=min(spec.group_size, width)))
@@ -323,31 +333,33 @@ def rehearse_shaping(rows: int, columns: int, spec: QuantSpec, damp_percent: flo
     return took * rows * columns * (3 * columns + 2 * rows) / (height * width * (3 * width + 2 * height))
 
 
-def _factor(width: int, damp_percent: float, device: torch.device) -> tuple[Tensor, Factor, Cost]:
+def _factor(width: int, damp_percent: float, device: torch.device, rough: bool) -> tuple[Damped, Factor, Cost]:
     hessian = torch.eye(width, device=device).add_(_NUMBER)
-    return hessian, factorize(hessian, damp_percent), measured(lambda: factorize(hessian, damp_percent), device)
+    factor, cost = factorize(hessian, damp_percent), measured(lambda: factorize(hessian, damp_percent), device)
+    return damp(hessian, factor.damping, rough), factor, cost
 
 
-def _solve_line(hessian: Tensor, factor: Factor, spec: QuantSpec, rows: int, effort: Effort, rounds: int) -> Line:
+def _solve_line(hessian: Damped, factor: Factor, spec: QuantSpec, rows: int, effort: Effort, rounds: int) -> Line:
     large = min(max(rows, 2), _ROWS[1])
     small = min(_ROWS[0], large // 2)
-    weight = _random((large, len(hessian)), hessian.device)
+    device = factor.upper.device
+    weight = _random((large, len(factor.order)), device)
     solve = partial(_solve, hessian=hessian, factor=factor, spec=spec, effort=effort, rounds=rounds)
-    one, other = (seconds(partial(solve, weight[:n]), hessian.device) for n in (small, large))
+    one, other = (seconds(partial(solve, weight[:n]), device) for n in (small, large))
     each = max(other - one, 0.0) / (large - small)
     fixed = one - each * small
     if effort.exact_share:
-        few, many = (seconds(partial(_correct, weight[:n], hessian), hessian.device) for n in (small, large))
+        few, many = (seconds(partial(_correct, weight[:n], hessian.whole), device) for n in (small, large))
         each += max(many - few, 0.0) / (large - small)
     return Line(max(fixed, 0.0), each)
 
 
 def _solve(
-    weight: Tensor, hessian: Tensor, factor: Factor, spec: QuantSpec, effort: Effort, rounds: int = ROUNDS
+    weight: Tensor, hessian: Damped, factor: Factor, spec: QuantSpec, effort: Effort, rounds: int = ROUNDS
 ) -> None:
     solution = gptq(weight, factor, spec, grid=None if effort.search else min_max_grid(weight, spec))
     if effort.polish:
-        polish(weight, hessian, factor.damping, solution.weight, rounds)
+        polish(weight, hessian, solution.weight, rounds)
 
 
 def _correct(weight: Tensor, hessian: Tensor) -> None:
@@ -363,7 +375,7 @@ def _correct(weight: Tensor, hessian: Tensor) -> None:
 def _weight_bytes(spec: QuantSpec, device: torch.device, effort: Effort) -> float:
     """What solving holds for each weight: from a narrow matrix, since watching every operation is slow."""
     width = max(128, spec.group_size)
-    hessian, factor, _ = _factor(width, 0.01, device)
+    hessian, factor, _ = _factor(width, 0.01, device, False)
     few = CHUNK.get(device.type, 1 << 18) // width  # the grid search holds one chunk, however many there are
     peaks = []
     for rows in (few, 2 * few):

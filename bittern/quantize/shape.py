@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bittern.quantize.gptq import Factor, factorize, gptq
 from bittern.quantize.polish import ROUNDS as UNSHAPED
-from bittern.quantize.polish import improve, row_losses, slopes_of
+from bittern.quantize.polish import Damped, descend, refit_scales, row_losses, slopes_of
 from bittern.weight import QuantWeight
 
 DAMPING = 0.3
@@ -48,13 +48,12 @@ class Shaper:
     """Shapes matrices that share an input.
 
     Args:
-        hessian: of the input, fp32 (in_features, in_features), symmetric.
+        hessian: of the input.
         factor: of it.
     """
 
-    def __init__(self, hessian: Tensor, factor: Factor) -> None:
-        self._factor = factor
-        self._damped = hessian + factor.damping * torch.eye(len(hessian), device=hessian.device)
+    def __init__(self, hessian: Damped, factor: Factor) -> None:
+        self._hessian, self._factor = hessian, factor
 
     def shape(self, weight: Tensor, curvature: Tensor, solved: QuantWeight) -> tuple[QuantWeight, float, Tensor]:
         """Solve one again, beginning with the scales that it has.
@@ -72,10 +71,10 @@ class Shaper:
         factor = factorize(outputs, 1e-6)
         order, back = factor.order, factor.order.argsort()  # of the rows, here and in all below
         weight, outputs, given = weight[order], outputs[order][:, order], solved.rows(order)
-        best = given, slopes_of(weight, self._damped, given)
+        best = given, slopes_of(weight, self._hessian.whole, given)
         before = least = _divergence(weight, outputs, *best)
         swept = self._sweep(weight, factor.upper, given)
-        found = swept, slopes_of(weight, self._damped, swept)
+        found = swept, slopes_of(weight, self._hessian.whole, swept)
         if not _divergence(weight, outputs, *found) < 2 * before:
             found = best  # where outputs go together closely, a sweep in parts may miss
         for _ in range(ROUNDS):
@@ -109,11 +108,14 @@ class Shaper:
         waiting = _parts(len(codes))[::-1]
         while waiting:
             part = waiting.pop()
-            own, pulled = given.rows(part), outputs[part] @ slopes
-            begun = pulled / outputs.diagonal()[part].unsqueeze(1)
-            polished, ended = improve(self._damped, own, begun)
-            change, moved = polished.dequantize() - own.dequantize(), ended - begun  # and what that moves all by H
-            slope = 2 * pulled + outputs[part, part] @ moved
+            own, pulled, together = given.rows(part), outputs[part] @ slopes, outputs[part, part]
+            sizes = together.diagonal().unsqueeze(1)
+            chosen, moved = descend(self._hessian, own, pulled / sizes)
+            moved -= pulled / sizes
+            begun = (pulled + together @ moved) / sizes  # by now, all that the part's rows do to each other with it
+            polished, ended = refit_scales(self._hessian, replace(own, codes=chosen), begun)
+            moved += ended - begun
+            change, slope = polished.dequantize() - own.dequantize(), 2 * pulled + together @ moved
             if float((slope * change).sum(dtype=torch.float64)) <= 0:
                 codes[part], scales[part] = polished.codes, polished.scales
                 slopes[part] += moved

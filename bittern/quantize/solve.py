@@ -32,7 +32,7 @@ from bittern.quantize.grid import search_grid
 from bittern.quantize.guide import find_guides, token_weights
 from bittern.quantize.hessian import Inputs, check_finite, collect
 from bittern.quantize.plan import Plan
-from bittern.quantize.polish import polish
+from bittern.quantize.polish import damp, polish
 from bittern.quantize.shape import Shaper, rounds_before
 from bittern.quantize.stages import Stage, Walks, exact_stages
 from bittern.quantize.windows import OwnWindows, guiding_windows
@@ -312,7 +312,9 @@ class Solver:
         targets = dict(
             zip(inputs.matrices, torch.split(wanted, [m.out_features for m in inputs.matrices]), strict=True)
         )
-        shaper = Shaper(inputs.hessian, factor) if factor is not None and curvatures else None
+        rough = self.plan.rough(self.device)
+        damped = None if factor is None else damp(inputs.hessian, factor.damping, rough)
+        shaper = Shaper(damped, factor) if damped is not None and factor is not None and curvatures else None
         for spec in dict.fromkeys(specs[matrix] for matrix in inputs.matrices):
             members = [matrix for matrix in inputs.matrices if specs[matrix] == spec]
             stacked = torch.cat([live.get_weight(self.model, matrix) for matrix in members])
@@ -324,9 +326,9 @@ class Solver:
                 target = wanted if len(members) == len(targets) else torch.cat([targets[matrix] for matrix in members])
                 solution = gptq(target, factor, spec, grid=grid)
                 weight, loss = solution.weight, solution.loss
-                if self.effort.polish:
+                if damped is not None and self.effort.polish:
                     rounds = rounds_before(all(matrix in curvatures for matrix in members))
-                    weight, loss = polish(target, inputs.hessian, factor.damping, weight, rounds)
+                    weight, loss = polish(target, damped, weight, rounds)
                 losses = torch.stack((loss, solution.norm, solution.loss, loss))
             start = 0
             for matrix in members:

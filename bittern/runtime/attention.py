@@ -1,6 +1,8 @@
-"""Flash attention through torch's SDPA, for every model that takes its attention from transformers' interface.
+"""Flash attention, for every model that takes its attention from transformers' interface.
 
-Keys and values of grouped heads are never repeated, and a mask is only built for padding and windows.
+Without padding, gradients and dropout a CPU has it from the native library, which leaves out what lies behind a query;
+all else is torch's SDPA. Keys and values of grouped heads are never repeated, and a mask is only built for padding and
+windows.
 """
 
 from __future__ import annotations
@@ -95,6 +97,8 @@ def attention(
     causal = causal and attention_mask is None and queries > 1
     if causal and key.shape[2] > queries:
         key, value = key[:, :, :queries], value[:, :, :queries]
+    if causal and _has_native(query, key, value, dropout):
+        return _native(query, key, value, None, scaling), None
     if queries == 1:
         # The heads that share keys become the queries of one attention.
         query = query.reshape(batch, key_value_heads, heads // key_value_heads, head_dim)
@@ -146,12 +150,9 @@ def _mask(
 
 def _windowed(query: Tensor, key: Tensor, value: Tensor, window: int, dropout: float, scaling: float | None) -> Tensor:
     """Attention to the last ``window`` positions, the own one included: (batch, queries, heads, head_dim)."""
-    heads, queries, head_dim = query.shape[1:]
-    wanted = torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value))
-    fit = query.is_cpu and query.dtype == torch.float32 and key.shape == value.shape and dropout == 0 and not wanted
-    if fit and native.available():
-        scale = head_dim**-0.5 if scaling is None else scaling
-        return flash_attention(query, key, value, scale=scale, window=window)
+    heads, queries = query.shape[1:3]
+    if _has_native(query, key, value, dropout):
+        return _native(query, key, value, window, scaling)
     positions = torch.arange(key.shape[2], device=query.device)
     distances = positions[-queries:, None] - positions
     output = functional.scaled_dot_product_attention(
@@ -164,3 +165,19 @@ def _windowed(query: Tensor, key: Tensor, value: Tensor, window: int, dropout: f
         enable_gqa=heads != key.shape[1],
     )
     return output.transpose(1, 2).contiguous()
+
+
+def _has_native(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
+    """Whether the native library computes the causal attention of these."""
+    wanted = torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value))
+    return query.is_cpu and key.shape == value.shape and dropout == 0 and not wanted and native.available()
+
+
+def _native(query: Tensor, key: Tensor, value: Tensor, window: int | None, scaling: float | None) -> Tensor:
+    """It, computed in fp32, in the values' dtype (autocast leaves queries and keys in fp32 where they are rotated).
+
+    Returns:
+        (batch, queries, heads, head_dim).
+    """
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    return flash_attention(query.float(), key.float(), value.float(), scale=scale, window=window).to(value.dtype)

@@ -20,7 +20,7 @@ from bittern.errors import BitternError
 from bittern.runtime import MOST_THREADS
 from bittern.weight import QuantWeight
 
-ABI = 3
+ABI = 4
 LIBRARY = Path(__file__).with_name("libbittern.so")
 # Forces an instruction set, for tests and for bug reports.
 VARIABLE = "BITTERN_INSTRUCTIONS"
@@ -70,6 +70,23 @@ class Columns(ctypes.Structure):
     )
 
 
+class Descent(ctypes.Structure):
+    """``bt_descent``."""
+
+    _fields_ = (
+        ("rows", ctypes.c_int32),
+        ("columns", ctypes.c_int32),
+        ("group_size", ctypes.c_int32),
+        ("max_code", ctypes.c_int32),
+        ("hessian", ctypes.c_void_p),
+        ("inverse", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p),
+        ("slopes", ctypes.c_void_p),
+    )
+
+
 @dataclass(frozen=True)
 class Settings:
     """How the native layers of a model compute.
@@ -116,6 +133,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         "bt_attention": (integer, [pointer, pointer]),
         "bt_forward": (integer, [pointer] * 8),
         "bt_solve_columns": (integer, [pointer, pointer]),
+        "bt_descend": (integer, [pointer, pointer]),
         "bt_read_probe": (ctypes.c_double, [pointer, pointer, ctypes.c_size_t]),
     }
     for name, (result, arguments) in signatures.items():
@@ -320,6 +338,24 @@ def solve_columns(tensors: Sequence[Tensor], coupling: Tensor, max_code: int) ->
     shape, strides = tensors[0].shape, coupling.stride()
     call = Columns(*shape, max_code, targets, originals, coupling.data_ptr(), *strides, *others)
     check(library().bt_solve_columns(context(), ctypes.addressof(call)), "bt_solve_columns")
+
+
+def descend(hessian: Tensor, scales: Tensor, zeros: Tensor, codes: Tensor, slopes: Tensor, max_code: int) -> None:
+    """``bt_descend``; all tensors contiguous.
+
+    Args:
+        hessian: float32 (columns, columns), symmetric, no diagonal entry 0.
+        scales, zeros: float32 (rows, groups).
+        codes: uint8 (rows, columns), changed in place.
+        slopes: float32 (rows, columns), changed in place.
+        max_code: the largest code.
+    """
+    inverse = 1 / hessian.diagonal()
+    tensors = hessian, inverse, scales, zeros, codes, slopes
+    assert all(tensor.is_contiguous() for tensor in tensors)
+    rows, columns = codes.shape
+    call = Descent(rows, columns, columns // scales.shape[1], max_code, *(tensor.data_ptr() for tensor in tensors))
+    check(library().bt_descend(context(), ctypes.addressof(call)), "bt_descend")
 
 
 def read_probe(megabytes: int, threads: int) -> float:
