@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from bittern import replay
 from bittern.checkpoint import Checkpoint
 from bittern.errors import BitternError
 from bittern.model import Matrix, Piece
 from bittern.processes import add_up
 from bittern.quantize.backward import go_back
 from bittern.quantize.hessian import Accumulator
-from bittern.replay import fast_in_sixteen_bits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -127,7 +127,7 @@ class _Seen:
         self._model = model
         members = list(matrices)
         self.sizes = dict(zip(members, torch.zeros(len(members), *shape), strict=True))
-        rough = fast_in_sixteen_bits(device)  # as the products that the gradients come from
+        rough = replay.fast_in_sixteen_bits(device)  # as the products that the gradients come from
         self.moments = {matrix: Accumulator(matrix.out_features, device, rough) for matrix in members}
         self.calls = dict.fromkeys(members, 0)
         self.rows = slice(0, 0)
