@@ -48,6 +48,7 @@ class Drift:
     def __init__(self, exact: list[Tensor], learned: int, rough: bool = False) -> None:
         features = exact[0].shape[-1]
         self._exact, self._learned, self._rough = exact, learned, rough
+        self._dtype = torch.bfloat16 if rough else torch.float32
         self._total = torch.zeros(features, features, device=exact[0].device)
         self._tokens = 0
         self._held: list[tuple[Tensor, Tensor]] = []
@@ -67,8 +68,7 @@ class Drift:
         moved = self._exact.pop(0).float() - x
         if root is not None:
             moved, x = moved.mul_(root), x * root
-        dtype = torch.bfloat16 if self._rough else torch.float32
-        moved, x = moved.flatten(0, -2).to(dtype), x.flatten(0, -2).to(dtype)
+        moved, x = moved.flatten(0, -2).to(self._dtype), x.flatten(0, -2).to(self._dtype)
         if self._learned:
             self._learned -= 1
             add_product(self._total, moved, x, self._rough)
@@ -97,8 +97,9 @@ class Drift:
         damped = hessian + damping * torch.eye(len(hessian), device=hessian.device)
         step = torch.linalg.solve(damped, weight @ (self._total / tokens), left=False)
         agree, power, whole = torch.zeros(3, len(sizes), device=weight.device)
+        exact, added = weight.T.to(self._dtype), step.T.to(self._dtype)
         for moved, x in self._held:
-            wanted, given = (moved @ weight.T.to(moved.dtype)).float(), (x @ step.T.to(x.dtype)).float()
+            wanted, given = (moved @ exact).float(), (x @ added).float()
             agree += torch.stack([part.sum() for part in torch.split(wanted * given, sizes, 1)])
             power += torch.stack([part.sum() for part in torch.split(given.square(), sizes, 1)])
             whole += torch.stack([part.sum() for part in torch.split(wanted.square(), sizes, 1)])

@@ -165,7 +165,8 @@ def quantize(
         if not is_gguf(output):  # of a file, check_gguf is the judge
             check_output(Path(output), checkpoint.path, overwrite)
         model = live.build(checkpoint.config)
-        attention.use(model)
+        if place.type == "cpu":  # where torch's own takes three times as long
+            attention.use(model)
         sources = live.weight_map(model, checkpoint.tensors)
         prefix, blocks = live.blocks(model)
         matrices = [live.matrices(model, f"{prefix}.{position}", sources) for position in range(len(blocks))]

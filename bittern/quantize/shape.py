@@ -110,8 +110,9 @@ class Shaper:
             part = waiting.pop()
             own, pulled, together = given.rows(part), outputs[part] @ slopes, outputs[part, part]
             sizes = together.diagonal().unsqueeze(1)
-            chosen, moved = descend(self._hessian, own, pulled / sizes)
-            moved -= pulled / sizes
+            begun = pulled / sizes
+            chosen, ended = descend(self._hessian, own, begun)
+            moved = ended - begun
             begun = (pulled + together @ moved) / sizes  # by now, all that the part's rows do to each other with it
             polished, ended = refit_scales(self._hessian, replace(own, codes=chosen), begun)
             moved += ended - begun
