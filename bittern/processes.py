@@ -30,7 +30,7 @@ def world() -> tuple[int, int]:
 
 @contextmanager
 def together(device: str) -> Iterator[torch.device]:
-    """The device of this process; under torchrun, it has met the others inside.
+    """The device of this process; under torchrun, it has met the others inside, and all leave together.
 
     An exception in one of them ends all: the first one raises it, so that it is told once, and every other raises
     AlsoFailed, whether it met the same error or lost the connection to the first.
@@ -56,6 +56,7 @@ def together(device: str) -> Iterator[torch.device]:
         group = "nccl" if place.type == "cuda" else "gloo"
         dist.init_process_group(group, store=store, rank=rank, world_size=size, timeout=WAIT)
         yield place
+        dist.barrier()  # gloo's threads drop the last tensors under the GIL: one that an ending interpreter refuses aborts
     except Exception as error:
         if not _is_first(store):
             raise AlsoFailed("another process has failed, and says why") from error

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 256
+CHUNK = 32
 """Positions whose log-probabilities are held in fp32 at once."""
 
 

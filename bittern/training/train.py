@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from bittern import model as live
+from bittern import replay
 from bittern.errors import BitternError
 from bittern.evaluate import evaluate
 from bittern.processes import add_up, world
@@ -172,8 +172,7 @@ def train(run: Run, options: Training, on_progress: Callable[[dict[str, Any]], N
 def held_out_perplexity(run: Run) -> float:
     """Of the student on the held-out windows; NaN where its logits are."""
     try:
-        with _precision(run.student):
-            return evaluate(run.student, run.held_out, batch_size=1).perplexity
+        return evaluate(run.student, run.held_out, batch_size=1).perplexity
     except BitternError:  # the windows were fine before the first step
         return math.nan
 
@@ -208,7 +207,7 @@ def _step(run: Run, options: Training, step: int) -> Tensor:
             "logits_to_keep": places,
             "output_hidden_states": options.hidden_weight > 0,
         }
-        with _precision(run.student):
+        with replay.sixteen_bits(device):  # weights and their updates stay fp32
             with torch.no_grad():
                 teacher = run.teacher(**call)
             student = run.student(**call)
@@ -235,14 +234,6 @@ def _places(positions: int, share: float, seed: int) -> Tensor:
     if count == positions:
         return torch.arange(positions)
     return torch.randperm(positions, generator=torch.Generator().manual_seed(seed))[:count].sort().values
-
-
-def _precision(model: nn.Module) -> AbstractContextManager[Any]:
-    """bfloat16 products where the device has them in hardware; weights and their updates stay fp32."""
-    device = next(model.parameters()).device.type
-    if device == "cuda" and torch.cuda.is_bf16_supported():
-        return torch.autocast("cuda", torch.bfloat16)
-    return nullcontext()
 
 
 def _decayed(parameters: dict[str, nn.Parameter], weight_decay: float) -> Iterator[dict[str, Any]]:
