@@ -293,7 +293,11 @@ def uptrain_options(function: Command) -> Command:
             "--text", type=click.Path(), help="Text to measure on.  [default: windows held out of the dataset]"
         ),
         click.option(
-            "--sampled", type=count, default="0", metavar="N", help="Of --tokens, what the source writes itself."
+            "--sampled",
+            type=count,
+            default="0",
+            metavar="N",
+            help="Of --tokens, what the source writes: it goes on where windows of the dataset are cut off.",
         ),
         click.option(
             "--tokens",

@@ -56,7 +56,8 @@ def together(device: str) -> Iterator[torch.device]:
         group = "nccl" if place.type == "cuda" else "gloo"
         dist.init_process_group(group, store=store, rank=rank, world_size=size, timeout=WAIT)
         yield place
-        dist.barrier()  # gloo's threads drop the last tensors under the GIL: one that an ending interpreter refuses aborts
+        # Gloo's threads let go of the last tensors under the GIL; one that asks an ending interpreter for it aborts.
+        dist.barrier()
     except Exception as error:
         if not _is_first(store):
             raise AlsoFailed("another process has failed, and says why") from error

@@ -55,8 +55,8 @@ ALLOWED = {
         "size",
         "ties",
     },
-    "calibration": {"errors", "tokenizer"},
-    "training": {"errors", "tokenizer", "calibration", "model", "processes", "evaluate", "writer"},
+    "calibration": {"errors", "tokenizer", "replay", "runtime"},
+    "training": {"errors", "tokenizer", "calibration", "model", "processes", "evaluate", "replay", "writer"},
     "quantize": {
         "calibration",
         "evaluate",

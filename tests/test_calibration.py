@@ -229,7 +229,8 @@ def test_fewer_tokens_than_asked_for_is_said(text: Path, plain: PreTrainedTokeni
     assert f"{len(found.ids)} x 16 = {found.tokens_found} found" in warning
 
 
-def test_the_model_itself_writes(with_bos: PreTrainedTokenizerFast) -> None:
+def test_the_model_itself_writes(with_bos: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "_TEXTS", (32, 32))
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=300,

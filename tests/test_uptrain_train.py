@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from bittern.errors import BitternError
 from bittern.training import state, train
 from bittern.training.loss import distillation_loss, hidden_error
-from bittern.training.text import Windows, read_windows, write_windows
+from bittern.training.text import Windows, kept_apart, read_windows, write_windows
 from bittern.training.train import Training, learning_rate
 from bittern.uptrain.pipeline import uptrain
 from tests import tiny
@@ -110,7 +110,7 @@ def test_windows_of_a_short_text_are_its_tokens(tmp_path: Path, tokenizer: PreTr
     assert read_windows(tmp_path / "w.npy", 0).ids.tolist() == np.reshape(ids[: 8 * whole], (whole, 8)).tolist()
 
 
-def test_a_part_of_the_windows_is_what_the_source_writes(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_source_goes_on_with_a_part_of_the_windows(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     text, path, model = (
         tiny.write_text(tmp_path / "short.txt", words=60),
         tmp_path / "w.npy",
@@ -123,9 +123,20 @@ def test_a_part_of_the_windows_is_what_the_source_writes(tmp_path: Path, tokeniz
         return read_windows(path, 0).ids
 
     plain = windows(1000, 0)  # all that there is
-    mixed = windows(1000, 2)
-    assert len(mixed) == len(plain) + 2 and (mixed[:-2] == plain).all()
-    assert mixed[-2, 0] == mixed[-1, 4] == tokenizer.bos_token_id  # sampled from BOS, the second from its middle on
+    mixed = windows(1000, 20)
+    assert len(mixed) == len(plain) + 20 and (mixed[:-20] == plain).all()
+    apart = set(kept_apart(len(plain)))
+    beginnings = {
+        length: {tuple(row[:length]) for i, row in enumerate(plain.tolist()) if i not in apart} for length in (2, 3, 4)
+    }
+    written = mixed[-20:].tolist()
+    for length, rows in zip((2, 3, 4), (written[:7], written[7:14], written[14:]), strict=True):
+        assert all(tuple(row[:length]) in beginnings[length] for row in rows)
+    assert not all(tuple(row) in set(map(tuple, plain.tolist())) for row in written)  # and not as the text does
+    assert len(set(map(tuple, written))) > 10
+    assert (windows(1000, 20) == mixed).all()  # a seed says what
+    with pytest.raises(BitternError, match="vocabulary"):  # before the model is asked to go on with them
+        write_windows(path, str(text), tokenizer, seqlen=8, count=1000, vocab_size=20, sampled=20, model=model)
 
 
 def test_several_texts_give_the_same_share_of_the_windows(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -159,7 +170,8 @@ def test_every_second_window_begins_with_bos(tmp_path: Path) -> None:
         assert write_windows(path, str(text), tokenizer, seqlen=seqlen, count=count, vocab_size=300) == count
         assert (read_windows(path, 0).ids == rows[:count]).all()
     model = tiny.random_model("llama")
-    write_windows(path, str(text), tokenizer, seqlen=seqlen, count=1000, vocab_size=300, sampled=4, model=model)
+    options: dict[str, Any] = {"seqlen": seqlen, "count": 8, "model": model}
+    write_windows(path, [str(text), "self"], tokenizer, vocab_size=300, **options)
     assert [row.index(bos) for row in read_windows(path, 0).ids[-4:].tolist()] == [0, seqlen // 2] * 2
 
 
@@ -330,7 +342,10 @@ def test_a_run_that_diverges_ends_in_one_line_and_writes_nothing(source: Path, t
     assert not (tmp_path / "out").exists()
 
 
-def test_gradients_accumulate_to_those_of_the_whole_batch(source: Path, text: Path, tmp_path: Path) -> None:
+def test_gradients_accumulate_to_those_of_the_whole_batch(
+    source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bittern.replay.fast_in_sixteen_bits", lambda _: False)
     curves = []
     for micro in (1, 4):
         manifest = run(source, tmp_path / str(micro), text, tokens=640, micro_batch=micro)
@@ -360,13 +375,16 @@ def test_what_is_not_trained_keeps_its_bytes(source: Path, text: Path, tmp_path:
 
 
 def test_two_processes_train_as_one(source: Path, text: Path, tmp_path: Path) -> None:
-    """FSDP over two CPU processes: the same curve but for the order of sums."""
+    """FSDP over two CPU processes: the same curve but for the order of sums, in fp32."""
+    script = tmp_path / "exact.py"
+    lines = "from bittern import cli, replay", "replay.fast_in_sixteen_bits = lambda _: False"
+    script.write_text("\n".join([*lines, "if __name__ == '__main__': cli.main()"]))
     arguments = ["uptrain", str(source), "--dataset", str(text), "--kv-heads", "1", "--seqlen", "16", "--nsamples", "8"]
     arguments += ["--init", "first", "--batch-size", "4", "--lr", "1e-3", "--tokens", "640"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bittern"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     curves = []
-    for name, launcher in (("one", [sys.executable, "-m", "bittern"]), ("two", torchrun)):
+    for name, launcher in (("one", [sys.executable, str(script)]), ("two", torchrun)):
         command = [*launcher, *arguments, "-o", str(tmp_path / name)]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

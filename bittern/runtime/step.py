@@ -115,7 +115,9 @@ def _plain_step(
     name = "cache_params" if "cache_params" in parameters else "past_key_values"
     fixed: dict[str, Any] = {name: new_cache(model.config, min(capacity, width + _AHEAD), kv_cache), "use_cache": True}
     if "logits_to_keep" in parameters:
-        fixed["logits_to_keep"] = 1
+        # A slice of several sequences is not contiguous: in bfloat16, torch would multiply each of its rows with a copy
+        # of the head. Indices copy the positions instead.
+        fixed["logits_to_keep"] = 1 if len(prompts) == 1 else torch.tensor([-1])
     if len({len(prompt) for prompt in prompts}) == 1:
         return lambda tokens: _last_logits(model, torch.tensor([new or [0] for new in tokens]), fixed)
     return _padded_step(model, prompts, capacity, fixed, "position_ids" in parameters)

@@ -12,7 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bittern.calibration import BYTES_PER_TOKEN, Sampled, load_tokens, read_texts, shares
+from bittern.calibration import (
+    BYTES_PER_TOKEN,
+    Sampled,
+    beginnings,
+    read_texts,
+    shares,
+    write_on,
+    writer,
+)
 from bittern.errors import BitternError
 from bittern.tokenizer import check_vocabulary, encode, leading_bos
 
@@ -22,6 +30,7 @@ if TYPE_CHECKING:
 HELD_OUT = 32
 """Windows kept for evaluation when no other text is given, and a tenth of all at most."""
 
+_PROMPTS = (3 / 16, 6 / 16, 9 / 16)  # of a window that the source goes on from
 _SPARE = 1.25  # times the bytes that the tokens should take
 _TOGETHER = 16  # windows of a large text file that are read from one place: stories and arguments go on across windows
 
@@ -80,7 +89,8 @@ def write_windows(
         seqlen: tokens in a window.
         count: windows wanted. Fewer are found in a short text.
         vocab_size: of the model; ids beyond it are an error.
-        sampled: of ``count``, windows that ``model`` writes, at temperature 1; the dataset gives the others.
+        sampled: of ``count``, windows that ``model`` writes, at temperature 1: it goes on where windows of the dataset
+            are cut off, never of those of :func:`kept_apart`; the dataset gives the others.
         model: the source, or a function that loads it; only what is sampled needs it.
         seed: of the sampling.
         chat_template: as in :func:`~bittern.calibration.load_tokens`.
@@ -93,25 +103,44 @@ def write_windows(
         BitternError: as :func:`~bittern.calibration.load_tokens`.
     """
     written = []
+    own = 0
     for name, wanted in shares(dataset, count - sampled):
         if name == "self":
-            sampled += wanted
+            own = wanted
         else:
             written += _windows(name, tokenizer, seqlen, wanted, chat_template)
-    if sampled:
-        drawn = load_tokens(
-            "self", tokenizer, nsamples=sampled, seqlen=seqlen, seed=seed, model=model, on_sampled=on_sampled
-        )
-        rows = drawn.ids.numpy().astype(np.int32)
+    if own:
+        drawn = write_on(writer(model, chat_template), [beginnings(tokenizer, own)], seqlen, seed, on_sampled)
+        rows = drawn.numpy().astype(np.int32)
         rows[1::2] = np.roll(rows[1::2], seqlen // 2, axis=1)  # the end of a text, BOS, its beginning
         written.append(rows)
     ids = np.concatenate(written)
     check_vocabulary(torch.from_numpy(ids), tokenizer, vocab_size)
+    if sampled:
+        prompts = _prompts(ids, sampled, seed)
+        drawn = write_on(writer(model, False), prompts, seqlen, seed, on_sampled)
+        ids = np.concatenate([ids, drawn.numpy().astype(np.int32)])
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
         np.save(file, ids, allow_pickle=False)
     partial.rename(path)
     return len(ids)
+
+
+def kept_apart(count: int) -> list[int]:
+    """Which of ``count`` windows of a dataset are kept to measure on, when there is no other text: spread evenly."""
+    spread = max(10, count // HELD_OUT)
+    return list(range(spread // 2, count, spread))[:HELD_OUT] or [count - 1]
+
+
+def _prompts(rows: Rows, count: int, seed: int) -> list[Tensor]:
+    """Beginnings of windows for ``count`` texts, of several lengths."""
+    kept = sorted(set(range(len(rows))) - set(kept_apart(len(rows)))) or [0]
+    chosen = torch.randint(len(kept), (count,), generator=torch.Generator().manual_seed(seed))
+    starts = torch.from_numpy(rows[np.array(kept)[chosen.numpy()]].astype(np.int64))
+    seqlen = rows.shape[1]
+    lengths = [max(1, round(share * seqlen)) for share in _PROMPTS]
+    return [part[:, :length] for part, length in zip(starts.tensor_split(len(lengths)), lengths, strict=True)]
 
 
 def read_windows(path: Path, seed: int) -> Windows:

@@ -28,7 +28,7 @@ from bittern.quantize.resume import change, source_hashes
 from bittern.ties import refuse_untied
 from bittern.tokenizer import check_length, wants_bos
 from bittern.training.state import load_state, read_story, save_state
-from bittern.training.text import HELD_OUT, Windows, read_windows, write_windows
+from bittern.training.text import HELD_OUT, Windows, kept_apart, read_windows, write_windows
 from bittern.training.train import Diverged, Run, Training, shard
 from bittern.training.train import train as run_training
 from bittern.uptrain.heads import Counts, attention_prefixes
@@ -97,7 +97,7 @@ def uptrain(
         dataset: text to calibrate and train on, see :func:`bittern.calibration.load_tokens`.
         nsamples, seqlen: calibration windows and their tokens.
         tokens: to train on, end to end; 0 only converts. Text that is shorter is shown again, in another order.
-        sampled: of these, tokens of text that the source writes.
+        sampled: of these, tokens of windows that the source writes on from beginnings of the dataset's.
         text: a file to measure perplexity on; without it, windows of the dataset that are not trained on.
         train: ``blocks``, ``all`` or ``attention``: the parameters to train.
         lr: the largest; by default 5e-5, and 3e-4 where ``init`` only pools: that starts farther away.
@@ -413,8 +413,7 @@ def _split(windows: Windows, text: Tensor | None, given: dict[str, Any]) -> tupl
     if count < 2:
         named = dataset_title(given["dataset"])
         raise BitternError(f"{named}: expected two windows of {given['seqlen']} tokens at least, found {count}")
-    spread = max(10, count // HELD_OUT)
-    held = list(range(spread // 2, count, spread))[:HELD_OUT] or [count - 1]
+    held = kept_apart(count)
     others = sorted(set(range(len(windows.ids))) - set(held))
     return Windows(windows.ids[others], windows.seed), torch.from_numpy(windows.ids[held]).long()
 
