@@ -425,7 +425,7 @@ def write_on(
     from transformers import LogitsProcessorList
 
     if model.dtype == torch.float32 and replay.fast_in_sixteen_bits(model.device):
-        model = copy.deepcopy(model).to(torch.bfloat16)
+        model = copy.deepcopy(model).bfloat16()
         attention.use(model)
     config = model.config.get_text_config(decoder=True)
     cached = 2 * model.dtype.itemsize * config.num_hidden_layers * config.hidden_size * seqlen  # at most
@@ -439,7 +439,7 @@ def write_on(
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.inference_mode():
         torch.manual_seed(seed)
-        for prompt in (part for each in prompts for part in each.split(together)):
+        for prompt in (part for each in prompts for part in each.split(together)):  # type: ignore[no-untyped-call]
             prompt = prompt.to(model.device)
             if "past_key_values" in taken and not model._is_stateful:
                 options["past_key_values"] = new_cache(model.config, seqlen)
