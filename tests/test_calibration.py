@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from bittern import calibration
+from bittern import calibration, sampling
 from bittern.calibration import CalibrationTokens, load_tokens
 from bittern.errors import BitternError
 from bittern.tokenizer import encode
@@ -230,7 +230,7 @@ def test_fewer_tokens_than_asked_for_is_said(text: Path, plain: PreTrainedTokeni
 
 
 def test_the_model_itself_writes(with_bos: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "_TEXTS", (32, 32))
+    monkeypatch.setattr(sampling, "_TEXTS", (32, 32))
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=300,

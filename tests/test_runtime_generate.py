@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import bittern
-from bittern.calibration import write_on
 from bittern.errors import BitternError
 from bittern.runtime import attention, cache, native, step
 from bittern.runtime.generate import (
@@ -26,6 +25,7 @@ from bittern.runtime.generate import (
 )
 from bittern.runtime.step import can_batch, make_step, native_decoder
 from bittern.runtime.stream import TextStream
+from bittern.sampling import write_on
 
 TEXT = "The naïve café owner said: “déjà vu!” 🦆🦆 and the brown duck 🦆 swam away. 東京は夜。" * 3
 SMALL = {

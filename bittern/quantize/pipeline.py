@@ -15,7 +15,7 @@ import torch
 
 from bittern import model as live
 from bittern.artifact import Artifact
-from bittern.calibration import CalibrationTokens, Sampled, dataset_names, load_tokens
+from bittern.calibration import CalibrationTokens, dataset_names, load_tokens
 from bittern.checkpoint import Checkpoint, open_checkpoint
 from bittern.consumers import asks_dequantize, cannot_hold, check_target, choose_format, verdicts
 from bittern.convert.cast import DTYPES, cast_tensors, copied_tensors, other_matrices, refuse_quantized
@@ -41,6 +41,7 @@ from bittern.quantize.tune import tune, write_text
 from bittern.quantize.windows import OwnWindows, batch_windows, default_batch
 from bittern.report import with_origin
 from bittern.runtime import attention
+from bittern.sampling import Sampled
 from bittern.schema import carried
 from bittern.size import planned_size, source_size, unchanged_cache
 from bittern.ties import refuse_untied

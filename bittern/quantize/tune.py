@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from bittern import model as live
-from bittern.calibration import Sampled, dataset_title
+from bittern.calibration import dataset_title
 from bittern.checkpoint import Checkpoint
 from bittern.errors import BitternError
 from bittern.evaluate import evaluate
 from bittern.model import Matrix, Piece
 from bittern.quantize.plan import Plan
+from bittern.sampling import Sampled
 from bittern.training.state import read_story, read_tensor
 from bittern.training.text import Windows, read_windows, write_windows
 from bittern.training.train import Diverged, Run, Training, train

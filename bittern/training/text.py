@@ -12,16 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bittern.calibration import (
-    BYTES_PER_TOKEN,
-    Sampled,
-    beginnings,
-    read_texts,
-    shares,
-    write_on,
-    writer,
-)
+from bittern.calibration import BYTES_PER_TOKEN, read_texts, shares
 from bittern.errors import BitternError
+from bittern.sampling import Sampled, beginnings, write_on, writer
 from bittern.tokenizer import check_vocabulary, encode, leading_bos
 
 if TYPE_CHECKING:

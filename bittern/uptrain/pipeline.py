@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bittern import model as live
-from bittern.calibration import Sampled, check_files, dataset_title, tokens_hash
+from bittern.calibration import check_files, dataset_title, tokens_hash
 from bittern.checkpoint import Checkpoint, open_checkpoint
 from bittern.convert.cast import DTYPES, refuse_quantized
 from bittern.errors import BitternError
@@ -25,6 +25,7 @@ from bittern.formats.packing import check_name
 from bittern.processes import together, world
 from bittern.quantize.pipeline import DEFAULT_DATASET
 from bittern.quantize.resume import change, source_hashes
+from bittern.sampling import Sampled
 from bittern.ties import refuse_untied
 from bittern.tokenizer import check_length, wants_bos
 from bittern.training.state import load_state, read_story, save_state
