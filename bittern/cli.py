@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bittern import __version__
-from bittern.errors import AlsoFailed, BitternError, describe, notes_of, printable
+from bittern.errors import AlsoFailed, BitternError, describe, leave, notes_of, printable
 from bittern.options import (
     DTYPE,
     FORMATS,
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if state["verbose"]:
             traceback.print_exc()
         code = FAILED if isinstance(error, AlsoFailed) else _fail(describe(error), FAILED)
-    sys.exit(code or DONE)
+    leave(code or DONE)
 
 
 def _fail(message: str, code: int) -> int:

@@ -30,7 +30,7 @@ def world() -> tuple[int, int]:
 
 @contextmanager
 def together(device: str) -> Iterator[torch.device]:
-    """The device of this process; under torchrun, it has met the others inside, and all leave together.
+    """The device of this process; under torchrun, it has met the others inside.
 
     An exception in one of them ends all: the first one raises it, so that it is told once, and every other raises
     AlsoFailed, whether it met the same error or lost the connection to the first.
@@ -56,8 +56,6 @@ def together(device: str) -> Iterator[torch.device]:
         group = "nccl" if place.type == "cuda" else "gloo"
         dist.init_process_group(group, store=store, rank=rank, world_size=size, timeout=WAIT)
         yield place
-        # Gloo's threads let go of the last tensors under the GIL; one that asks an ending interpreter for it aborts.
-        dist.barrier()
     except Exception as error:
         if not _is_first(store):
             raise AlsoFailed("another process has failed, and says why") from error

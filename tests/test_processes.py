@@ -241,3 +241,12 @@ def test_too_few_windows_for_the_processes_are_refused(monkeypatch: pytest.Monke
         BitternError, match=r"each of the 3 processes at least, found 8 .* 2 of them for full precision"
     ):
         batch_windows(torch.zeros(8, 4, dtype=torch.int64), 8, pick_effort("fast"))
+
+
+@pytest.mark.parametrize(("processes", "said"), [("1", "said\nended\n"), ("2", "said\n")])
+def test_one_process_of_several_ends_without_the_interpreters_end(processes: str, said: str) -> None:
+    """Which threads of gloo would abort, after all was done."""
+    script = "import atexit; from bittern.errors import leave; atexit.register(print, 'ended'); print('said'); leave(3)"
+    environment = {**os.environ, "WORLD_SIZE": processes}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (3, said), done.stderr
