@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bittern import __version__
-from bittern.errors import AlsoFailed, BitternError, describe, leave, notes_of, printable
+from bittern.errors import AlsoFailed, BitternError, describe, notes_of, printable
 from bittern.options import (
     DTYPE,
     FORMATS,
@@ -61,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if state["verbose"]:
             traceback.print_exc()
         code = FAILED if isinstance(error, AlsoFailed) else _fail(describe(error), FAILED)
+    from bittern.progress import leave
+
     leave(code or DONE)
 
 

@@ -1,9 +1,6 @@
-"""The exception for mistakes that a user can mend, and foreign ones in one line; how a process ends."""
+"""The exception for mistakes that a user can mend, and foreign ones in one line."""
 
-import os
 import re
-import sys
-from typing import NoReturn
 
 _BREAKS = re.compile(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")
 _MAX_CHARACTERS = 2000
@@ -56,16 +53,3 @@ def describe(error: BaseException) -> str:
 def notes_of(error: BaseException | None) -> list[str]:
     """What was added to an exception on its way, such as how to go on after it."""
     return list(getattr(error, "__notes__", ()))
-
-
-def leave(code: int) -> NoReturn:
-    """End this process with an exit code; under torchrun at once, without the interpreter's own end.
-
-    Threads of gloo drop the last tensors when they get to it, and need the GIL for that: one that asks an interpreter
-    for it that is ending aborts the process, after all was done (docs/log.md).
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        sys.exit(code)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
