@@ -10,10 +10,9 @@ import os
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -35,6 +34,7 @@ from bittern.options import (
     quantize_options,
     target_option,
     uptrain_options,
+    verbose_option,
 )
 from bittern.runtime import MOST_THREADS
 
@@ -61,9 +61,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if state["verbose"]:
             traceback.print_exc()
         code = FAILED if isinstance(error, AlsoFailed) else _fail(describe(error), FAILED)
-    from bittern.progress import leave
+    _leave(code or DONE)
 
-    leave(code or DONE)
+
+def _leave(code: int) -> NoReturn:
+    """End this process with an exit code; under torchrun at once, without the interpreter's own end.
+
+    Threads of gloo drop the last tensors when they get to it, and need the GIL for that: one that asks an interpreter
+    for it that is ending aborts the process, after all was done (docs/log.md).
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _fail(message: str, code: int) -> int:
@@ -71,26 +82,9 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _verbosity(context: click.Context, _: click.Parameter, verbose: bool) -> None:
-    """Note --verbose for :func:`main`; without it silence what the libraries say to their developers."""
-    context.obj["verbose"] = verbose
-    if verbose:
-        return
-    warnings.simplefilter("ignore")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DATASETS_VERBOSITY", "critical")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
 def _command(function: Command) -> click.Command:
     """Register a function as a command that also takes --verbose."""
-    verbose = click.option(
-        "--verbose", is_flag=True, expose_value=False, callback=_verbosity, help="Tracebacks, and what libraries say."
-    )
-    return commands.command(name=function.__name__.rstrip("_"))(verbose(function))
+    return commands.command(name=function.__name__.rstrip("_"))(verbose_option(function))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})

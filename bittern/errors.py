@@ -1,4 +1,4 @@
-"""The exception for mistakes that a user can mend, and foreign ones in one line."""
+"""The one exception that bittern raises for a mistake that its user can mend, and foreign ones in one line."""
 
 import re
 

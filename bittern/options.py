@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -375,3 +378,22 @@ def generation_options(function: Command) -> Command:
     ):
         function = option(function)
     return function
+
+
+def _verbosity(context: click.Context, _: click.Parameter, verbose: bool) -> None:
+    """Note --verbose for :func:`bittern.cli.main`; without it silence what the libraries say to their developers."""
+    context.obj["verbose"] = verbose
+    if verbose:
+        return
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+verbose_option = click.option(
+    "--verbose", is_flag=True, expose_value=False, callback=_verbosity, help="Tracebacks, and what libraries say."
+)

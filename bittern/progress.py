@@ -1,4 +1,4 @@
-"""What the command line shows on stderr while it works, and how it ends; stdout stays free for results."""
+"""What the command line shows on stderr while it works; stdout stays free for results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
@@ -283,16 +283,3 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}"
         count /= 1000
     return f"{count:.2f} GB"
-
-
-def leave(code: int) -> NoReturn:
-    """End this process with an exit code; under torchrun at once, without the interpreter's own end.
-
-    Threads of gloo drop the last tensors when they get to it, and need the GIL for that: one that asks an interpreter
-    for it that is ending aborts the process, after all was done (docs/log.md).
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        sys.exit(code)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

@@ -71,15 +71,21 @@ def codes(folder: Path) -> dict[str, torch.Tensor]:
         return {name: artifact.read(name).codes for name in artifact.layers}
 
 
+def exact_script(folder: Path) -> Path:
+    """The command line with products in fp32, whatever the processor has."""
+    script = folder / "exact.py"
+    lines = "from bittern import cli, replay", "replay.fast_in_sixteen_bits = lambda _: False"
+    script.write_text("\n".join([*lines, "if __name__ == '__main__': cli.main()"]))
+    return script
+
+
 @pytest.mark.parametrize(("name", "bits", "shaped"), [("dense", "2.5", True), ("experts", "4", False)])
 def test_two_processes_make_what_one_makes(
     name: str, bits: str, shaped: bool, sources: dict[str, Path], letters: Path, tmp_path: Path
 ) -> None:
     """In fp32: where bfloat16 is faster, what each batch adds to the moments is rounded to it, and batches differ."""
     manifests: list[dict[str, Any]] = []
-    script = tmp_path / "exact.py"
-    lines = "from bittern import cli, replay", "replay.fast_in_sixteen_bits = lambda _: False"
-    script.write_text("\n".join([*lines, "if __name__ == '__main__': cli.main()"]))
+    script = exact_script(tmp_path)
     for count, launcher in ((1, [sys.executable, str(script)]), (2, [*TORCHRUN[:-2], str(script)])):
         out = tmp_path / str(count)
         done = launch(launcher, sources[name], "-o", out, "--dataset", letters, "--bits", bits)
@@ -246,8 +252,8 @@ def test_too_few_windows_for_the_processes_are_refused(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(("processes", "said"), [("1", "said\nended\n"), ("2", "said\n")])
 def test_one_process_of_several_ends_without_the_interpreters_end(processes: str, said: str) -> None:
     """Which threads of gloo would abort, after all was done."""
-    script = "import atexit; from bittern.progress import leave; atexit.register(print, 'ended')"
-    script += "; print('said'); leave(3)"
+    script = "import atexit; from bittern.cli import _leave; atexit.register(print, 'ended')"
+    script += "; print('said'); _leave(3)"
     environment = {**os.environ, "WORLD_SIZE": processes}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (3, said), done.stderr

@@ -27,6 +27,7 @@ from bittern.training.train import Training, learning_rate
 from bittern.uptrain.pipeline import uptrain
 from tests import tiny
 from tests.test_calibration import tiny_tokenizer
+from tests.test_processes import exact_script
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS: dict[str, Any] = {"kv_heads": 1, "seqlen": 16, "nsamples": 8, "init": "first", "batch_size": 4, "lr": 1e-3}
@@ -135,6 +136,7 @@ def test_the_source_goes_on_with_a_part_of_the_windows(tmp_path: Path, tokenizer
     assert not all(tuple(row) in set(map(tuple, plain.tolist())) for row in written)  # and not as the text does
     assert len(set(map(tuple, written))) > 10
     assert (windows(1000, 20) == mixed).all()  # a seed says what
+    assert len(windows(1000, 1)) == len(plain) + 1  # less than one of each length
     with pytest.raises(BitternError, match="vocabulary"):  # before the model is asked to go on with them
         write_windows(path, str(text), tokenizer, seqlen=8, count=1000, vocab_size=20, sampled=20, model=model)
 
@@ -376,9 +378,7 @@ def test_what_is_not_trained_keeps_its_bytes(source: Path, text: Path, tmp_path:
 
 def test_two_processes_train_as_one(source: Path, text: Path, tmp_path: Path) -> None:
     """FSDP over two CPU processes: the same curve but for the order of sums, in fp32."""
-    script = tmp_path / "exact.py"
-    lines = "from bittern import cli, replay", "replay.fast_in_sixteen_bits = lambda _: False"
-    script.write_text("\n".join([*lines, "if __name__ == '__main__': cli.main()"]))
+    script = exact_script(tmp_path)
     arguments = ["uptrain", str(source), "--dataset", str(text), "--kv-heads", "1", "--seqlen", "16", "--nsamples", "8"]
     arguments += ["--init", "first", "--batch-size", "4", "--lr", "1e-3", "--tokens", "640"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -133,7 +133,8 @@ def _prompts(rows: Rows, count: int, seed: int) -> list[Tensor]:
     starts = torch.from_numpy(rows[np.array(kept)[chosen.numpy()]].astype(np.int64))
     seqlen = rows.shape[1]
     lengths = [max(1, round(share * seqlen)) for share in _PROMPTS]
-    return [part[:, :length] for part, length in zip(starts.tensor_split(len(lengths)), lengths, strict=True)]
+    parts = zip(starts.tensor_split(len(lengths)), lengths, strict=True)
+    return [part[:, :length] for part, length in parts if len(part)]
 
 
 def read_windows(path: Path, seed: int) -> Windows:
