@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+import bittern
 from bittern.errors import BitternError
 from bittern.runtime import attention, native
 from bittern.runtime.cache import new_cache
@@ -220,6 +222,30 @@ def test_windows_are_not_written_out(kind: str, where: str, monkeypatch: pytest.
     assert any(mask is not None for mask in masks)
     tolerance = 0.1 if where == "half" else 1e-4
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["multi-head", "window", "bloom"])
+def test_torch_computes_all_of_it_where_no_kernels_are_wanted(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family, options = {**OWN, **ALIBI}[kind]
+    model = tiny(family, **options)
+    model.save_pretrained(tmp_path)
+    ids = torch.randint(97, (2, 19), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(ids).logits
+
+    def refuse(*_: Any, **__: Any) -> Tensor:
+        raise AssertionError("the native library was called")
+
+    monkeypatch.setattr(attention, "flash_attention", refuse)
+    monkeypatch.setattr("bittern.runtime.alibi.flash_attention", refuse)
+    live = bittern.load(tmp_path, device="cpu", kernels="torch")
+    with torch.no_grad():
+        torch.testing.assert_close(live(ids).logits, expected, atol=1e-4, rtol=1e-4)
+        if native.available():
+            with pytest.raises(AssertionError, match="native library was called"):
+                bittern.load(tmp_path, device="cpu")(ids)
 
 
 @pytest.mark.parametrize("where", ["native", "torch"])

@@ -7,6 +7,7 @@ windows.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -20,24 +21,24 @@ from bittern.runtime.flash import flash_attention
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NAME = "bittern"
+NAME, TORCH_NAME = "bittern", "bittern_torch"  # the latter leaves the native library alone
 # What an architecture may ask of its attention and SDPA cannot do.
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias", "cache", "indices", "block_indices")
 # They mask what their indexers leave out for transformers' own attention alone, which they know by its name.
 _SPARSE = ("axk2", "deepseek_v32", "dots3_note", "glm_moe_dsa", "hy_v4", "minimax_m3_vl", "mistral_large4")
 
 
-def use(model: PreTrainedModel) -> str:
+def use(model: PreTrainedModel, kernels: bool = True) -> str:
     """Give a model this attention if it can have it; the name of the implementation that it ends up with.
 
-    Architectures that compute attention themselves (GPT-J, Falcon with ALiBi), ask for more than SDPA does (soft caps
-    in Gemma 2, sinks in gpt-oss) or choose which keys a query sees (DeepSeek-V3.2) keep their own code. BLOOM and MPT
-    get that of alibi.py, where it runs.
+    Without ``kernels``, torch computes all of it. Architectures that compute attention themselves (GPT-J, Falcon with
+    ALiBi), ask for more than SDPA does (soft caps in Gemma 2, sinks in gpt-oss) or choose which keys a query sees
+    (DeepSeek-V3.2) keep their own code. BLOOM and MPT get that of alibi.py, where it runs.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
     config = model.config.get_text_config(decoder=True)
-    if config.model_type in ("bloom", "mpt") and model.device.type == "cpu" and native.available():
+    if config.model_type in ("bloom", "mpt") and kernels and model.device.type == "cpu" and native.available():
         from bittern.runtime import alibi
 
         alibi.use(model)
@@ -47,9 +48,9 @@ def use(model: PreTrainedModel) -> str:
     elif config.model_type.removesuffix("_text") in _SPARSE:
         implementation = "sdpa"
     elif model._can_set_attn_implementation():
-        AttentionInterface.register(NAME, attention)
-        AttentionMaskInterface.register(NAME, _mask)
-        implementation = NAME
+        implementation = NAME if kernels else TORCH_NAME
+        AttentionInterface.register(implementation, attention if kernels else partial(attention, kernels=False))
+        AttentionMaskInterface.register(implementation, _mask)
     else:
         implementation = model.config._attn_implementation
     if implementation != model.config._attn_implementation:
@@ -66,6 +67,7 @@ def attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    kernels: bool = True,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it.
@@ -79,6 +81,7 @@ def attention(
             (1, 1, 0, window) stands for a window over the keys, the queries being the last ones: whoever leaves queries
             out (Gemma 4 all but the last) cuts nothing off it.
         dropout, scaling: as in SDPA.
+        kernels: whether the native library may compute it.
 
     Returns:
         (batch, queries, heads, head_dim), and None for the weights that flash attention never has.
@@ -90,14 +93,14 @@ def attention(
         if kwargs.get(name) is not None:
             raise BitternError(f"attention: {type(module).__name__} asks for {name}; load it with its own attention")
     if attention_mask is not None and attention_mask.numel() == 0:
-        return _windowed(query, key, value, attention_mask.shape[3], dropout, scaling), None
+        return _windowed(query, key, value, attention_mask.shape[3], dropout, scaling, kernels), None
     batch, heads, queries, head_dim = query.shape
     key_value_heads = key.shape[1]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = causal and attention_mask is None and queries > 1
     if causal and key.shape[2] > queries:
         key, value = key[:, :, :queries], value[:, :, :queries]
-    if causal and _has_native(query, key, value, dropout):
+    if causal and kernels and _has_native(query, key, value, dropout):
         return _native(query, key, value, None, scaling), None
     if queries == 1:
         # The heads that share keys become the queries of one attention.
@@ -148,10 +151,12 @@ def _mask(
     return mask
 
 
-def _windowed(query: Tensor, key: Tensor, value: Tensor, window: int, dropout: float, scaling: float | None) -> Tensor:
+def _windowed(
+    query: Tensor, key: Tensor, value: Tensor, window: int, dropout: float, scaling: float | None, kernels: bool
+) -> Tensor:
     """Attention to the last ``window`` positions, the own one included: (batch, queries, heads, head_dim)."""
     heads, queries = query.shape[1:3]
-    if _has_native(query, key, value, dropout):
+    if kernels and _has_native(query, key, value, dropout):
         return _native(query, key, value, window, scaling)
     positions = torch.arange(key.shape[2], device=query.device)
     distances = positions[-queries:, None] - positions

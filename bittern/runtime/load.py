@@ -86,7 +86,8 @@ def load(
             operations keep torch's number.
         activations: how the native kernels round the inputs of packed layers: "a16" or "a8" (faster).
         lm_head_bits: 8 packs the output head while loading, rounding to nearest in groups of 32.
-        kernels: "native" or "torch" for packed layers; "auto" is native on a CPU where the library was built.
+        kernels: "native" or "torch" for packed layers and attention; "auto" is native on a CPU where the library was
+            built.
         decoder: whether :func:`bittern.runtime.generate.generate` may run the whole model natively.
 
     Raises:
@@ -120,6 +121,7 @@ def load(
         place_ends(model, ends, checkpoint, sources, place.pack, threads)
         model.to(target)  # type: ignore[arg-type]
         share_inputs(model)
+        attention.use(model, kernels=settings is not None)
         _finish(model, checkpoint, packed=bool(layers) or lm_head_bits is not None)
     _choose_tier(model, settings, decoder, dtype)
     return model
@@ -283,7 +285,6 @@ def _finish(model: PreTrainedModel, checkpoint: Checkpoint, packed: bool) -> Non
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
         raise BitternError(f"{missing[0]}: the checkpoint has no values for it")
-    attention.use(model)
     model.name_or_path = model.config._name_or_path = checkpoint.source
     # What lies beside a GGUF file is not its own.
     if checkpoint.gguf is None and (checkpoint.folder / "generation_config.json").is_file():
