@@ -79,7 +79,6 @@ def load_tokens(
     seqlen: int,
     seed: int,
     chat_template: bool = False,
-    text_column: str | None = None,
     vocab_size: int | None = None,
     model: PreTrainedModel | Callable[[], PreTrainedModel] | None = None,
     on_sampled: Sampled | None = None,
@@ -89,15 +88,15 @@ def load_tokens(
     Args:
         dataset: a .txt, .jsonl, .json, .parquet or .arrow file; or a dataset on the Hub as
             ``name[:config][@split]`` (split ``train`` unless named); or ``self``, text that
-            ``model`` writes: sampled at temperature 1 from BOS, never stopped at EOS. Or several of them.
+            ``model`` writes: sampled at temperature 1 from BOS, never stopped at EOS. Or several of them. Of rows the
+            column ``text`` is read, else the only one of strings, where there are no conversations; or the one named
+            behind a ``#``.
         tokenizer: the model's own.
         nsamples: windows wanted. Fewer found is a warning in the result.
         seqlen: tokens in a window.
         seed: of the choice of windows, or of the sampling.
         chat_template: render the column ``messages`` (or ``conversations``) of every row with the
             tokenizer's chat template.
-        text_column: the column to read; by default ``text``, else the only column of strings, where there are no
-            conversations.
         vocab_size: of the model; ids beyond it are an error.
         model: for ``self`` alone: the model, or a function that loads it.
         on_sampled: for ``self`` alone: called with the windows that are written and their number, a few at a time.
@@ -118,7 +117,6 @@ def load_tokens(
                 budget=POOL * BYTES_PER_TOKEN * count * seqlen,
                 pieces=count,
                 tokenizer=tokenizer if chat_template else None,
-                text_column=text_column,
             )
             ids = _choose(_windows(texts, tokenizer, seqlen, name), count, seed)
         if vocab_size is not None:
@@ -180,9 +178,7 @@ def tokens_hash(ids: Tensor) -> str:
     return hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest()
 
 
-def read_texts(
-    dataset: str, *, budget: int, pieces: int, tokenizer: PreTrainedTokenizerBase | None, text_column: str | None
-) -> Iterator[str]:
+def read_texts(dataset: str, *, budget: int, pieces: int, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
     """Consecutive texts of a file or of a dataset on the Hub, at least ``budget`` bytes or characters if it has them.
 
     Args:
@@ -190,17 +186,24 @@ def read_texts(
         budget: when to stop.
         pieces: how many places of a .txt file larger than ``budget`` are read.
         tokenizer: given when rows are conversations for its chat template.
-        text_column: as in :func:`load_tokens`.
 
     Raises:
         BitternError: as :func:`load_tokens`.
     """
-    path = Path(dataset)
+    path, column = split_column(dataset)
+    if path.suffix == ".txt" and column is not None:
+        raise BitternError(f"{dataset}: expected no column of a .txt file, found {column!r}")
     if path.suffix == ".txt" and tokenizer is not None:
         raise BitternError(f"--chat-template: needs rows with messages (.jsonl, .json, .parquet, .arrow), found {path}")
     if path.suffix == ".txt":
         return _text_pieces(path, budget, pieces)
-    return _joined(_rows(dataset, tokenizer, text_column), budget)
+    return _joined(_rows(dataset, tokenizer), budget)
+
+
+def split_column(dataset: str) -> tuple[Path, str | None]:
+    """A dataset's name, as a path, and the column behind its ``#``; a file that has one in its name keeps it."""
+    name, mark, column = dataset.rpartition("#")
+    return (Path(name), column) if mark and not Path(dataset).exists() else (Path(dataset), None)
 
 
 def check_files(dataset: str | Sequence[str]) -> None:
@@ -249,13 +252,16 @@ def _joined(rows: Iterable[str], budget: int) -> Iterator[str]:
         yield "\n\n".join(waiting)
 
 
-def _rows(dataset: str, tokenizer: PreTrainedTokenizerBase | None, text_column: str | None) -> Iterator[str]:
+def _rows(dataset: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
     """The text of every row."""
     from datasets.exceptions import DatasetsError
 
+    path, text_column = split_column(dataset)
+    if text_column is not None and tokenizer is not None:
+        raise BitternError(f"{dataset}: --chat-template renders messages, found a column {text_column!r} of text named")
     with tempfile.TemporaryDirectory(prefix="bittern-") as cache:
         try:
-            for row in _open_rows(dataset, cache):
+            for row in _open_rows(path, cache):
                 if tokenizer is None and text_column is None:
                     text_column = _text_column(row, dataset)
                 found = _row_text(row, dataset, tokenizer, text_column)
@@ -264,15 +270,14 @@ def _rows(dataset: str, tokenizer: PreTrainedTokenizerBase | None, text_column: 
         except StopIteration as error:  # what datasets raises of an empty file
             raise BitternError(f"{dataset}: expected rows, found none") from error
         except (DatasetsError, OSError, ValueError, KeyError, RuntimeError) as error:
-            hint = "" if Path(dataset).exists() else " (no such file here, so it was looked for on the Hub)"
+            hint = "" if path.exists() else " (no such file here, so it was looked for on the Hub)"
             raise BitternError(f"{dataset}: cannot be read as a dataset: {first_line(error)}{hint}") from error
 
 
-def _open_rows(dataset: str, cache: str) -> Iterable[dict[str, Any]]:
+def _open_rows(path: Path, cache: str) -> Iterable[dict[str, Any]]:
     """Rows in their order, streamed: a large source is neither copied nor downloaded whole."""
     import datasets
 
-    path = Path(dataset)
     if path.exists():
         if path.suffix not in READERS:
             known = ", ".join([".txt", *READERS])
@@ -281,9 +286,9 @@ def _open_rows(dataset: str, cache: str) -> Iterable[dict[str, Any]]:
             READERS[path.suffix], data_files=str(path), split="train", streaming=True, cache_dir=cache
         )
         return file_rows
-    parts = _HUB_NAME.fullmatch(dataset)
+    parts = _HUB_NAME.fullmatch(str(path))
     if parts is None or path.suffix in READERS:
-        raise BitternError(f"{dataset}: expected a file or a dataset on the Hub (name[:config][@split]), found neither")
+        raise BitternError(f"{path}: expected a file or a dataset on the Hub (name[:config][@split]), found neither")
     streaming = not datasets.config.HF_HUB_OFFLINE  # offline, only the other reader finds an earlier download
     hub_rows: Iterable[dict[str, Any]] = datasets.load_dataset(
         parts["name"], parts["config"], split=parts["split"] or "train", streaming=streaming
@@ -299,7 +304,7 @@ def _text_column(row: dict[str, Any], dataset: str) -> str | None:
         return "text" if "text" in row else strings[0]
     if not strings and not chats and None in row.values():
         return None
-    hint = "; --chat-template renders messages" if chats else ""
+    hint = "; --chat-template renders messages" if chats else f"; name one behind a #: {dataset}#{next(iter(row))}"
     raise BitternError(f"{dataset}: expected a column 'text' of text, found columns {', '.join(row)}{hint}")
 
 

@@ -209,7 +209,7 @@ def _datasets(facts: Facts) -> list[str] | None:
         calibration = run.get("calibration")
         names = str(calibration.get("source", "")) if isinstance(calibration, Mapping) else ""
         for name in names.split(", "):
-            name = re.split("[:@]", name)[0]
+            name = re.split("[:@#]", name)[0]
             if HUB_ID.fullmatch(name) and not name.endswith(FILE_SUFFIXES):
                 found.append(name)
     return list(dict.fromkeys(found)) or None

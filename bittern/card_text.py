@@ -174,8 +174,9 @@ def _calibration(run: Mapping[str, Any]) -> str:
 
 
 def _dataset(name: str) -> str:
-    """Of a local file its last name; a dataset of the Hub is org/name."""
-    return PurePosixPath(name).name if _LOCAL.match(name) or name.endswith(FILE_SUFFIXES) else name
+    """Of a local file its last name; a dataset of the Hub is org/name. Behind a # a column may be named."""
+    path, mark, column = name.partition("#")
+    return PurePosixPath(path).name + mark + column if _LOCAL.match(path) or path.endswith(FILE_SUFFIXES) else name
 
 
 def _kept(facts: Facts) -> str:
@@ -283,8 +284,7 @@ def _commands_run(facts: Facts) -> str:
         folder = source.get("name") if isinstance(source, Mapping) and not source.get("revision") else None
         if isinstance(command, list) and command:
             parts = [str(part) for part in command]
-            local = [part == folder or _LOCAL.match(part) or part.endswith(FILE_SUFFIXES) for part in parts]
-            shown = [PurePosixPath(part).name if cut else part for part, cut in zip(parts, local, strict=True)]
+            shown = [PurePosixPath(part).name if part == folder else _dataset(part) for part in parts]
             lines.append(shlex.join(shown))
     return "```sh\n" + "\n".join(" ".join(line.split()) for line in lines) + "\n```" if lines else ""
 

@@ -95,7 +95,8 @@ def dataset_option(what: str) -> Callable[[Command], Command]:
         metavar="D",
         multiple=True,
         callback=lambda _, __, found: found[0] if len(found) == 1 else found or None,
-        help=f"{what}: a Hub dataset, a .txt/.jsonl/.parquet/.arrow file, or self; repeatable, the same share of each."
+        help=f"{what}: a Hub dataset, a .txt/.jsonl/.parquet/.arrow file (of rows, file#column), or self; repeatable,"
+        " the same share of each."
         "  [default: allenai/c4:en]",
     )
 

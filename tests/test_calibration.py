@@ -156,7 +156,7 @@ def test_a_large_text_is_read_all_over_and_not_whole(tmp_path: Path, plain: PreT
     lines = [f"{i:07d} \N{SNOWMAN} \n" for i in range(40_000)]  # pieces begin and end inside characters
     path.write_text("".join(lines), encoding="utf-8")
     budget = calibration.POOL * calibration.BYTES_PER_TOKEN * 8 * 16
-    texts = list(calibration.read_texts(str(path), budget=budget, pieces=8, tokenizer=None, text_column=None))
+    texts = list(calibration.read_texts(str(path), budget=budget, pieces=8, tokenizer=None))
     size = path.stat().st_size
     assert len(texts) == 8
     assert budget - 32 < sum(len(t.encode()) for t in texts) <= budget
@@ -188,15 +188,23 @@ def test_no_more_rows_are_read_than_the_pool_takes(tmp_path: Path, plain: PreTra
 def test_the_only_column_of_text_is_taken(tmp_path: Path, plain: PreTrainedTokenizerFast) -> None:
     one = write_rows(tmp_path / "one.jsonl", [{"id": 1, "body": words(700)}])
     two = write_rows(tmp_path / "two.jsonl", [{"title": "Bittern", "body": words(700)}])
-    assert load(one, plain).sha256 == load(two, plain, text_column="body").sha256
+    assert load(one, plain).sha256 == load(f"{two}#body", plain).sha256
     with pytest.raises(
-        BitternError, match=r"expected a column 'text' of text, found columns (title, body|body, title)"
+        BitternError,
+        match=r"expected a column 'text' of text, found columns (title, body|body, title); .* behind a #: .*two.jsonl#",
     ):
         load(two, plain)
     with pytest.raises(BitternError, match="expected a column 'prose' of text, found columns id, body"):
-        load(one, plain, text_column="prose")
+        load(f"{one}#prose", plain)
     with pytest.raises(BitternError, match="expected text in column 'id', found int"):
-        load(one, plain, text_column="id")
+        load(f"{one}#id", plain)
+    with pytest.raises(BitternError, match="--chat-template renders messages, found a column 'body'"):
+        load(f"{two}#body", plain, chat_template=True)
+
+
+def test_a_file_may_have_a_hash_in_its_name(tmp_path: Path, plain: PreTrainedTokenizerFast) -> None:
+    path = write_rows(tmp_path / "one#two.jsonl", [{"id": 1, "body": words(700)}])
+    assert load(path, plain).sha256 == load(f"{path}#body", plain).sha256
 
 
 @pytest.mark.parametrize("key", ["messages", "conversations"])

@@ -352,19 +352,21 @@ def test_the_commands_that_make_it_again_name_no_place_on_this_machine(artifact:
         "bittern convert org/base -o OUT",
         "bittern quantize fp32 -o OUT --dataset 'my wiki.txt' --skip 'a|b'",
     ]
-    near = ["bittern", "quantize", "acme/base", "-o", "OUT", "--dataset", "acme/mails.txt", "--dataset", "org/data"]
+    near = ["bittern", "quantize", "acme/base", "-o", "OUT", "--dataset", "acme/mails.jsonl#body"]
+    near += ["--dataset", "org/data"]
     change(artifact, command=near, source={"name": "acme/base", "revision": None})
-    change(artifact, calibration={"source": "acme/mails.txt, org/data"})
+    change(artifact, calibration={"source": "acme/mails.jsonl#body, org/data"})
     text = card_of(artifact)
-    assert "bittern quantize base -o OUT --dataset mails.txt --dataset org/data" in text
-    assert "| calibration | `mails.txt`, `org/data`" in text and "acme/" not in text
+    assert "bittern quantize base -o OUT --dataset 'mails.jsonl#body' --dataset org/data" in text
+    assert "| calibration | `mails.jsonl#body`, `org/data`" in text and "acme/" not in text
 
 
 def test_every_dataset_of_the_hub_is_named(artifact: Path) -> None:
-    change(artifact, calibration={"source": "org/one:en@train, /home/me/mine.txt, org/two"})
+    change(artifact, calibration={"source": "org/one:en@train#body, /home/me/mine.txt, org/two, me/rows.jsonl#a/b"})
     text = card_of(artifact)
     assert data_of(text)["datasets"] == ["org/one", "org/two"]
-    assert "| calibration | `org/one:en@train`, `mine.txt`, `org/two`, 128 tokens" in text and "/home/me" not in text
+    assert "| calibration | `org/one:en@train#body`, `mine.txt`, `org/two`, `rows.jsonl#a/b`, 128 tokens" in text
+    assert "/home/me" not in text
 
 
 def test_a_manifest_from_elsewhere_breaks_no_table(artifact: Path) -> None:

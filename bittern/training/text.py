@@ -173,7 +173,7 @@ def _cut(
         return (array if bos is None else np.insert(array, 0, bos, axis=1)).reshape(-1, seqlen)
 
     template = tokenizer if chat_template else None
-    for text in read_texts(dataset, budget=budget, pieces=pieces, tokenizer=template, text_column=None):
+    for text in read_texts(dataset, budget=budget, pieces=pieces, tokenizer=template):
         rest += encode(tokenizer, text)
         whole = min(len(rest) // width, -(-(count - found) // rows))
         if whole:
