@@ -225,10 +225,8 @@ class Solver:
                 for stage in stages:
                     inputs, drift = walks.gather(stage, learned, token_weights(sizes, stage.matrices))
                     heap.for_solving()
-                    heap.trim()  # what walking has left free would stay beside what solving takes
                     yield from self._solve_together(inputs, drift, entries, curvatures)
                     del inputs, drift
-                    heap.trim()
                     heap.for_holding()
                 walks.finish()
 
