@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from bittern.errors import BitternError
 from bittern.model import Matrix, blocks, get_weight, matrices, weight_map
 from bittern.quantize.drift import Drift
+from bittern.quantize.effort import pick_effort
 from bittern.quantize.stages import Walks, exact_stages
 from bittern.replay import BlockCall, capture
 from tests import tiny
@@ -125,6 +126,14 @@ def test_blocks_of_experts_are_not_walked() -> None:
     model = tiny.random_model("mixtral", num_local_experts=4, num_experts_per_tok=2)
     found, hidden, calls = start(model)
     assert exact_stages(model, blocks(model)[1][0], found, hidden, calls) is None
+
+
+def test_few_bits_are_learned_from_more_windows_in_full_precision() -> None:
+    for name in ("fast", "best"):
+        effort = pick_effort(name)
+        assert [effort.at(bits).exact_windows(16) for bits in (2, 2.5, 3, 4, 8)] == [8, 8, 4, 4, 4]
+        assert effort.at(2).exact_windows(1) == 1
+    assert pick_effort("plain").at(2).exact_windows(16) == 0
 
 
 def test_without_a_batch_in_full_precision_there_are_no_stages() -> None:

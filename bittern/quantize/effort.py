@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bittern.errors import BitternError
 from bittern.model import Matrix
@@ -18,8 +18,8 @@ class Effort:
         search: grids are searched; else they cover the whole range of their group.
         act_order: columns are solved by falling activity (inside the solver alone).
         polish: scales and codes are fitted to each other afterwards, see :mod:`bittern.quantize.polish`.
-        exact_share: of the calibration windows, walked through the unquantized blocks too. Where it is not 0, blocks
-            are solved stage by stage, and towards what the full-precision model computes.
+        exact_share: of the calibration windows, walked through the unquantized blocks too (see :meth:`at`). Where it is
+            not 0, blocks are solved stage by stage, and towards what the full-precision model computes.
         balance: channels are evened out first, see :mod:`bittern.quantize.balance`; needs an exact share.
         shape: errors are shaped by what outputs do to the predictions, see :mod:`bittern.quantize.guide` and
             :mod:`bittern.quantize.shape`; needs an exact share.
@@ -52,6 +52,14 @@ class Effort:
     def exact_windows(self, windows: int) -> int:
         """How many of the calibration windows, the first ones, are walked through the unquantized blocks."""
         return min(windows, -int(-self.exact_share * windows // 1))
+
+    def at(self, bits: float) -> Effort:
+        """As it is for layers of so many bits, or an average: with few, exact windows are worth more."""
+        return replace(self, exact_share=COARSE_SHARE) if self.exact_share and bits < COARSE else self
+
+
+COARSE, COARSE_SHARE = 3, 0.5
+"""Below so many bits, so many of the windows are walked in full precision: blocks drift further (docs/log.md)."""
 
 
 DAMP_PERCENT = 0.2

@@ -15,7 +15,7 @@ import torch
 
 from bittern import model as live
 from bittern.artifact import Artifact
-from bittern.calibration import CalibrationTokens, dataset_names, load_tokens
+from bittern.calibration import CalibrationTokens, dataset_names, load_tokens, split_column
 from bittern.checkpoint import Checkpoint, open_checkpoint
 from bittern.consumers import asks_dequantize, cannot_hold, check_target, choose_format, verdicts
 from bittern.convert.cast import DTYPES, cast_tensors, copied_tensors, other_matrices, refuse_quantized
@@ -160,6 +160,7 @@ def quantize(
         tuned_on = TUNE_TOKENS if tune_tokens is None else tune_tokens
         options["tune_tokens"] = tuned_on if stages.tune else None
         _check_options(bits, method, damp_percent, dtype, batch_size, tuned_on)
+        stages = stages.at(bits)
         checkpoint = stack.enter_context(open_checkpoint(source, revision))
         refuse_quantized(checkpoint)
         refuse_untied(checkpoint)
@@ -194,7 +195,7 @@ def quantize(
         tokens = None
         if method == "gptq":
             check_length(model.config, seqlen)
-        unread = [name for name in dataset_names(dataset) if not Path(name).exists()] if dry_run else []
+        unread = [name for name in dataset_names(dataset) if not split_column(name)[0].exists()] if dry_run else []
         if method == "gptq" and not unread:
             told = None if rank else on_sampled
             tokens = _calibration(checkpoint, model, dataset, nsamples, seqlen, seed, chat_template, place, told)
