@@ -191,11 +191,10 @@ def read_texts(dataset: str, *, budget: int, pieces: int, tokenizer: PreTrainedT
         BitternError: as :func:`load_tokens`.
     """
     path, column = split_column(dataset)
-    if path.suffix == ".txt" and column is not None:
-        raise BitternError(f"{dataset}: expected no column of a .txt file, found {column!r}")
     if path.suffix == ".txt" and tokenizer is not None:
         raise BitternError(f"--chat-template: needs rows with messages (.jsonl, .json, .parquet, .arrow), found {path}")
     if path.suffix == ".txt":
+        _check_file(path, column)
         return _text_pieces(path, budget, pieces)
     return _joined(_rows(dataset, tokenizer), budget)
 
@@ -208,19 +207,20 @@ def split_column(dataset: str) -> tuple[Path, str | None]:
 
 def check_files(dataset: str | Sequence[str]) -> None:
     """Refuse the name of a text file that is not there: sooner than where it is read, with a model in memory."""
-    for name in dataset_names(dataset):
-        if name.endswith(".txt"):
-            _check_file(Path(name))
+    for path, column in map(split_column, dataset_names(dataset)):
+        if path.suffix == ".txt":
+            _check_file(path, column)
 
 
-def _check_file(path: Path) -> None:
+def _check_file(path: Path, column: str | None) -> None:
+    if column is not None:
+        raise BitternError(f"{path}: expected no column of a .txt file, found {column!r}")
     if not path.is_file():
         raise BitternError(f"{path}: expected a text file, found none")
 
 
 def _text_pieces(path: Path, budget: int, pieces: int) -> Iterator[str]:
     """The whole file when it fits ``budget`` bytes, else ``pieces`` equal parts of that, spread evenly."""
-    _check_file(path)
     size = path.stat().st_size
     length = size if size <= budget else budget // pieces
     with path.open("rb") as file:
@@ -304,7 +304,8 @@ def _text_column(row: dict[str, Any], dataset: str) -> str | None:
         return "text" if "text" in row else strings[0]
     if not strings and not chats and None in row.values():
         return None
-    hint = "; --chat-template renders messages" if chats else f"; name one behind a #: {dataset}#{next(iter(row))}"
+    hint = f"; name one behind a #: {dataset}#{strings[0]}" if strings else ""
+    hint = "; --chat-template renders messages" if chats else hint
     raise BitternError(f"{dataset}: expected a column 'text' of text, found columns {', '.join(row)}{hint}")
 
 

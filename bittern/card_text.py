@@ -175,8 +175,10 @@ def _calibration(run: Mapping[str, Any]) -> str:
 
 def _dataset(name: str) -> str:
     """Of a local file its last name; a dataset of the Hub is org/name. Behind a # a column may be named."""
-    path, mark, column = name.partition("#")
-    return PurePosixPath(path).name + mark + column if _LOCAL.match(path) or path.endswith(FILE_SUFFIXES) else name
+    path, mark, column = name.rpartition("#")
+    if path.endswith(FILE_SUFFIXES):
+        return PurePosixPath(path).name + mark + column
+    return PurePosixPath(name).name if _LOCAL.match(name) or name.endswith(FILE_SUFFIXES) else name
 
 
 def _kept(facts: Facts) -> str:

@@ -288,6 +288,8 @@ def test_a_wrong_tokenizer_is_named(text: Path, plain: PreTrainedTokenizerFast) 
     [
         ("none.txt", None, {}, r"none.txt: expected a text file, found none"),
         ("none.jsonl", None, {}, r"none.jsonl: expected a file or a dataset on the Hub"),
+        ("a.txt#body", None, {}, r"a.txt: expected no column of a .txt file, found 'body'"),
+        ("a.jsonl", '{"a": 1, "b": 2}', {}, r"expected a column 'text' of text, found columns a, b$"),
         ("short.txt", "heron", {}, r"short.txt: expected at least one window of 16 tokens, found \d+ tokens"),
         ("empty.txt", "", {}, r"empty.txt: expected at least one window of 16 tokens, found 0 tokens"),
         ("latin.txt", b"bl\xe4 " * 99, {}, r"latin.txt: expected UTF-8 text, found .*0xe4"),

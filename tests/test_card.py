@@ -352,6 +352,8 @@ def test_the_commands_that_make_it_again_name_no_place_on_this_machine(artifact:
         "bittern convert org/base -o OUT",
         "bittern quantize fp32 -o OUT --dataset 'my wiki.txt' --skip 'a|b'",
     ]
+    change(artifact, calibration={"source": "/home/me/c#/mine.txt, /home/me/c#/rows.jsonl#body"})
+    assert "| calibration | `mine.txt`, `rows.jsonl#body`" in card_of(artifact)
     near = ["bittern", "quantize", "acme/base", "-o", "OUT", "--dataset", "acme/mails.jsonl#body"]
     near += ["--dataset", "org/data"]
     change(artifact, command=near, source={"name": "acme/base", "revision": None})
