@@ -14,7 +14,7 @@ extern "C" {
 #endif
 
 #define BT_API __attribute__((visibility("default")))
-#define BT_ABI 4 /* changes with every change of this file; the Python side refuses any other */
+#define BT_ABI 5 /* changes with every change of this file; the Python side refuses any other */
 
 enum { BT_BAD_ARGUMENT = -1, BT_NO_MEMORY = -2, BT_NO_THREAD = -3, BT_UNSUPPORTED = -4 };
 
@@ -117,6 +117,18 @@ typedef struct bt_descent {
 } bt_descent;
 
 BT_API int bt_descend(bt_context *context, const bt_descent *call);
+
+/* What the scales of groups of columns have to do with each other (bittern/quantize/polish.py): of each row, for every
+   two groups g and h, the sum over the columns k of h of pulls[g][row][k] steps[row][k], computed where h >= g and put
+   in both places. */
+typedef struct bt_group_products {
+    int32_t rows, columns, group_size, type; /* whole groups; of the pulls, BT_F32 or BT_BF16 */
+    const void *pulls;                       /* [columns / group_size][rows][columns] */
+    const float *steps;                      /* [rows][columns] */
+    float *products;                         /* [rows][columns / group_size][columns / group_size] */
+} bt_group_products;
+
+BT_API int bt_multiply_groups(bt_context *context, const bt_group_products *call);
 
 /* A decoder of the Llama family. */
 

@@ -319,6 +319,39 @@ void check_descent(bt_context *c, int rows, int columns, int group_size, int max
     }
 }
 
+// Products of groups, of floats and of bfloat16.
+void check_group_products(bt_context *c, int rows, int columns, int group_size, const char *what) {
+    const int groups = columns / group_size;
+    Buffer<float> pulls = make<float>(groups * rows * columns), steps = make<float>(rows * columns);
+    Buffer<uint16_t> halves = make<uint16_t>(groups * rows * columns);
+    Buffer<float> products = make<float>(rows * groups * groups);
+    for (int i = 0; i < rows * columns; i++) steps[i] = random_float();
+    for (int i = 0; i < groups * rows * columns; i++) {
+        const float x = random_float();
+        uint32_t bits;
+        memcpy(&bits, &x, 4);
+        bits &= 0xffff0000;
+        memcpy(&pulls[i], &bits, 4);
+        halves[i] = static_cast<uint16_t>(bits >> 16);
+    }
+    for (int type : {BT_F32, BT_BF16}) {
+        bt_group_products call = {};
+        call.rows = rows, call.columns = columns, call.group_size = group_size, call.type = type;
+        call.pulls = type == BT_F32 ? static_cast<const void *>(pulls.get()) : halves.get();
+        call.steps = steps.get(), call.products = products.get();
+        expect(bt_multiply_groups(c, &call) == 0, "%s: bt_multiply_groups", what);
+        for (int at = 0; at < rows * groups * groups; at++) {
+            const int row = at / (groups * groups), one = at / groups % groups, other = at % groups;
+            const int g = one < other ? one : other, h = one < other ? other : one;
+            double expected = 0;
+            for (int k = h * group_size; k < (h + 1) * group_size; k++) {
+                expected += static_cast<double>(pulls[(g * rows + row) * columns + k]) * steps[row * columns + k];
+            }
+            expect(fabs(products[at] - expected) < 1e-5 * columns, "%s: product %d of type %d", what, at, type);
+        }
+    }
+}
+
 // All that one instruction set computes.
 int check_set(int set) {
     static const int shapes[][3] = {{1, 32, 32},   {15, 100, 32},  {17, 96, 96},  {33, 100, 100}, {16, 40, 8},
@@ -355,6 +388,8 @@ int check_set(int set) {
         check_descent(c, 13, 96, 32, 15, set_names[set]), check_descent(c, 7, 40, 40, 3, set_names[set]);
         check_descent(c, 1, 24, 8, 255, set_names[set]), check_descent(c, 9, 30, 5, 7, set_names[set]);
         check_descent(c, 0, 8, 8, 7, set_names[set]);
+        check_group_products(c, 13, 96, 32, set_names[set]), check_group_products(c, 7, 40, 40, set_names[set]);
+        check_group_products(c, 9, 30, 5, set_names[set]), check_group_products(c, 0, 8, 8, set_names[set]);
     }
     for (int activations : {BT_A16, BT_A8}) {
         for (int cache : {BT_F32, BT_BF16, BT_I8}) check_decoder(contexts, 3, activations, cache, set_names[set]);

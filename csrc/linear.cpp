@@ -269,6 +269,20 @@ int bt_descend(bt_context *c, const bt_descent *call) {
     return 0;
 }
 
+int bt_multiply_groups(bt_context *c, const bt_group_products *call) {
+    if (c == nullptr || call == nullptr || call->rows < 0 || call->group_size < 1 || call->columns < 1 ||
+        call->columns % call->group_size != 0 || (call->type != BT_F32 && call->type != BT_BF16)) {
+        return BT_BAD_ARGUMENT;
+    }
+    constexpr int rows = 4;  // of a job
+    Lock lock(c);
+    c->pool.run((call->rows + rows - 1) / rows, [&](int job, int) {
+        const int begin = job * rows, end = begin + rows < call->rows ? begin + rows : call->rows;
+        c->kernels->ops->multiply_groups(*call, begin, end);
+    });
+    return 0;
+}
+
 int bt_linear(bt_context *c, const bt_matrix *const *matrices, int count, int activations, int rows, const float *x,
               ptrdiff_t x_stride, float *const *y, const ptrdiff_t *y_strides) {
     if (c == nullptr || rows < 0 || (x == nullptr && rows > 0)) return BT_BAD_ARGUMENT;

@@ -247,8 +247,46 @@ void descend(const bt_descent &c, int begin, int end) {
     for (int row = begin; row < end; row++) descend_row(c, row);
 }
 
-const VectorOps ops = {rms_norm, add,   gate,   cap,           embed,   head, append,
-                       attend,   merge, finish, solve_columns, descend, read};
+inline wide::Floats floats_from(const float *p, int count) {
+    return count == wide::lanes ? wide::load(p) : wide::load_some(p, count);
+}
+
+inline wide::Floats floats_from(const uint16_t *p, int count) {
+    typedef uint16_t Halves __attribute__((vector_size(2 * wide::lanes)));
+    Halves v = {};
+    // A copy of known size is one load, of any other a call.
+    count == wide::lanes ? memcpy(&v, p, sizeof v) : memcpy(&v, p, static_cast<size_t>(count) * sizeof *p);
+    return wide::floats_of(__builtin_convertvector(v, wide::Ints) << 16);
+}
+
+template <typename T>
+void multiply_groups_of_row(const bt_group_products &c, int row) {
+    using namespace wide;
+    const int groups = c.columns / c.group_size;
+    const float *steps = c.steps + row * static_cast<int64_t>(c.columns);
+    float *products = c.products + row * static_cast<int64_t>(groups) * groups;
+    for (int g = 0; g < groups; g++) {
+        const T *pull = static_cast<const T *>(c.pulls) + (g * static_cast<int64_t>(c.rows) + row) * c.columns;
+        for (int h = g; h < groups; h++) {
+            Floats sum = {};
+            const int stop = (h + 1) * c.group_size;
+            for (int k = stop - c.group_size; k < stop; k += lanes) {
+                const int count = stop - k < lanes ? stop - k : lanes;
+                sum += floats_from(pull + k, count) * floats_from(steps + k, count);
+            }
+            products[g * groups + h] = products[h * groups + g] = sum_of_lanes(sum);
+        }
+    }
+}
+
+void multiply_groups(const bt_group_products &c, int begin, int end) {
+    for (int row = begin; row < end; row++) {
+        c.type == BT_F32 ? multiply_groups_of_row<float>(c, row) : multiply_groups_of_row<uint16_t>(c, row);
+    }
+}
+
+const VectorOps ops = {rms_norm, add,   gate,   cap,           embed,   head,            append,
+                       attend,   merge, finish, solve_columns, descend, multiply_groups, read};
 
 }  // namespace
 

@@ -72,6 +72,8 @@ struct VectorOps {
     void (*solve_columns)(const bt_columns &call, const float (*coupling)[most_columns], int begin, int end);
     // Rows [begin, end) of bt_descend.
     void (*descend)(const bt_descent &call, int begin, int end);
+    // Rows [begin, end) of bt_multiply_groups.
+    void (*multiply_groups)(const bt_group_products &call, int begin, int end);
     // Reads `bytes`, a multiple of 1024, as fast as the instruction set can; some function of all of them.
     int32_t (*read)(const void *data, int64_t bytes);
 };

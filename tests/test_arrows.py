@@ -111,6 +111,7 @@ ALLOWED = {
         "report",
         "convert",
         "quantize",
+        "runtime",
         "evaluate",
         "artifact",
         "schema",

@@ -276,6 +276,36 @@ def test_the_model_itself_writes(with_bos: PreTrainedTokenizerFast, monkeypatch:
     assert load("self", with_bos, model=model, nsamples=40, seqlen=12, seed=3).sha256 == found.sha256
 
 
+@pytest.mark.parametrize("words", [7, 128, 300])
+def test_words_are_drawn_with_their_probability(words: int) -> None:
+    generator = torch.Generator().manual_seed(words)
+    logits = 2 * torch.randn(words, generator=generator)
+    logits[torch.randperm(words, generator=generator)[: words // 3]] = -torch.inf
+    logits[-2:] = -torch.inf  # the last sum is reached before the end
+    count = 20_000
+    torch.manual_seed(1)
+    drawn = sampling._draw(torch.empty(0), logits.expand(count, -1))
+    assert torch.equal(drawn.sum(1), torch.ones(count, dtype=torch.long))
+    found, expected = drawn.float().mean(0), logits.softmax(0)
+    assert bool((found[expected == 0] == 0).all())
+    assert bool(((found - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt() + 1e-12).all())
+
+
+@pytest.mark.parametrize("point", [0.0, 1 - 2**-24])
+def test_the_ends_of_what_is_drawn_from(point: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words that cannot come do not, wherever rounding puts the sums."""
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, point))
+    logits = torch.randn(500, 700, generator=torch.Generator().manual_seed(0))
+    logits[:, :200] = logits[:, 450:] = -torch.inf
+    drawn = sampling._draw(torch.empty(0), logits).argmax(1)
+    assert torch.equal(drawn, torch.full((500,), 449 if point else 200))
+
+
+def test_a_model_that_writes_no_numbers() -> None:
+    with pytest.raises(BitternError, match="expected logits, found NaN or infinity"):
+        sampling._draw(torch.empty(0), torch.tensor([[0.0, 1.0], [0.0, torch.nan]]))
+
+
 def test_a_wrong_tokenizer_is_named(text: Path, plain: PreTrainedTokenizerFast) -> None:
     largest = int(load(text, plain).ids.max())
     assert load(text, plain, vocab_size=largest + 1).tokens_found == 256

@@ -58,6 +58,31 @@ def test_refitted_scales_are_the_least_squares_ones(spec: QuantSpec) -> None:
     torch.testing.assert_close(slopes.double(), expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("rough", [False, True])
+@pytest.mark.parametrize("group", [1, 6, 16, 40])
+def test_products_of_groups(group: int, rough: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(group)
+    groups, rows = 240 // group, 5
+    steps = torch.randint(-8, 8, (rows, groups, group), generator=generator).float()
+    moment = torch.randn(240, 240, generator=generator)
+    moment = (moment @ moment.T).bfloat16().float()
+    pulls = torch.einsum("rgk,gkc->grc", steps, moment.view(groups, group, 240)).contiguous()
+    if rough:
+        pulls = pulls.bfloat16()
+    at = torch.arange(240).view(groups, group)
+    expected = torch.empty(rows, groups, groups, dtype=torch.float64)
+    for row in range(rows):
+        for g in range(groups):
+            for h in range(groups):
+                expected[row, g, h] = pulls[min(g, h), row, at[max(g, h)]].double() @ steps[row, max(g, h)].double()
+    for library in (True, False):
+        if not library:
+            monkeypatch.setattr(native, "available", lambda: False)
+        found = module._products_of_groups(pulls, steps)
+        assert torch.equal(found, found.mT)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_each_code_becomes_the_best_for_the_others(spec: QuantSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, _, hessian, solved = problem(spec)

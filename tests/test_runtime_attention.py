@@ -15,6 +15,7 @@ from bittern.errors import BitternError
 from bittern.runtime import attention, native
 from bittern.runtime.cache import new_cache
 from bittern.runtime.flash import flash_attention
+from bittern.runtime.short_attention import short_attention
 
 SMALL = {
     "vocab_size": 97,
@@ -91,6 +92,80 @@ def test_autocast_decides_what_comes_out(library: bool, monkeypatch: pytest.Monk
     allowed = torch.ones(5, 5, dtype=torch.bool).tril().expand(1, 4, -1, -1)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), by_hand(query, key, value, allowed, 8**-0.5), rtol=0.05, atol=0.03)
+
+
+def exact(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Causal attention of as many queries as keys, by its formula in fp64: (batch, queries, heads, head_dim)."""
+    shared = query.shape[1] // key.shape[1]
+    key, value = (each.double().repeat_interleave(shared, 1) for each in (key, value))
+    behind = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool).triu(1)
+    scores = (query.double() @ key.mT * scale).masked_fill(behind, -torch.inf)
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+@pytest.fixture
+def short_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Positions of each call of short_attention."""
+    calls: list[int] = []
+    wrapped = short_attention
+
+    def counted(query: Tensor, *args: Any) -> Tensor:
+        calls.append(query.shape[2])
+        return wrapped(query, *args)
+
+    monkeypatch.setattr(attention, "short_attention", counted)
+    return calls
+
+
+@pytest.mark.parametrize(("heads", "key_value_heads"), [(4, 4), (6, 2), (4, 1)])
+@pytest.mark.parametrize("positions", [5, 128, 300])
+@pytest.mark.parametrize(("spread", "bound"), [(0.3, 0.01), (3.0, 0.02)], ids=["flat", "peaked"])
+def test_gradients_of_short_windows_in_bfloat16(
+    heads: int, key_value_heads: int, positions: int, spread: float, bound: float, short_calls: list[int]
+) -> None:
+    """Scores are rounded to 2^-9 of themselves, so where they are large, probabilities are off by a percent."""
+    generator = torch.Generator().manual_seed(positions)
+    query, key, value, wanted = (
+        torch.randn(2, count, positions, 16, generator=generator) for count in (heads, *[key_value_heads] * 2, heads)
+    )
+    query, key, value = (each.bfloat16() for each in (spread * query, key, value))  # what rounding does not change
+    leaves = query.float().requires_grad_(), key.float().requires_grad_(), value.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = attention.attention(nn.Module(), leaves[0], leaves[1], leaves[2], None, scaling=0.25)
+    assert short_calls == [positions]
+    assert found.dtype == torch.bfloat16
+    found.backward(wanted.transpose(1, 2).bfloat16())  # type: ignore[no-untyped-call]
+    true = [each.double().requires_grad_() for each in (query, key, value)]
+    expected = exact(true[0], true[1], true[2], 0.25)
+    expected.backward(wanted.transpose(1, 2).bfloat16().double())  # type: ignore[no-untyped-call]
+    for mine, theirs in ((found, expected), *((a.grad, b.grad) for a, b in zip(leaves, true, strict=True))):
+        assert mine is not None and theirs is not None
+        assert float((mine - theirs).detach().norm() / theirs.detach().norm()) < bound
+    assert [leaf.grad.dtype for leaf in leaves if leaf.grad is not None] == [leaf.dtype for leaf in leaves]
+
+
+def test_where_windows_count_as_short(short_calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    states = torch.randn(1, 2, 6, 8)
+
+    def attend(mask: Tensor | None = None, gradients: bool = True, **options: Any) -> None:
+        query = states.clone().requires_grad_(gradients)
+        attention.attention(nn.Module(), query, states, states, mask, **options)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        attend(gradients=False)
+        attend(kernels=False)
+        attend(torch.ones(1, 1, 6, 6, dtype=torch.bool))
+        attend(is_causal=False)
+        with torch.no_grad():
+            attend()
+        monkeypatch.setattr(attention, "LONGEST", 5)
+        attend()
+    monkeypatch.setattr(attention, "LONGEST", 6)
+    attend()  # in fp32
+    assert not short_calls
+    with torch.autocast("cpu", torch.bfloat16):
+        attend()
+    assert short_calls == [6]
 
 
 def test_gradients_pass_through_causal_attention() -> None:

@@ -98,6 +98,35 @@ def test_survives_reordering_and_cropping() -> None:
     assert torch.equal(keys, expected) and torch.equal(values, expected)
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_cache_that_keeps_more_than_the_model_computes_with(family: str, padded: bool) -> None:
+    options = {"llama": {"num_key_value_heads": 2}, "mistral": WINDOW}.get(family, {**WINDOW, "num_hidden_layers": 7})
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**SMALL, **options})
+    model = AutoModelForCausalLM.from_config(config).bfloat16().eval()  # type: ignore[no-untyped-call]
+    assert attention.use(model) == attention.NAME
+    ids = torch.randint(97, (3, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, :2] = 0
+    logits = {}
+    with torch.no_grad():
+        for kept in (None, torch.float32):
+            cache = new_cache(config, 9, kept=kept)
+            steps = [ids[:, :6], ids[:, 6:7], ids[:, 7:8], ids[:, 8:]]
+            found, end = [], 0
+            for new in steps:
+                end += new.shape[1]
+                found.append(model(new, attention_mask=mask[:, :end], past_key_values=cache).logits)
+            logits[kept] = torch.cat(found, 1).float()
+            whole = [layer for layer in cache.layers if isinstance(layer, PreallocatedLayer)]
+            assert {layer.keys.dtype for layer in whole if layer.keys is not None} <= {kept or torch.bfloat16}
+            assert whole or family == "mistral"  # whose layers all have windows
+    seen = mask.bool()
+    torch.testing.assert_close(logits[torch.float32][seen], logits[None][seen], rtol=0.05, atol=0.02)
+
+
 @pytest.mark.parametrize("stored", ["bf16", "int8"])
 def test_compact_layers_round_each_position_by_itself(stored: str) -> None:
     layer = CompactLayer(4, stored)

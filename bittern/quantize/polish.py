@@ -122,9 +122,8 @@ def _refit(hessian: Damped, quantized: QuantWeight, slopes: Tensor) -> tuple[Ten
     rows, groups = scales.shape
     steps = quantized.codes.view(rows, groups, -1) - quantized.zeros.unsqueeze(2).to(slopes.dtype)
     factor = hessian.factor.view(groups, -1, slopes.shape[1])
-    # a_g H of every group: it makes the system, and tells what a group's scale does to the slopes.
-    pulls = torch.bmm(steps.transpose(0, 1).to(factor.dtype), factor).to(slopes.dtype)
-    system = (pulls.view(groups, *steps.shape) * steps).sum(3).transpose(0, 1).double()
+    pulls = torch.bmm(steps.transpose(0, 1).to(factor.dtype), factor)  # a_g H of every group
+    system = _products_of_groups(pulls, steps).double()
     right = -(slopes.view_as(steps) * steps).sum(2).double()
     diagonal = system.diagonal(dim1=1, dim2=2)
     unused = diagonal == 0  # a group whose codes are all its zero: any scale does
@@ -135,10 +134,21 @@ def _refit(hessian: Damped, quantized: QuantWeight, slopes: Tensor) -> tuple[Ten
     moved = (fitted - scales).double().unsqueeze(2)
     change = (moved * (system @ moved - 2 * right.unsqueeze(2))).sum((1, 2))
     fitted = torch.where((change < 0).unsqueeze(1), fitted, scales)
-    slopes = slopes.clone(memory_format=torch.contiguous_format)
-    for pull, each in zip(pulls, (fitted - scales).T, strict=True):
-        slopes.addcmul_(pull, each.unsqueeze(1))
-    return fitted, slopes
+    moves = ((fitted - scales).unsqueeze(2) * steps).flatten(1)
+    return fitted, (moves.to(factor.dtype) @ hessian.factor).to(slopes.dtype).add_(slopes)
+
+
+def _products_of_groups(pulls: Tensor, steps: Tensor) -> Tensor:
+    """``A' H A`` of every row, fp32 (rows, groups, groups) and symmetric, also where ``a_g H`` was rounded.
+
+    Args:
+        pulls: ``a_g H``, (groups, rows, columns).
+        steps: the codes less their zeros, fp32 (rows, groups, columns of a group).
+    """
+    if pulls.device.type == "cpu" and native.available():
+        return native.multiply_groups(pulls, steps.flatten(1))
+    products = (pulls.to(steps.dtype).view(-1, *steps.shape) * steps).sum(3).transpose(0, 1)
+    return products.triu() + products.triu(1).mT
 
 
 def _slices(count: int, size: int) -> list[slice]:

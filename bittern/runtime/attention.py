@@ -1,8 +1,8 @@
 """Flash attention, for every model that takes its attention from transformers' interface.
 
 Without padding, gradients and dropout a CPU has it from the native library, which leaves out what lies behind a query;
-all else is torch's SDPA. Keys and values of grouped heads are never repeated, and a mask is only built for padding and
-windows.
+with gradients and products in bfloat16, short windows have that of short_attention.py; all else is torch's SDPA. Keys
+and values of grouped heads are never repeated, and a mask is only built for padding and windows.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.nn import functional
 from bittern.errors import BitternError
 from bittern.runtime import native
 from bittern.runtime.flash import flash_attention
+from bittern.runtime.short_attention import LONGEST, short_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,6 +93,12 @@ def attention(
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise BitternError(f"attention: {type(module).__name__} asks for {name}; load it with its own attention")
+    if query.dtype != key.dtype:  # a cache that keeps more than the model computes with
+        if attention_mask is not None and attention_mask.is_floating_point():
+            attention_mask = attention_mask.to(key.dtype)
+        wide = query.to(key.dtype)
+        output, _ = attention(module, wide, key, value, attention_mask, dropout, scaling, is_causal, kernels)
+        return output.to(query.dtype), None
     if attention_mask is not None and attention_mask.numel() == 0:
         return _windowed(query, key, value, attention_mask.shape[3], dropout, scaling, kernels), None
     batch, heads, queries, head_dim = query.shape
@@ -102,11 +109,17 @@ def attention(
         key, value = key[:, :, :queries], value[:, :, :queries]
     if causal and kernels and _has_native(query, key, value, dropout):
         return _native(query, key, value, None, scaling), None
+    if causal and kernels and _is_short(query, key, value, dropout):
+        return short_attention(query, key, value, head_dim**-0.5 if scaling is None else scaling), None
     if queries == 1:
         # The heads that share keys become the queries of one attention.
         query = query.reshape(batch, key_value_heads, heads // key_value_heads, head_dim)
         if attention_mask is not None and attention_mask.shape[1] != 1:
             attention_mask = attention_mask.reshape(batch, key_value_heads, heads // key_value_heads, -1)
+        if query.is_cpu and query.dtype == value.dtype == torch.float32 and attention_mask is None and dropout == 0:
+            # SDPA takes twice as long over many sequences, and three times in bfloat16.
+            scores = (query * (head_dim**-0.5 if scaling is None else scaling)) @ key.mT
+            return (scores.softmax(-1) @ value).reshape(batch, 1, heads, -1), None
     output = functional.scaled_dot_product_attention(
         query,
         key,
@@ -174,8 +187,26 @@ def _windowed(
 
 def _has_native(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
     """Whether the native library computes the causal attention of these."""
-    wanted = torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value))
+    wanted = _wants_gradients(query, key, value)
     return query.is_cpu and key.shape == value.shape and dropout == 0 and not wanted and native.available()
+
+
+def _is_short(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
+    """Whether the causal attention of these is to be differentiated, of short windows and by products in bfloat16."""
+    positions = query.shape[2]
+    return (
+        query.is_cpu
+        and key.shape == value.shape
+        and positions == key.shape[2] <= LONGEST
+        and dropout == 0
+        and torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        and _wants_gradients(query, key, value)
+    )
+
+
+def _wants_gradients(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
 
 
 def _native(query: Tensor, key: Tensor, value: Tensor, window: int | None, scaling: float | None) -> Tensor:

@@ -25,11 +25,12 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     Args:
         capacity: positions to make room for; more of them double the buffers.
+        kept: what they are kept and handed out in; by default as they come.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, kept: torch.dtype | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.capacity = capacity
+        self.capacity, self.kept = capacity, kept
         self._buffers: dict[int, Tensor] = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -48,7 +49,7 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         buffer = self._buffers.get(index)
         # Whoever reorders or crops a cache puts other tensors in the place of the views.
         if buffer is None or view is None or view.data_ptr() != buffer.data_ptr() or end > buffer.shape[-2]:
-            buffer = new.new_empty(*new.shape[:-2], self.capacity, new.shape[-1])
+            buffer = new.new_empty(*new.shape[:-2], self.capacity, new.shape[-1], dtype=self.kept)
             if length and view is not None:
                 buffer[..., :length, :] = view
             self._buffers[index] = buffer
@@ -95,7 +96,9 @@ def _expand(compact: Tensor, stored: str, dtype: torch.dtype) -> Tensor:
     return (compact[..., :-4] * scale).to(dtype)
 
 
-def new_cache(config: PreTrainedConfig, capacity: int, stored: str | None = None) -> DynamicCache:
+def new_cache(
+    config: PreTrainedConfig, capacity: int, stored: str | None = None, kept: torch.dtype | None = None
+) -> DynamicCache:
     """An empty cache for a model, its full-attention layers preallocated.
 
     Sliding windows and recurrent layers keep transformers' own layers, which are small already.
@@ -104,6 +107,7 @@ def new_cache(config: PreTrainedConfig, capacity: int, stored: str | None = None
         config: the model's.
         capacity: positions that are going to be used.
         stored: how full-attention layers store keys and values: "bf16", "int8", or as they come (None, "fp32").
+        kept: without ``stored``, what these layers keep and hand out keys and values in, whatever they come in.
 
     Raises:
         BitternError: for another way to store them.
@@ -114,7 +118,7 @@ def new_cache(config: PreTrainedConfig, capacity: int, stored: str | None = None
     cache = DynamicCache(config=config)
     for index, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
-            made = CompactLayer(capacity, str(stored)) if compact else PreallocatedLayer(capacity)
+            made = CompactLayer(capacity, str(stored)) if compact else PreallocatedLayer(capacity, kept)
             cache.layers[index] = made
     if compact and not any(isinstance(layer, CompactLayer) for layer in cache.layers):
         raise BitternError(

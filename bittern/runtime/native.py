@@ -20,7 +20,7 @@ from bittern.errors import BitternError
 from bittern.runtime import MOST_THREADS
 from bittern.weight import QuantWeight
 
-ABI = 4
+ABI = 5
 LIBRARY = Path(__file__).with_name("libbittern.so")
 # Forces an instruction set, for tests and for bug reports.
 VARIABLE = "BITTERN_INSTRUCTIONS"
@@ -87,6 +87,15 @@ class Descent(ctypes.Structure):
     )
 
 
+class GroupProducts(ctypes.Structure):
+    """``bt_group_products``."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("rows", "columns", "group_size", "type")),
+        *((name, ctypes.c_void_p) for name in ("pulls", "steps", "products")),
+    )
+
+
 @dataclass(frozen=True)
 class Settings:
     """How the native layers of a model compute.
@@ -134,6 +143,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         "bt_forward": (integer, [pointer] * 8),
         "bt_solve_columns": (integer, [pointer, pointer]),
         "bt_descend": (integer, [pointer, pointer]),
+        "bt_multiply_groups": (integer, [pointer, pointer]),
         "bt_read_probe": (ctypes.c_double, [pointer, pointer, ctypes.c_size_t]),
     }
     for name, (result, arguments) in signatures.items():
@@ -356,6 +366,25 @@ def descend(hessian: Tensor, scales: Tensor, zeros: Tensor, codes: Tensor, slope
     rows, columns = codes.shape
     call = Descent(rows, columns, columns // scales.shape[1], max_code, *(tensor.data_ptr() for tensor in tensors))
     check(library().bt_descend(context(), ctypes.addressof(call)), "bt_descend")
+
+
+def multiply_groups(pulls: Tensor, steps: Tensor) -> Tensor:
+    """``bt_multiply_groups``; both contiguous.
+
+    Args:
+        pulls: float32 or bfloat16 (groups, rows, columns).
+        steps: float32 (rows, columns).
+
+    Returns:
+        float32 (rows, groups, groups), symmetric.
+    """
+    groups, rows, columns = pulls.shape
+    assert pulls.is_contiguous() and steps.is_contiguous() and steps.shape == (rows, columns)
+    products = torch.empty(rows, groups, groups)
+    tensors = (tensor.data_ptr() for tensor in (pulls, steps, products))
+    call = GroupProducts(rows, columns, columns // groups, TYPES[pulls.dtype], *tensors)
+    check(library().bt_multiply_groups(context(), ctypes.addressof(call)), "bt_multiply_groups")
+    return products
 
 
 def read_probe(megabytes: int, threads: int) -> float:

@@ -25,6 +25,7 @@ from bittern.formats.packing import check_name
 from bittern.processes import together, world
 from bittern.quantize.pipeline import DEFAULT_DATASET
 from bittern.quantize.resume import change, source_hashes
+from bittern.runtime import attention
 from bittern.sampling import Sampled
 from bittern.ties import refuse_untied
 from bittern.tokenizer import check_length, wants_bos
@@ -290,6 +291,8 @@ def _prepare(
         _check_resumable(state, settings, given["resume"])
     teacher = live.load_dense(checkpoint, device=place)
     student = make_student(teacher, checkpoint.config, kv_heads)
+    for model in (teacher, student):
+        attention.use(model)
     parameters = trained_parameters(student, options.trained if options.steps else "attention")
     if rank == 0 and not state.exists():
         if given["dtype"] is not None:
