@@ -60,6 +60,9 @@ def write_on(
 
     Returns:
         int64 (texts, seqlen), in the order of the prompts.
+
+    Raises:
+        BitternError: when its logits are not numbers.
     """
     from transformers import LogitsProcessorList
 
@@ -68,7 +71,7 @@ def write_on(
         model = copy.deepcopy(model).bfloat16()
         implementation = attention.use(model)
         if model.device.type == "cpu" and implementation == attention.NAME:
-            kept = torch.float32  # attention of one query is three times as fast
+            kept = torch.float32  # attention of one query is two to three times as fast
     config = model.config.get_text_config(decoder=True)
     cached = 2 * (kept or model.dtype).itemsize * config.num_hidden_layers * config.hidden_size * seqlen  # at most
     together = min(_TEXTS[1], max(_TEXTS[0], min(_SCORES // config.vocab_size, _CACHE // cached)))

@@ -157,6 +157,17 @@ Share share_of(const Output &output, const Digits *digits, int activations, int 
     return s;
 }
 
+// f(begin, end) for all of `count` rows, `size` of them a job.
+template <typename F>
+int in_rows(bt_context *c, int count, int size, F f) {
+    Lock lock(c);
+    c->pool.run((count + size - 1) / size, [&](int job, int) {
+        const int begin = job * size, end = begin + size < count ? begin + size : count;
+        f(begin, end);
+    });
+    return 0;
+}
+
 }  // namespace
 
 bool valid(const bt_matrix &m) {
@@ -246,13 +257,7 @@ int bt_solve_columns(bt_context *c, const bt_columns *call) {
     for (int k = 0; k < call->columns; k++) {
         for (int j = 0; j < k; j++) coupling[k][j] = call->coupling[j * call->down + k * call->across];
     }
-    constexpr int rows = 64;  // of a job
-    Lock lock(c);
-    c->pool.run((call->rows + rows - 1) / rows, [&](int job, int) {
-        const int begin = job * rows, end = begin + rows < call->rows ? begin + rows : call->rows;
-        c->kernels->ops->solve_columns(*call, coupling, begin, end);
-    });
-    return 0;
+    return in_rows(c, call->rows, 64, [&](int begin, int end) { c->kernels->ops->solve_columns(*call, coupling, begin, end); });
 }
 
 int bt_descend(bt_context *c, const bt_descent *call) {
@@ -260,13 +265,7 @@ int bt_descend(bt_context *c, const bt_descent *call) {
         call->columns % call->group_size != 0 || call->max_code < 1 || call->max_code > 255) {
         return BT_BAD_ARGUMENT;
     }
-    constexpr int rows = 4;  // of a job
-    Lock lock(c);
-    c->pool.run((call->rows + rows - 1) / rows, [&](int job, int) {
-        const int begin = job * rows, end = begin + rows < call->rows ? begin + rows : call->rows;
-        c->kernels->ops->descend(*call, begin, end);
-    });
-    return 0;
+    return in_rows(c, call->rows, 4, [&](int begin, int end) { c->kernels->ops->descend(*call, begin, end); });
 }
 
 int bt_multiply_groups(bt_context *c, const bt_group_products *call) {
@@ -274,13 +273,7 @@ int bt_multiply_groups(bt_context *c, const bt_group_products *call) {
         call->columns % call->group_size != 0 || (call->type != BT_F32 && call->type != BT_BF16)) {
         return BT_BAD_ARGUMENT;
     }
-    constexpr int rows = 4;  // of a job
-    Lock lock(c);
-    c->pool.run((call->rows + rows - 1) / rows, [&](int job, int) {
-        const int begin = job * rows, end = begin + rows < call->rows ? begin + rows : call->rows;
-        c->kernels->ops->multiply_groups(*call, begin, end);
-    });
-    return 0;
+    return in_rows(c, call->rows, 4, [&](int begin, int end) { c->kernels->ops->multiply_groups(*call, begin, end); });
 }
 
 int bt_linear(bt_context *c, const bt_matrix *const *matrices, int count, int activations, int rows, const float *x,

@@ -99,6 +99,7 @@ def attention(
         wide = query.to(key.dtype)
         output, _ = attention(module, wide, key, value, attention_mask, dropout, scaling, is_causal, kernels)
         return output.to(query.dtype), None
+    scaling = query.shape[3] ** -0.5 if scaling is None else scaling
     if attention_mask is not None and attention_mask.numel() == 0:
         return _windowed(query, key, value, attention_mask.shape[3], dropout, scaling, kernels), None
     batch, heads, queries, head_dim = query.shape
@@ -110,15 +111,15 @@ def attention(
     if causal and kernels and _has_native(query, key, value, dropout):
         return _native(query, key, value, None, scaling), None
     if causal and kernels and _is_short(query, key, value, dropout):
-        return short_attention(query, key, value, head_dim**-0.5 if scaling is None else scaling), None
+        return short_attention(query, key, value, scaling), None
     if queries == 1:
         # The heads that share keys become the queries of one attention.
         query = query.reshape(batch, key_value_heads, heads // key_value_heads, head_dim)
         if attention_mask is not None and attention_mask.shape[1] != 1:
             attention_mask = attention_mask.reshape(batch, key_value_heads, heads // key_value_heads, -1)
         if query.is_cpu and query.dtype == value.dtype == torch.float32 and attention_mask is None and dropout == 0:
-            # SDPA takes twice as long over many sequences, and three times in bfloat16.
-            scores = (query * (head_dim**-0.5 if scaling is None else scaling)) @ key.mT
+            # SDPA takes up to twice as long over many sequences.
+            scores = (query * scaling) @ key.mT
             return (scores.softmax(-1) @ value).reshape(batch, 1, heads, -1), None
     output = functional.scaled_dot_product_attention(
         query,
@@ -165,7 +166,7 @@ def _mask(
 
 
 def _windowed(
-    query: Tensor, key: Tensor, value: Tensor, window: int, dropout: float, scaling: float | None, kernels: bool
+    query: Tensor, key: Tensor, value: Tensor, window: int, dropout: float, scaling: float, kernels: bool
 ) -> Tensor:
     """Attention to the last ``window`` positions, the own one included: (batch, queries, heads, head_dim)."""
     heads, queries = query.shape[1:3]
@@ -209,11 +210,10 @@ def _wants_gradients(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
 
 
-def _native(query: Tensor, key: Tensor, value: Tensor, window: int | None, scaling: float | None) -> Tensor:
+def _native(query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float) -> Tensor:
     """It, computed in fp32, in the values' dtype (autocast leaves queries and keys in fp32 where they are rotated).
 
     Returns:
         (batch, queries, heads, head_dim).
     """
-    scale = query.shape[3] ** -0.5 if scaling is None else scaling
     return flash_attention(query.float(), key.float(), value.float(), scale=scale, window=window).to(value.dtype)
