@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from bittern.errors import BitternError, first_line
+from bittern.hub_errors import guarded
 from bittern.sampling import Sampled, beginnings, write_on, writer
 from bittern.tokenizer import check_vocabulary, encode, leading_bos
 
@@ -259,7 +260,7 @@ def _rows(dataset: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[s
     path, text_column = split_column(dataset)
     if text_column is not None and tokenizer is not None:
         raise BitternError(f"{dataset}: --chat-template renders messages, found a column {text_column!r} of text named")
-    with tempfile.TemporaryDirectory(prefix="bittern-") as cache:
+    with guarded(), tempfile.TemporaryDirectory(prefix="bittern-") as cache:
         try:
             for row in _open_rows(path, cache):
                 if tokenizer is None and text_column is None:

@@ -28,6 +28,7 @@ from bittern.options import (
     format_option,
     generation_options,
     json_option,
+    lenient,
     load_options,
     output_options,
     push_options,
@@ -52,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     state = {"verbose": False}
     try:
         code = commands.main(arguments, prog_name="bittern", standalone_mode=False, obj=state)
+    except click.exceptions.NoArgsIsHelpError as error:
+        _say(error.format_message())
+        code = USAGE
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "bittern"
         code = _fail(f"{error.format_message()} ('{command} --help' shows the usage)", USAGE)
@@ -101,7 +105,7 @@ def commands() -> None:
 @output_options
 @format_option(FORMATS, "safetensors, plain floats")
 @target_option
-@click.option("--dtype", type=DTYPE, help="Dtype of floats.  [default: bf16 of a plain source, else as they are]")
+@click.option("--dtype", type=DTYPE, help="Of floats.  [default: bf16 of a plain source and of GGUF, else as they are]")
 @click.option("--allow-inexact", is_flag=True, help="Round what the format cannot hold exactly, and say by how much.")
 @click.option("--clamp", is_flag=True, help="Clamp what fp16 cannot hold, and say how many values that were.")
 @json_option
@@ -195,6 +199,7 @@ def run(model: str, prompts: tuple[str, ...], as_json: bool, **options: Any) -> 
     from bittern.tokenizer import check_text
 
     choices = GenerationOptions(**{name: options.pop(name) for name in GENERATION})
+    lenient(sys.stdin)
     chat = not prompts and sys.stdin.isatty() and not as_json
     if not prompts and not chat:
         prompts = (sys.stdin.read().rstrip("\n"),)
@@ -285,13 +290,14 @@ def _chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: G
     import readline  # noqa: F401  (input() edits lines once it is imported)
 
     from bittern.runtime.chat import Chat
+    from bittern.tokenizer import check_text
 
     if tokenizer.chat_template is None:
         print("note: this model has no chat template; each line is continued as plain text", file=sys.stderr)
     chat = Chat(model, tokenizer, options, NEW_TOKENS)
     while True:
         try:
-            line = input("> ")
+            line = check_text(input("> "), "what was typed")
             if line.strip():
                 forgotten = chat.answer(line, _stream)
                 print(flush=True)
@@ -313,7 +319,7 @@ def _chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: G
 @click.option("--against", metavar="BASE", help="Also what this model is worth, and how far from it MODEL is.")
 @click.option("--tasks", type=click.Path(path_type=Path), multiple=True, help="File of requests. Repeatable.")
 @click.option("--limit", type=click.IntRange(min=1), help="Questions of a task, from the first.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Windows at a time.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Windows, or requests, at a time (1, and 8).")
 @click.option("--record", is_flag=True, help="Also put the figures into the artifact's manifest, for its report.")
 @load_options
 @json_option

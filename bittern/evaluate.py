@@ -72,19 +72,9 @@ def text_windows(
         BitternError: no such file, not UTF-8, shorter than one window, or a tokenizer without BOS.
     """
     path = Path(path)
-    if path.suffix in _ROWS:
-        raise BitternError(
-            f"{path}: expected a file of plain text, found rows ({path.suffix}): their markup would count"
-        )
     if seqlen < 2 or (windows is not None and windows < 1):
         raise BitternError(f"seqlen, windows: expected at least 2 and 1, found {seqlen} and {windows}")
-    try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(None if windows is None else windows * seqlen * _BYTES_PER_TOKEN)
-    except OSError as error:
-        raise BitternError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise BitternError(f"{path}: expected UTF-8 text, found {error}") from error
+    text = read_text(path, None if windows is None else windows * seqlen * _BYTES_PER_TOKEN)
     if bos and tokenizer.bos_token_id is None:
         raise BitternError(f"bos: the tokenizer {tokenizer.name_or_path!r} has no BOS token")
     ids = encode(tokenizer, text)
@@ -95,6 +85,26 @@ def text_windows(
     count = count if windows is None else min(count, windows)
     found = torch.tensor(ids[: count * width], dtype=torch.int64).view(count, width)
     return torch.cat([torch.full((count, 1), tokenizer.bos_token_id), found], dim=1) if bos else found
+
+
+def read_text(path: str | os.PathLike[str], characters: int | None) -> str:
+    """The beginning of a text file, or all of it.
+
+    Raises:
+        BitternError: no such file, rows in the place of text, not UTF-8.
+    """
+    path = Path(path)
+    if path.suffix in _ROWS:
+        raise BitternError(
+            f"{path}: expected a file of plain text, found rows ({path.suffix}): their markup would count"
+        )
+    try:
+        with path.open(encoding="utf-8") as file:
+            return file.read(characters)
+    except OSError as error:
+        raise BitternError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise BitternError(f"{path}: expected UTF-8 text, found {error}") from error
 
 
 def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: Tensor) -> None:

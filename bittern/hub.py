@@ -1,4 +1,4 @@
-"""The only code that talks to the network: a repository of the Hub into the usual cache, an artifact to the Hub.
+"""What talks to the Hub: a repository into the usual cache, an artifact to it (rows of text come by `datasets`).
 
 Tokens, cache, mirror and offline mode come from where huggingface_hub takes them (HF_TOKEN and the
 token that `hf auth login` stores, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE). No token leaves this module: neither in

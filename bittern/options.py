@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import click
 
@@ -35,6 +37,12 @@ def byte_size(value: str) -> int:
     if not match or match[2].upper() not in UNITS or float(match[1]) == 0:
         raise click.BadParameter(f"expected a size such as 5GB, 500MB or 2GiB, found {value!r}")
     return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def lenient(stream: TextIO) -> None:
+    """Have a stream keep bytes that are no UTF-8 as lone surrogates, which are judged with the text."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 
 def count(value: str) -> int:

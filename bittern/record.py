@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bittern.errors import BitternError
-from bittern.evaluate import EvalResult, check_fit, evaluate, text_windows
+from bittern.evaluate import EvalResult, check_fit, evaluate, read_text, text_windows
 from bittern.report import MANIFEST_FILE, file_record
 from bittern.schema import LARGEST_FLOAT, problem, read_manifest
-from bittern.tasks import TaskResult, evaluate_task
+from bittern.tasks import TaskResult, evaluate_task, read_task
 from bittern.tokenizer import check_same_tokens, wants_bos
 from bittern.writer import explained, replace_file
 
@@ -60,7 +60,7 @@ def measure(
     against: str | None,
     tasks: Sequence[Path],
     limit: int | None,
-    batch_size: int,
+    batch_size: int | None,
     bos: bool = False,
     **place: Any,
 ) -> Measurement:
@@ -73,7 +73,7 @@ def measure(
         text, seqlen, windows: the text to predict, and how it is cut; see :func:`bittern.evaluate.text_windows`.
         against: the base: KL divergence and agreement on the text, and its own figures on everything.
         tasks, limit: files of requests, and how many questions of each.
-        batch_size: windows at a time.
+        batch_size: windows, or requests of a task, at a time; None for one, and eight.
         bos: begin every window of the text with BOS.
         place: how models are loaded; a revision and a packed head are the model's alone.
 
@@ -83,6 +83,12 @@ def measure(
     found = Measurement()
     if bos and text is None:
         raise BitternError("bos: windows of a text begin with it, and there is no text")
+    if limit is not None and not tasks:
+        raise BitternError("limit: it counts the questions of tasks, and there are none")
+    if text is not None:
+        read_text(text, 1)  # what cannot be read is told before a model is loaded
+    for file in tasks:
+        read_task(file, limit)
     live, tokenizer = load(model, decoder=False, **place)
     ids = None
     if text is not None:
@@ -103,16 +109,17 @@ def measure(
     about = {"settings": settings, "base": against}
     if text is not None and ids is not None:
         with bar("windows") as on_progress:
-            found.text = evaluate(live, ids, against=base, batch_size=batch_size, on_progress=on_progress)
+            found.text = evaluate(live, ids, against=base, batch_size=batch_size or 1, on_progress=on_progress)
         entry = _text_entry(text, seqlen, found.text) | about
         found.entries.append(entry | {"settings": {**settings, "bos": True}} if bos else entry)
+    asked: dict[str, Any] = {"limit": limit} | ({} if batch_size is None else {"batch_size": batch_size})
     for file in tasks:
         with bar(file.name) as on_progress:
-            result = evaluate_task(live, tokenizer, file, limit=limit, on_progress=on_progress)
+            result = evaluate_task(live, tokenizer, file, **asked, on_progress=on_progress)
         answer = asdict(result)
         if base is not None and base_tokenizer is not None:
             with bar(f"{file.name}, base") as on_progress:
-                base_result = evaluate_task(base, base_tokenizer, file, limit=limit, on_progress=on_progress)
+                base_result = evaluate_task(base, base_tokenizer, file, **asked, on_progress=on_progress)
             answer |= {f"base_{name}": getattr(base_result, name) for name in _figures(base_result)}
         found.tasks.append(answer)
         found.entries.append(_task_entry(file, answer) | about)

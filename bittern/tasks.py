@@ -13,6 +13,7 @@ import gzip
 import json
 import math
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,7 +202,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
             for line, text in enumerate(file, start=1):
                 if text.strip():
                     yield line, json.loads(text)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise BitternError(f"{path}: cannot be read: {first_line(error)}") from error
     except json.JSONDecodeError as error:
         raise BitternError(f"{path}, line {line}: expected JSON, found {error}") from error

@@ -56,7 +56,7 @@ ALLOWED = {
         "ties",
     },
     "sampling": {"errors", "replay", "runtime"},
-    "calibration": {"errors", "tokenizer", "sampling"},
+    "calibration": {"errors", "hub_errors", "tokenizer", "sampling"},
     "training": {
         "errors",
         "tokenizer",

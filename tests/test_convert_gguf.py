@@ -529,6 +529,17 @@ def test_what_is_refused_before_quantizing(folder: Path, tmp_path: Path) -> None
         check_gguf(checkpoint, {}, tmp_path / "b.gguf", False)
 
 
+def test_experts_of_unlike_types_are_refused_before_quantizing(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = tiny.random_model("mixtral", num_local_experts=4, sliding_window=None)
+    source = tiny.save(model, tmp_path / "m", tokenizer)
+    options: dict[str, Any] = {"bits": 4, "group_size": 32, "method": "rtn"}
+    with pytest.raises(BitternError, match=r"one tensor of all experts, expected one type, found Q4_0, Q8_0"):
+        bittern.quantize(source, tmp_path / "a.gguf", layers=[(r"experts\.0\.", 8)], dry_run=True, **options)
+    bittern.quantize(source, tmp_path / "a.gguf", layers=[(r"experts\.0\.", 3)], **options)
+
+
 def test_act_order_is_refused_before_anything_is_written(artifacts: Any, tmp_path: Path) -> None:
     import shutil
 

@@ -181,6 +181,22 @@ def test_g_idx_may_be_missing_and_scales_may_be_bfloat16() -> None:
     assert torch.equal(found.scales, packed["scales"].T.float())
 
 
+def test_last_group_may_be_short_without_a_g_idx() -> None:
+    """Though the number of groups divides the columns: 160 are 128 and 32, not twice 80."""
+    weight = random_weight(4, 32, 160, 128)
+    tensors = packed_bit_by_bit(weight, zero_offset=0)
+    del tensors["g_idx"]
+    found = unpack(tensors, weight.spec, 160, gptq.V2)
+    assert found.spec.group_size == 128
+    assert torch.equal(found.dequantize(), weight.dequantize())
+
+
+def test_act_order_of_some_layers_is_act_order() -> None:
+    base = {"bits": 4, "group_size": 32, "desc_act": False}
+    assert not gptq.read_config(base | {"dynamic": {"+:a": {"bits": 8}, "-:b": {}}}).desc_act
+    assert gptq.read_config(base | {"dynamic": {"-:b": {}, "+:a": {"desc_act": True}}}).desc_act
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -25,9 +25,9 @@ from bittern.quantize import backward, mixed
 from bittern.quantize.gptq import factorize, gptq
 from bittern.quantize.mixed import choose
 from bittern.quantize.plan import make_plan
-from bittern.quantize.sensitivity import BITS, Group, Sensitivity
+from bittern.quantize.sensitivity import Group, Sensitivity
 from bittern.schema import read_manifest, schema
-from bittern.weight import QuantSpec
+from bittern.weight import BITS, QuantSpec
 from tests import tiny
 from tests.test_families import FAMILIES
 from tests.test_schema import unknown

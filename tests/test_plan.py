@@ -124,3 +124,6 @@ def test_products_are_rough_where_that_is_faster_and_quantizing_is_rougher(
     monkeypatch.setattr("bittern.replay.fast_in_sixteen_bits", lambda _: fast)
     plan = make_plan(BLOCKS, bits, 32, True, [(each, 8) for each in eights], skip=["layers.1.down"])
     assert plan.rough(torch.device("cpu")) is rough
+    head = Matrix("lm_head.weight", None, False, 64, 32, (("lm_head", 0, 64),))
+    outside = make_plan(BLOCKS, bits, 32, True, [(each, 8) for each in eights], ["layers.1.down"], [(head, 8)])
+    assert outside.rough(torch.device("cpu")) is rough  # nobody walks through a head

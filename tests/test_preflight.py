@@ -187,7 +187,7 @@ def test_twice_the_windows_take_twice_the_passes(source: Path, text: Path, tmp_p
         }
         for samples in (100, 200):
             solver = Solver(model, checkpoint, sources, plan, 0.01, cpu, plain)
-            job = preflight.Job(solver, None, [], samples, 32, 8, 0)  # type: ignore[arg-type]
+            job = preflight.Job(solver, None, [], samples, 32, 8, 8, 0)  # type: ignore[arg-type]
             taken.append(preflight._block_seconds(job, 0, costs[0], solving, {}, 1.0, False))
         assert preflight._block_seconds(job, 2, costs[2], solving, {}, 1.0, True)["forward passes, quantized"] == 0
     assert costs[0] is costs[1] is costs[2]

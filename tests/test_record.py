@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ import bittern
 from bittern import cli
 from bittern.errors import BitternError
 from bittern.evaluate import evaluate, text_windows
-from bittern.record import check_recordable, record
+from bittern.record import check_recordable, measure, record
 from bittern.report import MANIFEST_FILE
 from bittern.schema import read_manifest
 from bittern.story import conditions
@@ -193,6 +194,23 @@ def test_the_rest_of_the_artifact_stays_as_it_is(
     assert {key: value for key, value in after.items() if key != "evaluations"} == before
     assert {path.name for path in artifact.iterdir()} == {path.name for path in made.iterdir()}
     assert verify(artifact, logits=False).passed
+
+
+def test_files_are_read_before_a_model(tmp_path: Path, tasks: list[Path], text: Path) -> None:
+    def load(*_: Any, **__: Any) -> Any:
+        raise AssertionError("loaded")
+
+    broken = tmp_path / "broken.jsonl.gz"
+    broken.write_bytes(gzip.compress(b"{}" * 500)[:-20] + b"\0" * 20)
+    good: dict[str, Any] = {"seqlen": 32, "windows": 2, "against": None, "limit": None, "batch_size": None}
+    for wrong, message in (
+        ({"text": text, "tasks": [*tasks, tmp_path / "typo.jsonl"]}, "typo.jsonl: cannot be read"),
+        ({"text": text, "tasks": [broken]}, "broken.jsonl.gz"),
+        ({"text": tmp_path / "typo.txt", "tasks": tasks}, "typo.txt: cannot be read"),
+        ({"text": text, "tasks": [], "limit": 3}, "limit: it counts the questions of tasks"),
+    ):
+        with pytest.raises(BitternError, match=message):
+            measure(load, None, "model", **{**good, **wrong})  # type: ignore[arg-type]
 
 
 def test_without_record_nothing_is_written(artifact: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,12 +60,10 @@ def logits(folder: Path) -> torch.Tensor:
 
 
 def holds(format: str, bits: int, sym: bool) -> bool:
-    """What each format holds exactly in fp16 (docs/formats.md)."""
+    """What each format holds exactly (docs/formats.md)."""
     if format == "gptq":
         return sym  # its zeros are stored minus one, and a zero of 0 has no form that all readers agree on
-    if format == "awq":
-        return bits == 4
-    return sym if format == "mlx" else True
+    return format != "awq" or bits == 4
 
 
 @pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
@@ -75,7 +73,7 @@ def test_there_and_back(format: str, bits: int, sym: bool, source: Path, tmp_pat
     first = quantized(source, tmp_path / "first", bits=bits, sym=sym)
     original = "gptq" if sym else "gptq_v2"
     if not holds(format, bits, sym):
-        with pytest.raises(BitternError, match=r"AWQ|float32|gptq_v2"):
+        with pytest.raises(BitternError, match=r"AWQ|gptq_v2"):
             bittern.convert(first, tmp_path / "there", format=format)
         assert not (tmp_path / "there").exists()
         return
@@ -106,11 +104,26 @@ def test_damping_is_stated_as_the_source_states_it(source: Path, tmp_path: Path)
     assert stated("unknown") == 0.01
 
 
-@pytest.mark.parametrize("bits", [8, 4, 3, 2])
-def test_mlx_holds_asymmetric_grids_in_fp32(bits: int, source: Path, tmp_path: Path) -> None:
-    first = quantized(source, tmp_path / "first", bits=bits, sym=False)
-    bittern.convert(first, tmp_path / "there", format="mlx", dtype="fp32")
+@pytest.mark.parametrize(("bits", "asked"), [(8, {"format": "mlx"}), (4, {"target": "mlx"}), (3, {"format": "mlx"})])
+def test_mlx_holds_asymmetric_grids_in_fp32(bits: int, asked: dict[str, str], source: Path, tmp_path: Path) -> None:
+    """Its scales alone: other floats stay as they are."""
+    first = quantized(source, tmp_path / "first", bits=bits, sym=False, dtype="bf16")
+    bittern.convert(first, tmp_path / "there", **asked)  # type: ignore[arg-type]
+    stored = load_file(tmp_path / "there" / "model.safetensors")
+    assert stored["model.layers.0.mlp.up_proj.scales"].dtype == torch.float32
+    assert stored["model.norm.weight"].dtype == torch.bfloat16
     assert_same(weights(first), weights(tmp_path / "there"))
+
+
+def test_mlx_takes_what_states_rope_in_new_words(source: Path, tmp_path: Path) -> None:
+    """bittern adds the old ones to whatever it writes."""
+    first = quantized(source, tmp_path / "first", bits=4)
+    config = json.loads((first / "config.json").read_text())
+    config = {name: value for name, value in config.items() if name not in ("rope_theta", "rope_scaling")}
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 500000.0}
+    (first / "config.json").write_text(json.dumps(config))
+    bittern.convert(first, tmp_path / "there", target="mlx")
+    assert json.loads((tmp_path / "there" / "config.json").read_text())["rope_theta"] == 500000.0
 
 
 def test_what_is_rounded_is_said_in_steps_of_the_grid(source: Path, tmp_path: Path) -> None:

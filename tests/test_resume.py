@@ -15,9 +15,11 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 import bittern
+from bittern import replay
 from bittern.errors import BitternError
 from bittern.quantize.resume import WorkFolder
 from bittern.quantize.solve import Layer
+from bittern.runtime import native
 from bittern.weight import QuantSpec, round_to_nearest
 from tests import tiny
 
@@ -92,6 +94,22 @@ def test_a_run_that_stopped_goes_on_in_the_same_bytes(
     assert manifest["measured"]["resumed_blocks"] == BLOCKS // 2
     assert set(manifest["measured"]["layer_seconds"]) == {layer["layer"] for layer in manifest["layers"]}
     assert {path.name for path in tmp_path.iterdir()} == {"source", "whole", "out"}
+
+
+def test_a_dense_block_between_experts_is_walked_as_before(
+    text: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16, though every block that is missing then has experts."""
+    monkeypatch.setattr("bittern.replay.fast_in_sixteen_bits", lambda _: True)
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+    model = tiny.random_model("qwen3_moe", num_hidden_layers=3, mlp_only_layers=[1], **experts)
+    source = tiny.save(model, tmp_path / "source", tokenizer)
+    run(source, tmp_path / "whole", text)
+    last = [layer["layer"] for layer in untimed(tmp_path / "whole")["layers"]].index("model.layers.2.self_attn.q_proj")
+    stopped(last + 2, source, tmp_path / "out", text)
+    assert len(blocks_left(tmp_path)) == 2
+    run(source, tmp_path / "out", text)
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
 
 
 def test_what_outputs_count_is_found_once(source: Path, text: Path, tmp_path: Path) -> None:
@@ -227,6 +245,34 @@ def test_other_calibration_text_and_other_threads_start_over(source: Path, text:
     finally:
         torch.set_num_threads(1)
     assert ["(other calibration tokens)" in notes[0], "threads 1, now 2" in notes[1]] == [True, True]
+
+
+def test_another_arithmetic_starts_over(
+    source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped(8, source, tmp_path / "out", text)
+    there = replay.fast_in_sixteen_bits(torch.device("cpu"))
+    monkeypatch.setattr("bittern.replay.fast_in_sixteen_bits", lambda _: not there)
+    notes: list[str] = []
+    stopped(8, source, tmp_path / "out", text, on_note=notes.append)
+    assert any("bfloat16" in note for note in notes)
+    monkeypatch.setattr("bittern.runtime.native.available", lambda: False)
+    notes.clear()
+    run(source, tmp_path / "out", text, on_note=notes.append)
+    assert not native.available() and (not native.LIBRARY.is_file() or any("native kernels" in note for note in notes))
+
+
+def test_text_behind_the_calibration_tokens_counts_where_it_is_trained_on(
+    source: Path, text: Path, tmp_path: Path
+) -> None:
+    changing = tmp_path / "text.txt"
+    options = {"nsamples": 4, "effort": "best", "tune_tokens": 2_000}
+    changing.write_text(text.read_text())
+    stopped(8, source, tmp_path / "out", changing, **options)
+    changing.write_text(text.read_text() + " moss copper winter" * 50)
+    notes: list[str] = []
+    stopped(8, source, tmp_path / "out", changing, on_note=notes.append, **options)
+    assert any("text to train on" in note for note in notes)
 
 
 def test_no_resume_starts_over(source: Path, text: Path, tmp_path: Path) -> None:

@@ -226,6 +226,28 @@ def test_sentencepiece_spaces() -> None:
     assert [TextStream(tokenizer, [1], ()).add(3)] == ["Once"]
 
 
+@pytest.mark.parametrize("length", range(5, 12))
+def test_bytes_of_characters_without_a_token(length: int) -> None:
+    """One byte too many in front, and ByteFallback makes nothing readable of those behind it."""
+    byte = {f"<0x{value:02X}>": value + 3 for value in range(256)}
+    backend = Tokenizer(models.BPE(vocab={"<unk>": 0, "<s>": 1, "</s>": 2, **byte}, merges=[], unk_token="<unk>"))
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    ids = [value + 3 for value in ("ភាសាខ្មែរ" * 2).encode()]
+    stream = TextStream(fast(backend), ids[: 3 * length], ())
+    pieces = [stream.add(token) for token in ids[3 * length :]]
+    assert "".join(pieces) + stream.finish() == ("ភាសាខ្មែរ" * 2)[length:]
+
+
+def test_a_special_token_may_be_what_ends_a_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny(tokenizer)
+    options: dict[str, Any] = {"max_new_tokens": 40, "ignore_eos": True, "temperature": 5.0}
+    tried = ((run(model, tokenizer, seed=seed, stop=("<s>",), **options), seed) for seed in range(99))
+    found, seed = next((result, seed) for result, seed in tried if result.finish_reason != "length")
+    whole = run(model, tokenizer, seed=seed, **options)
+    assert found.finish_reason == "stop" and found.new_tokens < 40 == whole.new_tokens
+    assert whole.text.startswith(found.text) and whole.text != found.text
+
+
 @pytest.mark.parametrize(
     ("prompt", "options", "message"),
     [

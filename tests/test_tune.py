@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -134,6 +135,9 @@ def test_training_that_ends_in_nan_is_not_taken(
     manifest = quantize(source, tmp_path / "best", text, effort="best", tune_tokens=4_000)
     assert "training diverged" in manifest["tuning"]["refused"] and "--lr" not in manifest["tuning"]["refused"]
     assert manifest["tuning"]["kl"]["tuned"] is None and manifest["tuning"]["kl"]["solved"] > 0
+    steps = int(re.findall(r"before step (\d+)", manifest["tuning"]["refused"])[0])
+    assert manifest["tuning"]["steps"] == steps
+    assert manifest["tuning"]["tokens"] < 4_000  # asked for
 
 
 def test_conversations_are_rendered_for_training_too(

@@ -23,12 +23,12 @@ import bittern
 from bittern.artifact import Artifact
 from bittern.checkpoint import Checkpoint, read_json
 from bittern.convert.cast import DTYPES
-from bittern.convert.gguf_model import GgufModel, read_model
+from bittern.convert.gguf_model import GgufModel, merged_name, read_model
 from bittern.convert.gguf_tensors import PlannedTensor, pieces, plan_tensors
 from bittern.convert.gguf_vocabulary import Vocabulary, read_vocabulary
 from bittern.disk import reserve
 from bittern.errors import BitternError
-from bittern.formats.gguf import BLOCK_BYTES, refuse
+from bittern.formats.gguf import BLOCK_BYTES, kind_for, refuse
 from bittern.formats.gguf_file import CHANGED_KEY, DEGRADED_KEY, GRIDS_KEY
 from bittern.formats.packing import check_name
 from bittern.origin import LICENCE_KEYS, checkpoint_card
@@ -130,6 +130,13 @@ def check_gguf(
         reason = None if spec is None else refuse(spec)
         if reason is not None:
             raise BitternError(f"{layer}: not exact in GGUF: {reason}")
+    merged: dict[str, set[str | None]] = {}
+    for layer, spec in grids.items():  # experts share a tensor, whose type is one
+        merged.setdefault(merged_name(f"{layer}.weight"), set()).add(None if spec is None else kind_for(spec))
+    for name, kinds in merged.items():
+        if len(kinds) > 1:
+            each = ", ".join(sorted(kind or "floats" for kind in kinds))
+            raise BitternError(f"{name}: GGUF has one tensor of all experts, expected one type, found {each}")
     model = read_model(checkpoint.config)
     plan = plan_tensors(Artifact(checkpoint), model, [], None, allow_inexact=True)
     read_vocabulary(checkpoint, _rows(checkpoint, plan))

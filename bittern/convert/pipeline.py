@@ -16,6 +16,7 @@ from bittern.convert.repack import RepackSummary, dequantize, repack
 from bittern.errors import BitternError
 from bittern.formats.packing import FORMATS as FOLDER_FORMATS
 from bittern.formats.packing import check_name, is_gguf
+from bittern.rope import says_old_rope, with_old_rope
 from bittern.writer import MAX_SHARD_SIZE
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ def convert(
             floats. By default "gguf" when ``output`` ends in .gguf, else "safetensors".
         target: the consumer that it is for (see :data:`bittern.consumers.TARGETS`); picks the format when
             none is given, and refuses what that consumer does not load or gets wrong.
-        dtype: "bf16", "fp16" or "fp32" of what is not packed. By default "bf16" of a plain source, else as stored.
+        dtype: "bf16", "fp16" or "fp32" of what is not packed. By default "bf16" of a plain source
+            and of a GGUF file that becomes floats, else as stored.
         clamp: see :func:`bittern.convert.cast.cast`.
         allow_inexact: round what the format cannot hold exactly, and state the error.
         max_shard_size: bytes of a shard.
@@ -125,7 +127,8 @@ def _for_target(target: str, artifact: Artifact, format: str | None, allow_inexa
     from bittern.consumers import check_target, choose_format
     from bittern.layout import layout_of
 
-    layout = layout_of(artifact)
+    # RoPE gets its old names with whatever is written.
+    layout = replace(layout_of(artifact), old_rope=says_old_rope(with_old_rope(artifact.checkpoint.config)))
     if format is None:
         return choose_format(target, layout, allow_inexact=allow_inexact)
     check_target(target, replace(layout, format=format))

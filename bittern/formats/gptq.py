@@ -126,7 +126,7 @@ def pack(weight: QuantWeight, *, checkpoint_format: str) -> dict[str, Tensor]:
 def unpack(tensors: Mapping[str, Tensor], layer: PackedLayer, scheme: Scheme) -> QuantWeight:
     """Read one layer back.
 
-    The group size follows from the shapes; for a whole-row group it is the config's.
+    The group size follows from g_idx; where there is none, or one group, it is the config's.
 
     Args:
         tensors: suffix -> tensor; a missing ``g_idx`` means columns in order, as in the oldest files.
@@ -156,9 +156,11 @@ def unpack(tensors: Mapping[str, Tensor], layer: PackedLayer, scheme: Scheme) ->
     for suffix, shape in expected.items():
         if tuple(tensors[suffix].shape) != shape or groups == 0:
             raise BitternError(f"{suffix}: expected shape {shape}, found {tuple(tensors[suffix].shape)}")
-    group_size, g_idx = _infer_groups(tensors.get("g_idx"), in_features, groups)
-    if groups == 1:
-        group_size = layer.spec.group_size  # the whole row, by whichever name the config has for it
+    group_size, g_idx = layer.spec.group_size, None
+    if groups > 1 and "g_idx" in tensors:
+        group_size, g_idx = _infer_groups(tensors["g_idx"], in_features, groups)
+    elif layer.spec.groups(in_features) != groups:
+        raise BitternError(f"scales: group_size {group_size} makes no {groups} groups of {in_features} columns")
 
     zeros = unpack_rows(qzeros.T.contiguous(), bits, out_features)
     spec = QuantSpec(bits, group_size, sym)
@@ -257,12 +259,13 @@ def read_config(found: Mapping[str, Any]) -> Scheme:
     for key, value in {"meta": meta, "dynamic": dynamic}.items():
         if not isinstance(value, Mapping):
             raise BitternError(f"quantization_config: {key}: expected an object, found {value!r}")
-    quantizer = meta.get("quantizer") or ()
+    quantizer, patterns = meta.get("quantizer") or (), tuple(_patterns(dynamic))
+    own = [values for _, values in patterns if isinstance(values, Mapping)]
     return Scheme(
         format=checkpoint_format,
         default=QuantSpec(found["bits"], found.get("group_size", 128), found.get("sym", True)),
-        overrides=tuple(_patterns(dynamic)),
-        desc_act=found.get("desc_act", False),
+        overrides=patterns,
+        desc_act=any(each.get("desc_act") is True for each in (found, *own)),
         quantizer=tuple(map(str, quantizer)) if isinstance(quantizer, list) else (str(quantizer),) if quantizer else (),
     )
 
@@ -334,12 +337,8 @@ def _is_v1(checkpoint_format: str) -> bool:
     return checkpoint_format == V1
 
 
-def _infer_groups(g_idx: Tensor | None, in_features: int, groups: int) -> tuple[int, Tensor | None]:
+def _infer_groups(g_idx: Tensor, in_features: int, groups: int) -> tuple[int, Tensor | None]:
     """The group size, and the g_idx unless columns are in order."""
-    if g_idx is None:
-        if in_features % groups:
-            raise BitternError(f"scales: {groups} groups do not divide {in_features} columns, and there is no g_idx")
-        return (-1 if groups == 1 else in_features // groups), None
     if tuple(g_idx.shape) != (in_features,) or g_idx.dtype not in (torch.int32, torch.int64):
         raise BitternError(f"g_idx: expected int32 of shape ({in_features},), found {_describe(g_idx)}")
     if int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:

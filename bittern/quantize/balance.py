@@ -51,7 +51,7 @@ class Balanced:
 
 
 class Balancer:
-    """Balances the blocks of a model; what is done to one kind of block is tried out once.
+    """Balances the blocks of a model.
 
     Args:
         model: the blocks' parameters are changed while they are in memory.

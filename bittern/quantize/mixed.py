@@ -20,7 +20,8 @@ from bittern.errors import BitternError
 from bittern.model import Matrix
 from bittern.processes import world
 from bittern.quantize.plan import Plan
-from bittern.quantize.sensitivity import BITS, TOKENS, Group, Sensitivity
+from bittern.quantize.sensitivity import TOKENS, Group, Sensitivity
+from bittern.weight import BITS
 
 STATES = 1 << 16
 """Amounts of bits that the knapsack tells apart; budgets that are finer are rounded down to these."""

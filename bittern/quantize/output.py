@@ -122,7 +122,7 @@ def _notes(records: list[dict[str, Any]], solver: Solver) -> list[str]:
     unasked = {name: why for name, why in plan.kept.items() if not why.startswith("--skip")}
     if unasked:
         name, why = next(iter(unasked.items()))
-        notes.append(f"{len(unasked)} layers stay in 16 bits because of their shape ({name}: {why})")
+        notes.append(f"{len(unasked)} layers are not packed ({name}: {why})")
     return notes
 
 

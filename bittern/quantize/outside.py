@@ -91,7 +91,8 @@ def write_outside(
         parts = [round_to_nearest(rows, spec) for rows in pieces]
         del values, pieces
         outcome = {"method": "rtn", "damp": None, "tokens": 0, "fallback": None, "rescaled": False}
-        for record, weight in layers_of(matrix, _joined(parts, spec), None, outcome, began):
+        whole = _joined(parts, spec)
+        for record, weight in layers_of(matrix, whole, None, outcome, time.monotonic() - began):
             for name, tensor in packing.pack(record["layer"], weight).items():
                 writer.write(name, tensor)
             if on_progress is not None:

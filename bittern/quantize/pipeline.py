@@ -34,11 +34,11 @@ from bittern.quantize.outside import check_embedding, outside_matrices, write_ou
 from bittern.quantize.plan import Plan, make_plan
 from bittern.quantize.preflight import Job, artifact_bytes, gguf_bytes, predict, work_bytes
 from bittern.quantize.resume import WorkFolder, decided_by
-from bittern.quantize.sensitivity import BITS, Sensitivity
+from bittern.quantize.sensitivity import Sensitivity
 from bittern.quantize.solve import Solver
 from bittern.quantize.tune import TOKENS as TUNE_TOKENS
 from bittern.quantize.tune import tune, write_text
-from bittern.quantize.windows import OwnWindows, batch_windows, default_batch
+from bittern.quantize.windows import OwnWindows, batch_windows, default_batch, guiding_windows
 from bittern.report import with_origin
 from bittern.runtime import attention
 from bittern.sampling import Sampled
@@ -46,7 +46,7 @@ from bittern.schema import carried
 from bittern.size import planned_size, source_size, unchanged_cache
 from bittern.ties import refuse_untied
 from bittern.tokenizer import check_length
-from bittern.weight import QuantSpec
+from bittern.weight import BITS, QuantSpec
 from bittern.writer import MAX_SHARD_SIZE, CheckpointWriter, check_output, check_space
 
 if TYPE_CHECKING:
@@ -229,7 +229,7 @@ def quantize(
         samples = 0 if method == "rtn" else share_of(nsamples if tokens is None else len(tokens.ids))
         # A GGUF file is made of another artifact.
         beside = sum(info.nbytes for info in planned) if chosen == "gguf" else 0
-        job = Job(solver, packing, kept, samples, seqlen, batch_size, tuned_on, beside)
+        job = Job(solver, packing, kept, samples, seqlen, batch_size, guiding_windows(seqlen), tuned_on, beside)
         size = artifact_bytes(job, planned, max_shard_size, files.values()) if chosen != "gguf" else gguf_bytes(job)
         if dry_run:
             with alone():  # the other processes have left
@@ -267,6 +267,7 @@ def quantize(
                 with alone():
                     tuned = tune(checkpoint, sources, plan, work, **text, device=place, on_progress=on_point)
                 about |= {"tuning": tuned.record}
+                spent += tuned.seconds
             with CheckpointWriter(
                 folder,
                 planned,

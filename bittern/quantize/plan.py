@@ -70,9 +70,9 @@ class Plan:
 
     def rough(self, device: torch.device) -> bool:
         """Whether to walk through the blocks with products in bfloat16: where a device does these faster, and what they
-        round away, 2 ** -9, is next to nothing beside what quantizing does to every layer.
+        round away, 2 ** -9, is next to nothing beside what quantizing does to every layer of a block.
         """
-        coarse = all(spec is None or spec.bits <= 4 for spec in self.layers.values())
+        coarse = all(spec.bits <= 4 for block in self.blocks for _, spec in block)
         return coarse and replay.fast_in_sixteen_bits(device)
 
     @property

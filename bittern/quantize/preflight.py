@@ -39,7 +39,6 @@ from bittern.quantize.resume import stored_bytes
 from bittern.quantize.solve import Solver
 from bittern.quantize.stopwatch import Cost, read_rate, rounding_rate, write_rate
 from bittern.quantize.tune import HELD_OUT, MICRO
-from bittern.quantize.windows import guiding_windows
 from bittern.report import peak_memory
 from bittern.weight import QuantSpec
 from bittern.writer import planned_bytes, to_json
@@ -65,7 +64,8 @@ class Job:
         packing: how layers are written.
         kept: name, dtype and shape of each tensor that is cast only, and its name in the checkpoint.
         samples, seqlen, batch_size: calibration windows, their tokens, how many run together; no samples
-            mean rounding to nearest.
+            mean rounding to nearest. Of this process, as all of these are.
+        guiding_samples: of these, that tell how outputs count.
         tune_tokens: that scales and norms are trained on, where they are.
         beside: bytes of an artifact that only is on the way, which a GGUF file is made of.
     """
@@ -76,6 +76,7 @@ class Job:
     samples: int
     seqlen: int
     batch_size: int
+    guiding_samples: int
     tune_tokens: int
     beside: int = 0
 
@@ -272,7 +273,7 @@ def _key(members: Entries, shaped: Collection[Matrix]) -> tuple[int, QuantSpec, 
 
 def _guiding_windows(job: Job) -> int:
     """Windows of this process that are sent back through the model."""
-    return job.samples if job.solver.effort.weigh else min(job.samples, guiding_windows(job.seqlen))
+    return job.samples if job.solver.effort.weigh else min(job.samples, job.guiding_samples)
 
 
 def _guiding_seconds(job: Job, blocks: Sequence[BlockCosts], scale: float, read: float) -> float:

@@ -284,7 +284,6 @@ def _rehearse_balance(
     assert stages is not None
     balancer = Balancer(model, torch.float32)
     balance = partial(balancer.balance, block, stages, entries, state, call)
-    balance()  # only the first block of a kind is tried out
     return seconds(balance, state.device)
 
 

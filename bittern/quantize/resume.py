@@ -29,11 +29,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 import bittern
+from bittern import replay
+from bittern.calibration import dataset_names, split_column
 from bittern.checkpoint import Checkpoint
 from bittern.errors import BitternError
 from bittern.model import Matrix
 from bittern.processes import world
 from bittern.quantize.solve import Layer
+from bittern.runtime import native
 from bittern.shards import Stored, TensorInfo, header_bytes, read_elements, read_header, write_elements
 from bittern.weight import QuantSpec, QuantWeight
 from bittern.writer import explained, fsync, lock_folder, replace_file
@@ -48,7 +51,8 @@ WITHOUT_EFFECT = (
     "revision",
     "device",
 )
-"""Options that do not decide what the solver makes; of the dataset its tokens count, of the device what it is."""
+"""Options that do not decide what the solver makes; of the dataset its tokens count (and the file, where more of
+it is trained on), of the device what it is."""
 
 _RUN = "run.json"
 _STORY = "bittern"  # key in the header of a block's file
@@ -76,7 +80,10 @@ def decided_by(
     if isinstance(options["bits"], float):
         grids = [[name, None if grid is None else asdict(grid)] for name, grid in layers.items()]
         chosen["bits of the layers"] = _hash(grids)
+    if options.get("tune_tokens"):  # these reach further into the text than the calibration tokens
+        chosen["text to train on"] = _hash([_identity(name) for name in dataset_names(options["dataset"])])
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    rounding = "with" if replay.fast_in_sixteen_bits(device) else "without"
     return {
         **{name: _text(value) for name, value in options.items() if name not in WITHOUT_EFFECT},
         **source_hashes(checkpoint),
@@ -85,7 +92,8 @@ def decided_by(
         "bittern": f"{bittern.__version__} {_code()}",
         "torch": torch.__version__,
         "transformers": version("transformers"),
-        "device": f"{device.type} {processor}",
+        "device": f"{device.type} {processor} {rounding} bfloat16",
+        "native kernels": _kernels() if device.type == "cpu" else "none",
         "threads": str(torch.get_num_threads()),
         "processes": str(world()[1]),
     }
@@ -377,6 +385,19 @@ def _code() -> str:
     for path in sorted(Path(bittern.__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _kernels() -> str:
+    """The native library, and the instructions that it uses."""
+    if not native.available():
+        return "none"
+    return f"{native.instructions()} {hashlib.sha256(native.LIBRARY.read_bytes()).hexdigest()[:16]}"
+
+
+def _identity(dataset: str) -> list[Any]:
+    """What tells a text file from another in its place."""
+    path, _ = split_column(dataset)
+    return [dataset, path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else [dataset]
 
 
 def _text(value: Any) -> str:

@@ -28,12 +28,11 @@ from bittern.processes import add_up, share
 from bittern.quantize.backward import go_back
 from bittern.quantize.gptq import factorize, gptq
 from bittern.quantize.hessian import Inputs, collect, fused_experts
-from bittern.weight import QuantSpec
+from bittern.weight import BITS, QuantSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-BITS = (2, 3, 4, 8)
 TOKENS = 8192
 """Calibration tokens that sensitivities are measured on, or four windows where these are more."""
 

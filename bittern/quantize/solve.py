@@ -150,8 +150,8 @@ class Solver:
             heap.for_solving()
 
     def _walks_after(self, position: int, missing: Sequence[int]) -> bool:
-        """Whether a block without experts is still to be solved."""
-        later = [self.plan.blocks[other] for other in missing if other > position]
+        """Whether a block without experts is still to come, solved or not: a resumed run walks as one that was not."""
+        later = self.plan.blocks[position + 1 : missing[-1] + 1]
         return any(all(matrix.expert is None for matrix, _ in block) for block in later)
 
     def _guide(
@@ -261,9 +261,8 @@ class Solver:
         outcome = {"method": "rtn", "damp": None, "tokens": 0, "fallback": None}
         for matrix, spec in entries.items():
             began = time.monotonic()
-            yield from layers_of(
-                matrix, round_to_nearest(live.get_weight(self.model, matrix), spec), None, outcome, began
-            )
+            weight = round_to_nearest(live.get_weight(self.model, matrix), spec)
+            yield from layers_of(matrix, weight, None, outcome, time.monotonic() - began)
 
     def _solve_together(
         self,
@@ -299,7 +298,7 @@ class Solver:
             drift: what is left of the drift's error, for the record.
             curvatures: of their outputs, where they are known.
         """
-        began = time.monotonic()
+        began, rows_of_all = time.monotonic(), len(wanted)
         unseen = inputs.tokens == 0 and inputs.prior == 0
         factor = None if unseen else factorize(inputs.hessian, self.damp_percent, self.effort.act_order)
         outcome = {"method": "gptq", "damp": self.damp_percent, "tokens": inputs.tokens, "fallback": _fallback(inputs)}
@@ -313,7 +312,9 @@ class Solver:
         rough = self.plan.rough(self.device)
         damped = None if factor is None else damp(inputs.hessian, factor.damping, rough)
         shaper = Shaper(damped, factor) if damped is not None and factor is not None and curvatures else None
+        shared = (time.monotonic() - began) / rows_of_all
         for spec in dict.fromkeys(specs[matrix] for matrix in inputs.matrices):
+            began = time.monotonic()
             members = [matrix for matrix in inputs.matrices if specs[matrix] == spec]
             stacked = torch.cat([live.get_weight(self.model, matrix) for matrix in members])
             if factor is None:
@@ -328,19 +329,19 @@ class Solver:
                     rounds = rounds_before(all(matrix in curvatures for matrix in members))
                     weight, loss = polish(target, damped, weight, rounds)
                 losses = torch.stack((loss, solution.norm, solution.loss, loss))
-            start = 0
+            of_row, start = shared + (time.monotonic() - began) / len(stacked), 0
             for matrix in members:
-                rows = slice(start, start + matrix.out_features)
+                began, rows = time.monotonic(), slice(start, start + matrix.out_features)
                 start = rows.stop
                 own, shaped = weight.rows(rows), None
                 found = None if losses is None else losses[:, rows]
                 if shaper is not None and found is not None and matrix in curvatures:
                     own, shaped, found[0] = shaper.shape(targets[matrix], curvatures[matrix], own)
                 live.get_weight(self.model, matrix).copy_(own.dequantize())
-                for record, part in layers_of(matrix, own, found, outcome, began):
+                seconds = of_row * matrix.out_features + time.monotonic() - began
+                for record, part in layers_of(matrix, own, found, outcome, seconds):
                     record["left"] = _known(drift=drift[matrix]) | record["left"] | _known(shape=shaped)
                     yield record, part
-                began = time.monotonic()
 
 
 def _finished(work: WorkFolder | None, blocks: int, device: torch.device) -> set[int]:
@@ -363,7 +364,7 @@ def _known(**shares: float | None) -> dict[str, float]:
 
 
 def layers_of(
-    matrix: Matrix, weight: QuantWeight, loss: Tensor | None, outcome: dict[str, Any], began: float
+    matrix: Matrix, weight: QuantWeight, loss: Tensor | None, outcome: dict[str, Any], seconds: float
 ) -> Iterator[Layer]:
     """The checkpoint layers that a matrix is made of.
 
@@ -371,9 +372,8 @@ def layers_of(
         loss: (4, out_features), squared output error and squared output of each row, and the error before and after
             it was polished; the record holds ratios of their sums.
         outcome: method, damping, tokens and fallback.
-        began: when work on it began, by ``time.monotonic``.
+        seconds: that it took; each layer is charged for its rows.
     """
-    seconds = (time.monotonic() - began) / len(matrix.parts)
     for name, start, stop in matrix.parts:
         error, norm, solved, polished = (0.0,) * 4 if loss is None else loss[:, start:stop].sum(1).tolist()
         record = {
@@ -385,6 +385,6 @@ def layers_of(
             "loss": None if loss is None else error / norm if norm > 0 else 0.0,
             "left": {"polish": polished / solved} if solved > 0 and polished != solved else {},
             **outcome,
-            "seconds": seconds,
+            "seconds": seconds * (stop - start) / matrix.out_features,
         }
         yield record, weight.rows(slice(start, stop))

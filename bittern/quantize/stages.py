@@ -65,10 +65,10 @@ def exact_stages(
         rough: products in bfloat16.
 
     Returns:
-        The stages in the order in which the block comes to them; None where it cannot be walked in stages: experts,
-        a matrix that is called more than once or by no batch, batches that come by different ways.
+        The stages in the order in which the block comes to them; None where it cannot be walked in stages: experts, no
+        batch, a matrix that is called more than once or by no batch, batches that come by different ways.
     """
-    if any(matrix.expert is not None for matrix in matrices):
+    if not hidden or any(matrix.expert is not None for matrix in matrices):
         return None
     stages: list[Stage] = []
     for number, (state, call) in enumerate(zip(hidden, calls, strict=True)):

@@ -103,11 +103,13 @@ class Tuned:
 
     Attributes:
         record: for the manifest.
+        seconds: that earlier processes have trained, of a run that went on.
         path: of the trained factors; None where everything stays as it was solved.
         norms: checkpoint names of the norms that were trained; none without a path.
     """
 
     record: dict[str, Any]
+    seconds: float
     path: Path | None
     norms: tuple[str, ...]
 
@@ -180,6 +182,7 @@ def tune(
         "steps": steps,
         "held_out_tokens": held_out[:, 1:].numel(),
     }
+    earlier = float(story.get("seconds", 0))
     if not story["step"]:
         solved = evaluate(student, held_out, batch_size=1, against=teacher)
         story |= {"perplexity": {"converted": solved.perplexity}, "kl": solved.kl}
@@ -188,6 +191,7 @@ def tune(
         train(run, options, on_progress)  # of a run that was trained to the end already, the state is loaded
     except Diverged as error:
         why = str(error)
+        record |= {"tokens": error.step * batch * seqlen, "steps": error.step}
     tuned = evaluate(student, held_out, batch_size=1, against=teacher) if why is None else None
     before, after = float(story["kl"]), None if tuned is None else float(tuned.kl or 0.0)
     if after is not None and not after < before:
@@ -199,9 +203,9 @@ def tune(
         "refused": why,
     }
     if why is not None:
-        return Tuned(record, None, ())
+        return Tuned(record, earlier, None, ())
     norms = tuple(name for found in pieces.values() for name, piece in found.items() if isinstance(piece, _Norm))
-    return Tuned(record, path, norms)
+    return Tuned(record, earlier, path, norms)
 
 
 def write_text(

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-TYPES = ("fp32", "bf16", "int8")
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
 class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from bittern.errors import BitternError, first_line
 from bittern.runtime import native
+from bittern.runtime.cache import TYPES
 from bittern.runtime.linear import native_matrix
 from bittern.tokenizer import context_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-CACHE_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 _ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1}
 # The classes whose code csrc/decoder.cpp computes.
 _CLASSES = {
@@ -122,7 +122,7 @@ class Cache:
         self.lengths = [0] * sequences
         rows = _filled(capacity, 64)
         shape = (layers, sequences, heads, rows, _filled(head_dim, 16))
-        stored = CACHE_TYPES[dtype]
+        stored = TYPES[dtype]
         self._tensors = [torch.empty(shape, dtype=stored) for _ in range(2)]
         if stored == torch.int8:
             self._tensors += [torch.empty(shape[:4]) for _ in range(2)]
@@ -187,8 +187,8 @@ class Decoder:
         Raises:
             BitternError: for a capacity beyond the model's context, or an unknown dtype.
         """
-        if dtype not in CACHE_TYPES:
-            raise BitternError(f"cache: expected one of {', '.join(CACHE_TYPES)}, found {dtype!r}")
+        if dtype not in TYPES:
+            raise BitternError(f"cache: expected one of {', '.join(TYPES)}, found {dtype!r}")
         if sequences < 1 or capacity < 1:
             raise BitternError(f"cache: expected room for something, found {sequences} sequences of {capacity} tokens")
         if self._limit is not None and capacity > self._limit and not self._ropes.dynamic:

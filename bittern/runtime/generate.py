@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 
 from bittern.errors import BitternError
-from bittern.runtime.cache import TYPES as CACHE_TYPES
+from bittern.runtime.cache import TYPES
 from bittern.runtime.step import can_batch, longrope_turn, make_step, native_decoder
 from bittern.runtime.stream import TextStream
 from bittern.tokenizer import check_vocabulary, context_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+Reason = Literal["eos", "stop", "length"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class GenerationOptions:
             "top_p: expected more than 0 and at most 1": self.top_p is None or 0 < self.top_p <= 1,
             "repetition_penalty: expected more than 0": 0 < self.repetition_penalty < float("inf"),
             "stop: expected texts that are not empty": not isinstance(self.stop, str) and all(self.stop),
-            f"kv_cache: expected one of {', '.join(CACHE_TYPES)}": self.kv_cache in (None, *CACHE_TYPES),
+            f"kv_cache: expected one of {', '.join(TYPES)}": self.kv_cache in (None, *TYPES),
         }
         for message, holds in checks.items():
             if not holds:
@@ -84,7 +87,7 @@ class GenerationResult:
 
     text: str
     token_ids: tuple[int, ...]
-    finish_reason: Literal["eos", "stop", "length"]
+    finish_reason: Reason
     prompt_tokens: int
     new_tokens: int
     prefill_tokens_per_second: float
@@ -163,7 +166,8 @@ def _generate(
     on_text: Callable[[str], None],
 ) -> list[GenerationResult]:
     rooms = [_room(model, tokenizer, prompt, options) for prompt in prompts]
-    ends = set() if options.ignore_eos else _eos_ids(model, tokenizer)
+    ends: dict[int, Reason] = {} if options.ignore_eos else dict.fromkeys(_eos_ids(model, tokenizer), "eos")
+    ends |= dict.fromkeys(_special_ids(tokenizer, options.stop) - ends.keys(), "stop")
     sequences = [
         _Sequence(tokenizer, prompt, options, room, ends, on_text) for prompt, room in zip(prompts, rooms, strict=True)
     ]
@@ -193,11 +197,11 @@ class _Sequence:
         prompt: list[int],
         options: GenerationOptions,
         room: int,
-        ends: set[int],
+        ends: dict[int, Reason],
         on_text: Callable[[str], None],
     ) -> None:
         self.tokens: list[int] = []
-        self.reason: Literal["eos", "stop", "length"] | None = None
+        self.reason: Reason | None = None
         self.choose = _Chooser(prompt, options)
         self._stream = TextStream(tokenizer, prompt, options.stop)
         self._prompt, self._room, self._ends, self._on_text = prompt, room, ends, on_text
@@ -209,7 +213,7 @@ class _Sequence:
         """Take the next token, which may be the last one."""
         self._steps += 1
         if token in self._ends:
-            self.reason = "eos"
+            self.reason = self._ends[token]
         else:
             self.tokens.append(token)
             self._show(self._stream.add(token))
@@ -299,6 +303,12 @@ def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[
         if found is not None:
             return set(found) if isinstance(found, list) else {found}
     return set()
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> set[int]:
+    """Of stop texts that are special tokens: those never come as text."""
+    special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {special[text] for text in stop if text in special}
 
 
 class _Chooser:

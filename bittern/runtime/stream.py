@@ -24,7 +24,12 @@ class TextStream:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: list[int], stop: tuple[str, ...]) -> None:
         self._tokenizer = tokenizer
-        self._ids = prompt[-self._CONTEXT :]
+        start = max(0, len(prompt) - self._CONTEXT)
+        # Not inside a character, of up to four tokens: one stray byte makes those behind it unreadable.
+        for _ in range(3):
+            if start and self._decode(prompt[start:]).startswith("\ufffd"):
+                start -= 1
+        self._ids = prompt[start:]
         self._read = len(self._ids)  # how many of them the text so far covers
         self._stop = stop
         self._held = ""

@@ -185,5 +185,6 @@ def _cut(
     if bos is not None and len(rest) >= seqlen - 1:
         yield cut(rest[: seqlen - 1], seqlen - 1)
         found += 1
-    if not found:
+    path = Path(dataset)
+    if not found and (path.suffix != ".txt" or budget >= path.stat().st_size):
         raise BitternError(f"{dataset}: expected at least one window of {seqlen} tokens, found {len(rest)} tokens")

@@ -41,7 +41,11 @@ _LEAST_LR = 0.02  # of the largest
 
 
 class Diverged(BitternError):
-    """The loss is not a number, or perplexity grows beyond :data:`DIVERGED`."""
+    """The loss is not a number, or perplexity grows beyond :data:`DIVERGED`; ``step`` says after how many steps."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 @dataclass(frozen=True)
@@ -249,5 +253,6 @@ def _check(loss: float, perplexity: float, run: Run, step: int) -> None:
     if math.isfinite(loss) and perplexity <= DIVERGED * before:
         return
     raise Diverged(
-        f"training diverged before step {step}: loss {loss:.4g}, perplexity {perplexity:.4g}, at first {before:.4g}"
+        f"training diverged before step {step}: loss {loss:.4g}, perplexity {perplexity:.4g}, at first {before:.4g}",
+        step,
     )

@@ -430,4 +430,5 @@ def _train(run: Run, options: Training, on_progress: Report | None) -> None:
     try:
         run_training(run, options, on_progress)
     except Diverged as error:
-        raise Diverged(f"{error}; a smaller --lr than {options.lr:g} may help, with --no-resume") from error
+        message = f"{error}; a smaller --lr than {options.lr:g} may help, with --no-resume"
+        raise Diverged(message, error.step) from error
