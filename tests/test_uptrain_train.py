@@ -111,6 +111,13 @@ def test_windows_of_a_short_text_are_its_tokens(tmp_path: Path, tokenizer: PreTr
     assert read_windows(tmp_path / "w.npy", 0).ids.tolist() == np.reshape(ids[: 8 * whole], (whole, 8)).tolist()
 
 
+def test_one_window_of_a_text_whose_tokens_are_long(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """More bytes a token than are read at first: the file is read on."""
+    text = tmp_path / "text.txt"
+    text.write_text(" lantern harbour" * 200)
+    assert write_windows(tmp_path / "w.npy", str(text), tokenizer, seqlen=32, count=1, vocab_size=256) == 1
+
+
 def test_the_source_goes_on_with_a_part_of_the_windows(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     text, path, model = (
         tiny.write_text(tmp_path / "short.txt", words=60),
