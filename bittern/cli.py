@@ -53,12 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     state = {"verbose": False}
     try:
         code = commands.main(arguments, prog_name="bittern", standalone_mode=False, obj=state)
-    except click.exceptions.NoArgsIsHelpError as error:
-        _say(error.format_message())
-        code = USAGE
     except click.UsageError as error:
-        command = error.ctx.command_path if error.ctx else "bittern"
-        code = _fail(f"{error.format_message()} ('{command} --help' shows the usage)", USAGE)
+        command, code = error.ctx.command_path if error.ctx else "bittern", USAGE
+        if type(error).__name__ == "NoArgsIsHelpError":  # click 8.1 has none
+            _say(error.format_message())
+        else:
+            _fail(f"{error.format_message()} ('{command} --help' shows the usage)", USAGE)
     except click.Abort as error:
         code = _fail("; ".join(["interrupted", *notes_of(error.__cause__)]), INTERRUPTED)
     except Exception as error:

@@ -131,6 +131,20 @@ def fails(outcome: Outcome, code: int, *parts: str) -> None:
 # Wrong usage
 
 
+def test_a_command_is_what_is_missing(run: Bittern) -> None:
+    found = run()
+    assert found.code == 2 and "error" not in found.err
+    assert re.search(r"^  quantize +\w", found.err, re.MULTILINE)
+
+
+def test_stdin_in_any_locale_is_utf_8(run: Bittern, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(b"moss \xff"), encoding="ascii")
+    monkeypatch.setattr(sys, "stdin", stream)
+    found = run("run", model, "--max-new-tokens", 2)
+    assert found.code == 1
+    assert found.err == "error: --prompt or stdin: expected UTF-8 text, found other bytes at character 5\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [

@@ -157,8 +157,9 @@ def unpack(tensors: Mapping[str, Tensor], layer: PackedLayer, scheme: Scheme) ->
         if tuple(tensors[suffix].shape) != shape or groups == 0:
             raise BitternError(f"{suffix}: expected shape {shape}, found {tuple(tensors[suffix].shape)}")
     group_size, g_idx = layer.spec.group_size, None
-    if groups > 1 and "g_idx" in tensors:
-        group_size, g_idx = _infer_groups(tensors["g_idx"], in_features, groups)
+    if "g_idx" in tensors:
+        found, g_idx = _infer_groups(tensors["g_idx"], in_features, groups)
+        group_size = group_size if groups == 1 else found  # a whole row, by whichever name the config has for it
     elif layer.spec.groups(in_features) != groups:
         raise BitternError(f"scales: group_size {group_size} makes no {groups} groups of {in_features} columns")
 
