@@ -15,7 +15,6 @@ import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -194,13 +193,6 @@ class CheckpointWriter:
         if tuple(tensor.shape) != info.shape:
             raise BitternError(f"{name}: expected shape {info.shape}, found {tuple(tensor.shape)}")
         self.write_elements(name, 0, tensor)
-
-    def write_rows(self, name: str, start: int, tensor: Tensor) -> None:
-        """Write the rows of a planned tensor that begin at ``start`` of dimension 0."""
-        info = self._info(name)
-        if not info.shape or tuple(tensor.shape[1:]) != info.shape[1:]:
-            raise BitternError(f"{name}: expected rows of shape {info.shape[1:]}, found {tuple(tensor.shape[1:])}")
-        self.write_elements(name, start * prod(info.shape[1:]), tensor)
 
     def write_elements(self, name: str, start: int, tensor: Tensor) -> None:
         """Write elements of a planned tensor, flattened, that begin at element ``start``."""

@@ -147,9 +147,9 @@ def test_any_order_and_any_pieces_give_the_same_bytes(tmp_path: Path) -> None:
     whole = write(tmp_path / "whole", tensors, max_shard_size=130)
     with CheckpointWriter(tmp_path / "pieces", plan_of(tensors), max_shard_size=130) as writer:
         writer.write_elements("c", 5, tensors["c"].flatten()[5:])
-        writer.write_rows("a", 6, tensors["a"][6:])
+        writer.write_elements("a", 24, tensors["a"][6:])
         writer.write("b", tensors["b"])
-        writer.write_rows("a", 0, tensors["a"][:6])
+        writer.write_elements("a", 0, tensors["a"][:6])
         writer.write_elements("c", 0, tensors["c"].flatten()[:5])
         writer.commit(CONFIG)
     assert content(tmp_path / "pieces") == content(whole)
@@ -162,18 +162,16 @@ def test_what_contradicts_the_plan_is_refused_and_nothing_stays(tmp_path: Path) 
             writer.write("a", torch.zeros(2, 4))
         with refused("a: expected torch.float32, found torch.float16"):
             writer.write("a", torch.zeros(4, 2).half())
-        with refused("a: expected rows of shape (2,), found (3,)"):
-            writer.write_rows("a", 0, torch.zeros(1, 3))
         with refused("a: elements 6 to 10"):
-            writer.write_rows("a", 3, torch.zeros(2, 2))
+            writer.write_elements("a", 6, torch.zeros(2, 2))
         with refused("nowhere: this tensor is not in the plan"):
             writer.write("nowhere", torch.zeros(1))
-        writer.write_rows("a", 1, torch.zeros(2, 2))
+        writer.write_elements("a", 2, torch.zeros(2, 2))
         with refused("a: elements 0 to 8 are written twice"):
             writer.write("a", torch.zeros(4, 2))
-        writer.write_rows("a", 0, torch.zeros(1, 2))
-        writer.write_rows("a", 3, torch.zeros(1, 2))
-        writer.write_rows("b", 0, torch.zeros(2))
+        writer.write_elements("a", 0, torch.zeros(1, 2))
+        writer.write_elements("a", 6, torch.zeros(1, 2))
+        writer.write_elements("b", 0, torch.zeros(2))
         writer.commit(CONFIG)
     assert listing(tmp_path) == []
     with refused("names a tensor twice"):

@@ -94,8 +94,9 @@ def exact_scales(weight: QuantWeight, dtype: torch.dtype) -> Tensor:
     """
     scales = weight.scales.to(dtype)
     if not bool(torch.isfinite(scales).all()) or not torch.equal(scales.float(), weight.scales.float()):
+        hint = "" if dtype == torch.float32 else "; with --dtype fp32, compressed-tensors and MLX hold them"
         raise BitternError(
-            f"scales: expected finite values that {str(dtype).removeprefix('torch.')} holds exactly, found others"
+            f"scales: expected finite values that {str(dtype).removeprefix('torch.')} holds exactly, found others{hint}"
         )
     return scales
 

@@ -26,7 +26,7 @@ class Packing:
     Attributes:
         format: one of ``FORMATS``.
         dtype: of scales in compressed-tensors and MLX; the other formats have float16 alone.
-        exact: refuse what the format would round. Only MLX's biases can be rounded.
+        exact: refuse what the format would round. Of MLX alone scales and biases can be rounded.
         damp_percent, desc_act: what a GPTQ config states.
         dequantize: a compressed-tensors config that makes transformers dequantize while loading.
 
