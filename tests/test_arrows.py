@@ -38,6 +38,7 @@ ALLOWED = {
     "consumers": {"errors", "weight", "formats", "layout"},
     "convert": {
         "disk",
+        "rope",
         "origin",
         "errors",
         "weight",
