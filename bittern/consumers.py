@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
-
 from bittern.errors import BitternError
 from bittern.formats import awq, compressed_tensors, gguf, mlx
 from bittern.formats.gptq import V1, V2
@@ -136,7 +134,7 @@ def cannot_hold(name: str, layout: Layout) -> str | None:
     refuse: dict[str, Callable[[QuantSpec], str | None]] = {
         "compressed-tensors": compressed_tensors.refuse,
         "awq": awq.refuse,
-        "mlx": lambda spec: mlx.refuse(spec, torch.float16 if spec.sym else torch.float32),
+        "mlx": lambda spec: mlx.refuse(spec, mlx.exact_dtype(spec.sym)),
         "gguf": gguf.refuse,
     }
     return next((reason for reason in map(refuse[name], set(layout.packed.values())) if reason is not None), None)

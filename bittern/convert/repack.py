@@ -110,11 +110,11 @@ def repack(
         check_output(Path(output), checkpoint.path, overwrite)
         _refuse_embeddings(contents, format)
         floats = _floats(artifact, dtype)
-        # Of asymmetric grids MLX stores -zero * scale, which fp16 mostly cannot hold.
-        wide = format == "mlx" and not allow_inexact and any(not each.spec.sym for each in artifact.layers.values())
+        symmetric = all(layer.spec.sym for layer in artifact.layers.values())
+        least = mlx.exact_dtype(symmetric) if format == "mlx" and not allow_inexact else torch.float16
         packing = Packing(
             format,
-            torch.float32 if floats == torch.float32 or wide else torch.float16,
+            torch.float32 if floats == torch.float32 else least,
             exact=not allow_inexact,
             damp_percent=_damp_percent(artifact, contents.origin),
             desc_act=artifact.scheme is not None and artifact.scheme.desc_act,

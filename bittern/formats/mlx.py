@@ -61,6 +61,11 @@ def packed_layers(tensors: Iterable[str]) -> list[str]:
     return [layer for layer in layers if known.issuperset(names(layer).values())]
 
 
+def exact_dtype(sym: bool) -> torch.dtype:
+    """The dtype of scales and biases that holds grids exactly: fp16 mostly cannot hold the -zero * scale of others."""
+    return torch.float16 if sym else torch.float32
+
+
 def refuse(spec: QuantSpec, dtype: torch.dtype) -> str | None:
     """Why the format cannot hold a grid exactly with scales and biases in ``dtype``; None when it can."""
     if _block(spec) is None:

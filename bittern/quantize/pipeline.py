@@ -21,6 +21,7 @@ from bittern.consumers import asks_dequantize, cannot_hold, check_target, choose
 from bittern.convert.cast import DTYPES, cast_tensors, copied_tensors, other_matrices, refuse_quantized
 from bittern.convert.pipeline import FORMATS as CONVERT_FORMATS
 from bittern.errors import BitternError, first_line
+from bittern.formats import mlx
 from bittern.formats.gptq import V1, V2
 from bittern.formats.packing import Packing, check_name, is_gguf
 from bittern.layout import planned_layout
@@ -342,7 +343,7 @@ def _choose_packing(
         raise BitternError(f"--format {format}: {reason}")
     return format, Packing(
         own if format == "gguf" else format,
-        torch.float32 if format == "mlx" and not plan.symmetric else torch.float16,
+        mlx.exact_dtype(plan.symmetric) if format == "mlx" else torch.float16,
         damp_percent=damp_percent,
         dequantize=format == "compressed-tensors" and asks_dequantize(target, layout),
     )

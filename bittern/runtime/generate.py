@@ -307,8 +307,8 @@ def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> set[int]:
     """Of stop texts that are special tokens: those never come as text."""
-    special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return {special[text] for text in stop if text in special}
+    added = tokenizer.added_tokens_decoder if stop else {}
+    return {number for number, token in added.items() if token.special and token.content in stop}
 
 
 class _Chooser:
