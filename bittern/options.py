@@ -264,11 +264,11 @@ def uptrain_options(function: Command) -> Command:
         click.option("--recompute", is_flag=True, help="Activation checkpointing: less memory, a third more time."),
         click.option("--eval-every", type=click.IntRange(min=1), metavar="STEPS", help="[default: a tenth of all]"),
         click.option(
-            "--logits",
-            type=click.FloatRange(0, 1, min_open=True),
-            default=1.0,
+            "--shortlist",
+            type=click.IntRange(min=0),
+            default=4096,
             show_default=True,
-            help="Share of the positions to learn from at a step: less work where the vocabulary is large.",
+            help="Words to learn the probabilities of at a step, some for all that are rare; 0 for all words.",
         ),
         click.option(
             "--hidden-weight",
@@ -283,7 +283,7 @@ def uptrain_options(function: Command) -> Command:
             type=click.FloatRange(0, 1),
             default=0.9,
             show_default=True,
-            help="Share of the KL to the source in the loss; the rest is next-token loss.",
+            help="Share of the KL to the source in the loss; the rest is next-token loss (not of --sampled text).",
         ),
         click.option(
             "--micro-batch", type=click.IntRange(min=1), default=4, show_default=True, help="Windows at once."

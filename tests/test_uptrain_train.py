@@ -53,22 +53,29 @@ def run(source: Path, output: Path, text: Path, **options: Any) -> dict[str, Any
     return manifest
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
-def test_the_loss_and_its_gradient_are_those_of_autograd(weight: float) -> None:
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0, None])
+@pytest.mark.parametrize("raised", [False, True])
+def test_the_loss_and_its_gradient_are_those_of_autograd(
+    weight: float | None, raised: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where positions have weights of their own, where words stand for several, and in pieces of few rows."""
+    monkeypatch.setattr("bittern.training.loss._HELD_CPU", 40 * 17)
     generator = torch.Generator().manual_seed(0)
+    weights = torch.rand(600, generator=generator) if weight is None else torch.full((600,), weight)
+    offsets = 2 * torch.rand(40, generator=generator) if raised else None
     student = torch.randn(600, 40, generator=generator, requires_grad=True)
     teacher = 3 * torch.randn(600, 40, generator=generator)
     teacher[:, 7] = -math.inf  # a word that the teacher never says
     targets = torch.randint(7, (600,), generator=generator)
-    log_q, log_p = student.log_softmax(1), teacher.log_softmax(1)
-    kl = (log_p.exp() * (log_p - log_q)).nan_to_num(0.0).sum(1).mean()
-    nll = torch.nn.functional.cross_entropy(student, targets)
-    expected = weight * kl + (1 - weight) * nll
+    log_q, log_p = ((each + (0.0 if offsets is None else offsets)).log_softmax(1) for each in (student, teacher))
+    kl = (log_p.exp() * (log_p - log_q)).nan_to_num(0.0).sum(1)
+    nll = torch.nn.functional.nll_loss(log_q, targets, reduction="none")
+    expected = (weights * kl + (1 - weights) * nll).mean()
     (gradient,) = torch.autograd.grad(expected, student)
-    found, found_kl, found_nll = distillation_loss(student, teacher.clone(), targets, weight)
+    found, found_kl, found_nll = distillation_loss(student, teacher.clone(), targets, weights, offsets)
     found.backward()  # type: ignore[no-untyped-call]
     torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(torch.stack([found_kl, found_nll]), torch.stack([kl, nll]).detach())
+    torch.testing.assert_close(torch.stack([found_kl, found_nll]), torch.stack([kl.mean(), nll.mean()]).detach())
     assert student.grad is not None
     torch.testing.assert_close(student.grad, gradient, rtol=1e-4, atol=1e-8)
 
@@ -100,6 +107,25 @@ def test_windows_come_in_a_new_order_each_time_around_and_from_any_place() -> No
     assert torch.equal(windows.take(3, 8), torch.cat([first[3:], second[:3]]))
     assert not torch.equal(Windows(windows.ids, seed=4).take(0, 5), first)
     assert sorted(Windows(windows.ids, seed=2**63 - 1).take(0, 5)[:, 0].tolist()) == [0, 2, 4, 6, 8]
+
+
+def test_next_tokens_of_text_that_the_teacher_wrote_are_not_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.random_model("llama").requires_grad_(True)
+    weights = []
+
+    def loss(*given: Any) -> Any:
+        weights.append(given[3])
+        return distillation_loss(*given)
+
+    monkeypatch.setattr(train, "distillation_loss", loss)
+    windows = Windows(np.arange(96, dtype=np.int32).reshape(6, 16), seed=0, own=2)
+    assert sorted(windows.take(0, 6)[windows.is_own(0, 6), 0].tolist()) == [64, 80]
+    held_out = torch.zeros((1, 16), dtype=torch.int64)
+    parameters = dict(model.named_parameters())
+    run = train.Run(model, tiny.random_model("llama"), parameters, windows, 0, held_out, Path("none"), {})
+    train._step(run, Training(1, 1e-3, batch_size=6, micro_batch=2, kl_weight=0.25), 0)
+    found = torch.cat(weights).view(6, 15)
+    assert torch.equal(found, torch.where(windows.is_own(0, 6)[:, None], 1.0, 0.25).expand(6, 15))
 
 
 def test_windows_of_a_short_text_are_its_tokens(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -369,8 +395,8 @@ def test_activation_checkpointing_changes_nothing(source: Path, text: Path, tmp_
     assert files[0] == files[1]
 
 
-def test_a_share_of_the_positions_trains_too(source: Path, text: Path, tmp_path: Path) -> None:
-    curve = run(source, tmp_path / "out", text, tokens=64 * 30, logits=0.25, eval_every=5)["training"]["curve"]
+def test_a_shortlist_of_words_trains_too(source: Path, text: Path, tmp_path: Path) -> None:
+    curve = run(source, tmp_path / "out", text, tokens=64 * 30, shortlist=32, eval_every=5)["training"]["curve"]
     assert curve[-1]["kl"] < curve[0]["kl"]
 
 
@@ -387,7 +413,7 @@ def test_two_processes_train_as_one(source: Path, text: Path, tmp_path: Path) ->
     """FSDP over two CPU processes: the same curve but for the order of sums, in fp32."""
     script = exact_script(tmp_path)
     arguments = ["uptrain", str(source), "--dataset", str(text), "--kv-heads", "1", "--seqlen", "16", "--nsamples", "8"]
-    arguments += ["--init", "first", "--batch-size", "4", "--lr", "1e-3", "--tokens", "640"]
+    arguments += ["--init", "first", "--batch-size", "4", "--lr", "1e-3", "--tokens", "640", "--shortlist", "64"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     curves = []

@@ -38,7 +38,7 @@ from bittern.quantize.rehearsal import (
 from bittern.quantize.resume import stored_bytes
 from bittern.quantize.solve import Solver
 from bittern.quantize.stopwatch import Cost, read_rate, rounding_rate, write_rate
-from bittern.quantize.tune import HELD_OUT, MICRO
+from bittern.quantize.tune import HELD_OUT, MICRO, SHORTLIST
 from bittern.report import peak_memory
 from bittern.weight import QuantSpec
 from bittern.writer import planned_bytes, to_json
@@ -311,26 +311,28 @@ def _curvature_bytes(job: Job, entries: Entries) -> int:
 
 
 def _tuning_seconds(job: Job, blocks: Sequence[BlockCosts], scale: float) -> float:
-    """Four passes over the text and what measures it."""
-    return _window_seconds(job, blocks, scale) * (4 * job.tune_tokens / job.seqlen + 8 * HELD_OUT)
-
-
-def _window_seconds(job: Job, blocks: Sequence[BlockCosts], scale: float) -> float:
-    """A forward pass of the whole model over a window; a head costs as blocks of its size do."""
-    inside = sum(_parameters(job, position) for position in range(len(blocks)))
+    """Four passes over the text and what measures it; a head costs as blocks of its size do."""
     config = job.solver.model.config.get_text_config(decoder=True)
-    head = config.vocab_size * config.hidden_size / inside
-    return float(sum(block.advance.seconds for block in blocks) * scale * (1 + head))
+    inside = sum(_parameters(job, position) for position in range(len(blocks)))
+    window = sum(block.advance.seconds for block in blocks) * scale
+    passes = ((4 * job.tune_tokens / job.seqlen, _listed(config.vocab_size)), (8 * HELD_OUT, config.vocab_size))
+    return float(window * sum(count * (1 + words * config.hidden_size / inside) for count, words in passes))
+
+
+def _listed(vocab_size: int) -> int:
+    """Words whose logits a step of training computes, at most."""
+    return min(vocab_size, SHORTLIST + MICRO)
 
 
 def _tuning_bytes(job: Job, blocks: Sequence[BlockCosts], positions: int) -> float:
-    """Both models, the codes, and of a step the logits, their gradient, and what a forward pass leaves for its own."""
+    """Both models, the codes, and of a step logits, their gradient and what a forward pass leaves, or what measures."""
     config = job.solver.model.config.get_text_config(decoder=True)
     inside = sum(_parameters(job, position) for position in range(len(blocks)))
     solved = sum(m.in_features * m.out_features for block in job.solver.plan.blocks for m, _ in block)
     whole = inside + config.vocab_size * config.hidden_size
-    step = MICRO * (sum(block.traced for block in blocks) / positions + 3 * _FP32 * config.vocab_size)
-    return float(_FP32 * (whole + solved) + solved + _HOLES * step)
+    step = MICRO * (sum(block.traced for block in blocks) / positions + 3 * _FP32 * _listed(config.vocab_size))
+    measuring = 3 * _FP32 * job.seqlen * config.vocab_size
+    return float(_FP32 * (whole + solved) + solved + _HOLES * max(step, measuring))
 
 
 def _block_bytes(

@@ -43,6 +43,9 @@ LRS = {2: 6e-3, 3: 2e-3, 4: 7e-4, 8: 1e-5}
 BATCH, MICRO = 1024, 1024
 """Tokens in a step and in one forward pass, about."""
 
+SHORTLIST = 4096
+"""Words whose logits a step computes, and at most as many more as it has tokens."""
+
 HELD_OUT = 8
 """Windows that are kept to measure on."""
 
@@ -176,7 +179,8 @@ def tune(
     run = Run(student, teacher, factors, windows, 0, held_out, path, story)
     lr = LRS[plan.commonest.bits]
     micro = max(1, min(batch, MICRO // seqlen))
-    options = Training(steps, lr, batch, micro, kl_weight=1.0, eval_every=max(1, -(-steps // 4)))
+    every = max(1, -(-steps // 4))
+    options = Training(steps, lr, batch, micro, kl_weight=1.0, eval_every=every, shortlist=SHORTLIST)
     record: dict[str, Any] = {
         "tokens": steps * batch * seqlen,
         "steps": steps,

@@ -39,13 +39,23 @@ class Windows:
     Attributes:
         ids: int32 (windows, seqlen), mapped.
         seed: of the order.
+        own: windows that the teacher has written itself; they are the last.
     """
 
     ids: Rows
     seed: int
+    own: int = 0
 
     def take(self, start: int, stop: int) -> Tensor:
-        """Windows [start, stop) of an endless sequence that shows all of them in a new order each time around."""
+        """Windows [start, stop) of :meth:`order`, int64 (stop - start, seqlen)."""
+        return torch.from_numpy(self.ids[self.order(start, stop).numpy()].astype(np.int64))
+
+    def is_own(self, start: int, stop: int) -> Tensor:
+        """Which of them the teacher has written itself; bool (stop - start,)."""
+        return self.order(start, stop) >= len(self.ids) - self.own
+
+    def order(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of an endless sequence that shows all windows in a new order each time around; int64."""
         count = len(self.ids)
         rows = []
         for around in range(start // count, (stop - 1) // count + 1):
@@ -53,7 +63,7 @@ class Windows:
                 count, generator=torch.Generator().manual_seed((self.seed * 1_000_003 + around) % 2**63)
             )
             rows.append(order[max(start - around * count, 0) : stop - around * count])
-        return torch.from_numpy(self.ids[torch.cat(rows).numpy()].astype(np.int64))
+        return torch.cat(rows)
 
 
 def write_windows(

@@ -26,6 +26,7 @@ from bittern.errors import BitternError
 from bittern.evaluate import evaluate
 from bittern.processes import add_up, world
 from bittern.training.loss import distillation_loss, hidden_error
+from bittern.training.shortlist import commonest, make_shortlist, only, vocabulary_size
 from bittern.training.state import load_state, save_state
 from bittern.training.text import Windows
 
@@ -57,14 +58,15 @@ class Training:
         lr: the largest learning rate, after the warm-up; a cosine takes it down from there.
         batch_size: windows in a step, over all processes.
         micro_batch: windows that one process computes at once; gradients accumulate over these.
-        kl_weight: share of the KL to the teacher in the loss; the rest is next-token loss.
+        kl_weight: share of the KL to the teacher in the loss; the rest is next-token loss. Of text that the teacher has
+            written itself all is KL: next tokens are drawn from what that knows already, and would add noise.
         hidden_weight: of the error of hidden states (:func:`bittern.training.loss.hidden_error`), added to both.
         trained: "blocks", "all" (embeddings, last norm and head too) or "attention".
         eval_every: steps between evaluations; the state is written then.
         clip: largest norm of the gradient.
         weight_decay: of AdamW, on matrices.
-        logits: share of a window's positions whose logits are computed and learned from, others at every step; where
-            the vocabulary is large and the model small, the output head is most of the work.
+        shortlist: words whose logits a step computes (:mod:`bittern.training.shortlist`), 0 for all: where the
+            vocabulary is large and the model small, the output head is most of the work.
         recompute: activation checkpointing: each block is computed again for its gradient.
     """
 
@@ -78,7 +80,7 @@ class Training:
     eval_every: int = 50
     clip: float = 1.0
     weight_decay: float = 0.0
-    logits: float = 1.0
+    shortlist: int = 0
     recompute: bool = False
 
 
@@ -138,11 +140,13 @@ def train(run: Run, options: Training, on_progress: Callable[[dict[str, Any]], N
     began, first, spent = time.monotonic(), int(story["step"]), float(story.get("seconds", 0))
     sums = torch.zeros(4, dtype=torch.float64)
     seqlen = run.windows.ids.shape[1]
+    words = vocabulary_size(run.student)
+    common = commonest(run.windows.ids, words, options.shortlist) if 0 < options.shortlist < words else None
     for step in range(first, options.steps):
         lr = learning_rate(step, options)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        sums += _step(run, options, step)
+        sums += _step(run, options, step, common)
         torch.nn.utils.clip_grad_norm_(run.parameters.values(), options.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -194,30 +198,43 @@ def cosine(share: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
 
 
-def _step(run: Run, options: Training, step: int) -> Tensor:
-    """Gradients of one batch; loss, KL, nll and error of hidden states over all processes, fp64 (4,)."""
+def _step(run: Run, options: Training, step: int, common: Tensor | None = None) -> Tensor:
+    """Gradients of one batch; loss, KL, nll and error of hidden states over all processes, fp64 (4,).
+
+    ``common`` are the words that every shortlist holds; without them, logits of all words are computed.
+    """
     rank, processes = world()
     start = run.first + step * options.batch_size
-    windows = run.windows.take(start, start + options.batch_size)[rank::processes]
+    stop = start + options.batch_size
+    batch, own = run.windows.take(start, stop), run.windows.is_own(start, stop)
+    windows = batch[rank::processes]
     device = next(iter(run.parameters.values())).device
-    places = _places(windows.shape[1] - 1, options.logits, run.windows.seed + step).to(device)
+    targets = windows[:, 1:].to(device)
+    kl_weight = torch.where(own[rank::processes, None], 1.0, options.kl_weight).to(device).expand(targets.shape)
+    before = torch.arange(targets.shape[1], device=device)  # of the last position nothing is known
+    words, offsets = None, None
+    if common is not None:  # of the whole batch: however many processes there are, they learn from the same words
+        seed = run.windows.seed + step
+        chosen = make_shortlist(common, batch.to(device), vocabulary_size(run.student), options.shortlist, seed)
+        words, offsets, targets = chosen.words, chosen.offsets, chosen.places[targets]
     sums = torch.zeros(4, dtype=torch.float64)
-    for ids in torch.split(windows, options.micro_batch):
+    pieces = [torch.split(each, options.micro_batch) for each in (windows, targets, kl_weight)]
+    for ids, wanted, kl_share in zip(*pieces, strict=True):
         ids = ids.to(device)
         share = len(ids) / len(windows)
         call = {
             "input_ids": ids,
             "use_cache": False,
-            "logits_to_keep": places,
+            "logits_to_keep": before,
             "output_hidden_states": options.hidden_weight > 0,
         }
         with replay.sixteen_bits(device):  # weights and their updates stay fp32
-            with torch.no_grad():
+            with torch.no_grad(), only(run.teacher, words):
                 teacher = run.teacher(**call)
-            student = run.student(**call)
-            targets = ids[:, places + 1].flatten()
+            with only(run.student, words):
+                student = run.student(**call)
             logits = student.logits.flatten(0, 1), teacher.logits.flatten(0, 1)
-            loss, kl, nll = distillation_loss(*logits, targets, options.kl_weight)
+            loss, kl, nll = distillation_loss(*logits, wanted.flatten(), kl_share.flatten(), offsets)
             hidden = loss.new_zeros(())
             if options.hidden_weight:  # the first are the embeddings
                 hidden = hidden_error(student.hidden_states[1:], teacher.hidden_states[1:])
@@ -230,14 +247,6 @@ def _step(run: Run, options: Training, step: int) -> Tensor:
         add_up(total)
         sums = total.cpu() / processes
     return sums
-
-
-def _places(positions: int, share: float, seed: int) -> Tensor:
-    """The positions whose logits a step learns from."""
-    count = max(1, round(share * positions))
-    if count == positions:
-        return torch.arange(positions)
-    return torch.randperm(positions, generator=torch.Generator().manual_seed(seed))[:count].sort().values
 
 
 def _decayed(parameters: dict[str, nn.Parameter], weight_decay: float) -> Iterator[dict[str, Any]]:

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +71,7 @@ def uptrain(
     kl_weight: float = 0.9,
     hidden_weight: float = 10.0,
     weight_decay: float = 0.0,
-    logits: float = 1.0,
+    shortlist: int = 4096,
     eval_every: int | None = None,
     recompute: bool = False,
     dtype: str | None = None,
@@ -103,7 +104,7 @@ def uptrain(
         text: a file to measure perplexity on; without it, windows of the dataset that are not trained on.
         train: ``blocks``, ``all`` or ``attention``: the parameters to train.
         lr: the largest; by default 5e-5, and 3e-4 where ``init`` only pools: that starts farther away.
-        batch_size, micro_batch, kl_weight, hidden_weight, weight_decay, logits, eval_every, recompute: see
+        batch_size, micro_batch, kl_weight, hidden_weight, weight_decay, shortlist, eval_every, recompute: see
             :class:`bittern.training.train.Training`.
         dtype: ``bf16``, ``fp16`` or ``fp32`` of the result; by default each tensor keeps its own.
         device: ``cpu``, ``cuda`` or ``auto``.
@@ -198,6 +199,7 @@ def _training(given: dict[str, Any]) -> Training:
         ("micro_batch", 1),
         ("nsamples", 1),
         ("seqlen", 2),
+        ("shortlist", 0),
     ):
         if given[name] < least:
             raise BitternError(f"{name}: expected at least {least}, found {given[name]}")
@@ -210,8 +212,6 @@ def _training(given: dict[str, Any]) -> Training:
     for name in ("hidden_weight", "weight_decay"):
         if given[name] < 0:
             raise BitternError(f"{name}: expected at least 0, found {given[name]}")
-    if not 0 < given["logits"] <= 1:
-        raise BitternError(f"logits: expected a share, found {given['logits']}")
     if given["sampled"] > given["tokens"]:
         raise BitternError(
             f"sampled: expected at most {given['tokens']}, the tokens to train on, found {given['sampled']}"
@@ -232,7 +232,7 @@ def _training(given: dict[str, Any]) -> Training:
         given["train"],
         every,
         weight_decay=given["weight_decay"],
-        logits=given["logits"],
+        shortlist=given["shortlist"],
         recompute=given["recompute"],
     )
 
@@ -411,15 +411,16 @@ def _held_out(
 
 def _split(windows: Windows, text: Tensor | None, given: dict[str, Any]) -> tuple[Windows, Tensor]:
     """The windows to train on, and those to measure on: of another text, or spread evenly over the dataset's."""
+    own = -(-given["sampled"] // given["seqlen"])  # what the source writes comes last
     if text is not None:
-        return windows, text
-    count = len(windows.ids) - -(-given["sampled"] // given["seqlen"])  # what the source writes comes last
+        return replace(windows, own=own), text
+    count = len(windows.ids) - own
     if count < 2:
         named = dataset_title(given["dataset"])
         raise BitternError(f"{named}: expected two windows of {given['seqlen']} tokens at least, found {count}")
     held = kept_apart(count)
     others = sorted(set(range(len(windows.ids))) - set(held))
-    return Windows(windows.ids[others], windows.seed), torch.from_numpy(windows.ids[held]).long()
+    return Windows(windows.ids[others], windows.seed, own), torch.from_numpy(windows.ids[held]).long()
 
 
 def _train(run: Run, options: Training, on_progress: Report | None) -> None:
