@@ -48,11 +48,15 @@ class Windows:
 
     def take(self, start: int, stop: int) -> Tensor:
         """Windows [start, stop) of :meth:`order`, int64 (stop - start, seqlen)."""
-        return torch.from_numpy(self.ids[self.order(start, stop).numpy()].astype(np.int64))
+        return self.read(self.order(start, stop))
 
-    def is_own(self, start: int, stop: int) -> Tensor:
-        """Which of them the teacher has written itself; bool (stop - start,)."""
-        return self.order(start, stop) >= len(self.ids) - self.own
+    def read(self, rows: Tensor) -> Tensor:
+        """These rows of ``ids``, int64 (rows, seqlen)."""
+        return torch.from_numpy(self.ids[rows.numpy()].astype(np.int64))
+
+    def is_own(self, rows: Tensor) -> Tensor:
+        """Which of these rows of ``ids`` the teacher has written itself; bool (rows,)."""
+        return rows >= len(self.ids) - self.own
 
     def order(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of an endless sequence that shows all windows in a new order each time around; int64."""

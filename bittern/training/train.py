@@ -205,8 +205,8 @@ def _step(run: Run, options: Training, step: int, common: Tensor | None = None) 
     """
     rank, processes = world()
     start = run.first + step * options.batch_size
-    stop = start + options.batch_size
-    batch, own = run.windows.take(start, stop), run.windows.is_own(start, stop)
+    rows = run.windows.order(start, start + options.batch_size)
+    batch, own = run.windows.read(rows), run.windows.is_own(rows)
     windows = batch[rank::processes]
     device = next(iter(run.parameters.values())).device
     targets = windows[:, 1:].to(device)
