@@ -56,7 +56,7 @@ ALLOWED = {
         "size",
         "ties",
     },
-    "sampling": {"errors", "replay", "runtime"},
+    "sampling": {"errors", "replay", "runtime", "weight"},
     "calibration": {"errors", "hub_errors", "tokenizer", "sampling"},
     "training": {
         "errors",

@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from bittern import calibration, sampling
 from bittern.calibration import CalibrationTokens, load_tokens
 from bittern.errors import BitternError
+from bittern.runtime import native
 from bittern.tokenizer import encode
 
 BOS, EOS = "<s>", "</s>"
@@ -237,8 +238,15 @@ def test_fewer_tokens_than_asked_for_is_said(text: Path, plain: PreTrainedTokeni
     assert f"{len(found.ids)} x 16 = {found.tokens_found} found" in warning
 
 
-def test_the_model_itself_writes(with_bos: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("natively", [True, False])
+def test_the_model_itself_writes(
+    natively: bool, with_bos: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sampling, "_TEXTS", (32, 32))
+    if not natively:
+        monkeypatch.setattr(native, "available", lambda: False)
+    elif not native.available():
+        pytest.skip(f"no native library: {native.why_not()}")
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=300,
@@ -257,12 +265,22 @@ def test_the_model_itself_writes(with_bos: PreTrainedTokenizerFast, monkeypatch:
         model.model.embed_tokens.weight.copy_(torch.nn.functional.normalize(torch.randn(300, 32), dim=1))
         unit = model.model.embed_tokens.weight
         model.lm_head.weight.copy_(40 * (unit.roll(1, 0) + unit.roll(2, 0)) / 32**0.5)
-    state = torch.get_rng_state()
+    decoder = sampling._rounded(model)
+    assert (decoder is not None) == natively
+    if decoder is not None:
+        with torch.no_grad():
+            expected = model(torch.arange(2, 7)[None]).logits[:, -1]
+        logits = decoder.forward(decoder.new_cache(1, 5, "bf16"), [[2, 3, 4, 5, 6]])
+        assert (logits - expected).abs().max() < 0.02 * expected.abs().max()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
     written: list[tuple[int, int]] = []
     report = lambda done, total: written.append((done, total))  # noqa: E731
     found = load("self", with_bos, model=model, nsamples=40, seqlen=12, seed=3, on_sampled=report)
     assert written == [(32, 40), (40, 40)]
     assert torch.equal(torch.get_rng_state(), state)  # nobody else's randomness is touched
+    assert torch.get_num_threads() == threads
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert found.ids.shape == (40, 12)
     assert (found.ids[:, 0] == 0).all()
     steps = (found.ids[:, 1:] - found.ids[:, :-1]) % 300
@@ -284,9 +302,9 @@ def test_words_are_drawn_with_their_probability(words: int) -> None:
     logits[-2:] = -torch.inf  # the last sum is reached before the end
     count = 20_000
     torch.manual_seed(1)
-    drawn = sampling._draw(torch.empty(0), logits.expand(count, -1))
-    assert torch.equal(drawn.sum(1), torch.ones(count, dtype=torch.long))
-    found, expected = drawn.float().mean(0), logits.softmax(0)
+    drawn = sampling._draw(logits.expand(count, -1))
+    assert drawn.shape == (count, 1)
+    found, expected = drawn.flatten().bincount(minlength=words) / count, logits.softmax(0)
     assert bool((found[expected == 0] == 0).all())
     assert bool(((found - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt() + 1e-12).all())
 
@@ -297,13 +315,13 @@ def test_the_ends_of_what_is_drawn_from(point: float, monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, point))
     logits = torch.randn(500, 700, generator=torch.Generator().manual_seed(0))
     logits[:, :200] = logits[:, 450:] = -torch.inf
-    drawn = sampling._draw(torch.empty(0), logits).argmax(1)
-    assert torch.equal(drawn, torch.full((500,), 449 if point else 200))
+    drawn = sampling._draw(logits)
+    assert torch.equal(drawn, torch.full((500, 1), 449 if point else 200))
 
 
 def test_a_model_that_writes_no_numbers() -> None:
     with pytest.raises(BitternError, match="expected logits, found NaN or infinity"):
-        sampling._draw(torch.empty(0), torch.tensor([[0.0, 1.0], [0.0, torch.nan]]))
+        sampling._draw(torch.tensor([[0.0, 1.0], [0.0, torch.nan]]))
 
 
 def test_a_wrong_tokenizer_is_named(text: Path, plain: PreTrainedTokenizerFast) -> None:

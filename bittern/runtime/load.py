@@ -156,7 +156,7 @@ def _choose_tier(model: PreTrainedModel, settings: native.Settings | None, decod
     elif dtype != torch.float32:
         reason = f"it computes in float32, not in {dtype}"
     else:
-        attached, reason = _attach(model, settings)
+        attached, reason = attach_checked(model, settings)
     vars(model).update(native_decoder=attached, native_decoder_reason=reason)
     if settings is None:
         why = native.why_not() if model.device.type == "cpu" else ""
@@ -167,7 +167,7 @@ def _choose_tier(model: PreTrainedModel, settings: native.Settings | None, decod
     vars(model).update(kernels=description)
 
 
-def _attach(model: PreTrainedModel, settings: native.Settings) -> tuple[Decoder | None, str]:
+def attach_checked(model: PreTrainedModel, settings: native.Settings) -> tuple[Decoder | None, str]:
     """The native decoder when it computes what the model does, or None and why not."""
     from bittern.runtime.decoder import Unsupported, attach
 
