@@ -15,7 +15,7 @@ from bittern import replay
 from bittern.errors import BitternError
 from bittern.runtime import attention, native
 from bittern.runtime.cache import new_cache
-from bittern.weight import QuantSpec, round_to_nearest
+from bittern.weight import round_to_nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,7 +27,6 @@ Sampled = Callable[[int, int], None]
 _TEXTS = (32, 256)  # that a model writes at once, at least and at most
 _PIECE = 128  # of a vocabulary
 _AT_ONCE = 1 << 20  # scores on a CPU: they stay in its cache
-_GROUP = 32  # columns that share a scale where matrices are rounded
 _SCORES, _CACHE = 1 << 23, 2 << 30  # more than the least while they have no more scores, and bytes of cache
 
 
@@ -101,11 +100,12 @@ def _rounded(model: PreTrainedModel) -> Decoder | None:
     if model.device.type != "cpu" or not native.available():
         return None
     from bittern.runtime.decoder import Unsupported, attach
+    from bittern.runtime.ends import small_groups
     from bittern.runtime.linear import NativeMatrix, QuantLinear
     from bittern.runtime.load import attach_checked
 
     try:
-        attach(model)
+        attach(model)  # before anything is rounded
     except Unsupported:
         return None
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
@@ -113,8 +113,7 @@ def _rounded(model: PreTrainedModel) -> Decoder | None:
     settings = native.Settings(threads=torch.get_num_threads())
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear:
-            group_size = max(size for size in range(1, _GROUP + 1) if module.in_features % size == 0)
-            weight = round_to_nearest(module.weight.detach(), QuantSpec(8, group_size))
+            weight = round_to_nearest(module.weight.detach(), small_groups(8, module.in_features))
             model.set_submodule(name, QuantLinear([NativeMatrix(weight, model.dtype, settings)], module.bias))
     return attach_checked(model, settings)[0]
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from bittern.model import Piece
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_GROUP = 32  # columns of a packed head that share a scale
+_GROUP = 32  # columns that share a scale
 _STEP = 2**20  # weights of the head that are packed at a time
 
 
@@ -121,6 +121,11 @@ def place_ends(
     model.set_submodule(ends.head, StoredLinear(values, head.bias, threads))
 
 
+def small_groups(bits: int, in_features: int) -> QuantSpec:
+    """The grid of a matrix that is rounded while loading: groups of 32 columns, or the most below that divide it."""
+    return QuantSpec(bits, max(size for size in range(1, _GROUP + 1) if in_features % size == 0))
+
+
 def _asks_for_dtype(model: PreTrainedModel) -> bool:
     """Whether a model rounds what it gives the head to the dtype of the head's weight, as Mamba does."""
     try:
@@ -146,8 +151,7 @@ def _pack_rows(
     checkpoint: Checkpoint, pieces: tuple[Piece, ...], out_features: int, in_features: int, bits: int
 ) -> QuantWeight:
     """Round a stored matrix to nearest, a few rows in memory at a time."""
-    group_size = max(size for size in range(1, _GROUP + 1) if in_features % size == 0)
-    spec = QuantSpec(bits, group_size)
+    spec = small_groups(bits, in_features)
     codes = torch.empty(out_features, in_features, dtype=torch.uint8)
     scales = torch.empty(out_features, spec.groups(in_features), dtype=torch.float16)
     step = max(1, _STEP // in_features)
