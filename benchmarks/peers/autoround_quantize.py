@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="where to calibrate (%(default)s)")
     parser.add_argument("--iters", type=int, help="steps of tuning for each block")
     parser.add_argument("--lr", type=float, help="their size")
+    parser.add_argument("--alg-ext", action="store_true", help="its extension of the algorithm, SignRoundV2")
     parser.add_argument("--batch-size", type=int, default=8, help="AutoRound's own default (%(default)s)")
     arguments = parser.parse_args()
 
@@ -43,6 +44,7 @@ def main() -> None:
         seqlen=samples.shape[1],
         batch_size=size,
         device_map=arguments.device,
+        enable_alg_ext=arguments.alg_ext,
         **options,
     )
     partial = output.with_name(output.name + ".partial")
