@@ -34,7 +34,7 @@ from bittern.runtime import attention, native
 KINDS = {
     "products": r"aten::(mm|addmm|bmm|baddbmm|addmv|mv|addbmm)|mkldnn.*linear|multiply_groups",
     "attention": r"flash_attention|short_attention|aten::_?scaled_dot_product",
-    "factorizations": r"cholesky|linalg|_lu_|triangular",
+    "factorizations": r"cholesky|linalg_(lu|solve|eigh)|triangular",
     "columns": r"solve_columns|descend",
     "casts and copies": r"aten::(copy_|_to_copy|to|clone|contiguous|cat|index|fill_|zero_)$",
     "sums": r"aten::(sum|mean|norm|linalg_vector_norm|amax|max|min|cumsum)$",
