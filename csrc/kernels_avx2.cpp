@@ -1,7 +1,8 @@
 // AVX2: 8 rows of a tile in a register, so a tile is two halves, each of them one half of every 64 bytes.
 //
 // Codes of at most 4 bits times digits of 8 bits, two of them added, stay within 2 * 15 * 128 = 3840, so that 8 such
-// sums (32 columns) fit into int16 without the saturation of vpmaddubsw. Codes of 8 bits are taken as two planes of 4.
+// sums (32 columns) fit into int16 without the saturation of vpmaddubsw. Codes of 8 bits would not: they and their
+// digits are widened to int16, whose products vpmaddwd adds up in int32.
 #include <cstring>
 #include <immintrin.h>
 
@@ -26,16 +27,13 @@ __m256i spread(const uint8_t *at) {
     return _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit_of), bit_of);
 }
 
-// 16 columns of 8 rows: 4 quads of bytes, byte r * 4 + i being row r, column i. Of 8 bits the lower or the upper 4.
+// 16 columns of 8 rows: 4 quads of bytes, byte r * 4 + i being row r, column i.
 template <int bits>
-void unpack(const uint8_t *block, int half, int plane, __m256i quads[4]) {
+void unpack(const uint8_t *block, int half, __m256i quads[4]) {
     block += half * 32;
-    const __m256i low = _mm256_set1_epi8(bits >= 4 ? 15 : 3);
+    const __m256i low = _mm256_set1_epi8(bits == 4 ? 15 : 3);
     if (bits == 8) {
-        for (int q = 0; q < 4; q++) {
-            const __m256i v = load_codes(block + q * 64);
-            quads[q] = _mm256_and_si256(plane == 0 ? v : _mm256_srli_epi16(v, 4), low);
-        }
+        for (int q = 0; q < 4; q++) quads[q] = load_codes(block + q * 64);
     } else if (bits == 4) {
         for (int q = 0; q < 4; q += 2) {
             const __m256i v = load_codes(block + q * 32);
@@ -54,13 +52,18 @@ void unpack(const uint8_t *block, int half, int plane, __m256i quads[4]) {
     }
 }
 
+// 4 digits, for each of 8 rows.
+__m256i four_digits(const int8_t *at) {
+    int four;
+    memcpy(&four, at, 4);
+    return _mm256_set1_epi32(four);
+}
+
 // 8 rows times 32 digits.
 __m256i dot(const __m256i quads[8], const int8_t *digits) {
     __m256i sum = _mm256_setzero_si256();
     for (int q = 0; q < 8; q++) {
-        int four;
-        memcpy(&four, digits + 4 * q, 4);
-        sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(quads[q], _mm256_set1_epi32(four)));
+        sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(quads[q], four_digits(digits + 4 * q)));
     }
     return _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
 }
@@ -155,18 +158,83 @@ constexpr int most_rows = 16;  // of x, that share an unpacking; their sums stay
 template <int bits, bool a16, int most>
 inline void add_products(const uint8_t *block, bool whole, const int8_t *hi, const int8_t *lo, int64_t distance,
                          int rows, __m256i dots[most][2]) {
-    constexpr int planes = bits == 8 ? 2 : 1;
     for (int half = 0; half < 2; half++) {
-        for (int plane = 0; plane < planes; plane++) {
-            __m256i quads[8];
-            unpack<bits>(block, half, plane, quads);
-            // The digits that follow a last block of 16 are there to be read, and times nothing.
-            if (whole) unpack<bits>(block + bits * 32, half, plane, quads + 4);
-            else quads[4] = quads[5] = quads[6] = quads[7] = _mm256_setzero_si256();
-            for (int row = 0; row < rows; row++) {
-                __m256i sum = dot(quads, hi + row * distance);
-                if (a16) sum = _mm256_add_epi32(_mm256_slli_epi32(sum, 8), dot(quads, lo + row * distance));
-                dots[row][half] = _mm256_add_epi32(dots[row][half], _mm256_slli_epi32(sum, 4 * plane));
+        __m256i quads[8];
+        unpack<bits>(block, half, quads);
+        // The digits that follow a last block of 16 are there to be read, and times nothing.
+        if (whole) unpack<bits>(block + bits * 32, half, quads + 4);
+        else quads[4] = quads[5] = quads[6] = quads[7] = _mm256_setzero_si256();
+        for (int row = 0; row < rows; row++) {
+            __m256i sum = dot(quads, hi + row * distance);
+            if (a16) sum = _mm256_add_epi32(_mm256_slli_epi32(sum, 8), dot(quads, lo + row * distance));
+            dots[row][half] = _mm256_add_epi32(dots[row][half], sum);
+        }
+    }
+}
+
+// The same for one row, whose digits are more than registers can keep from one half to the other: both in turns.
+template <int bits, bool a16>
+inline void add_row(const uint8_t *block, bool whole, const int8_t *hi, const int8_t *lo, __m256i dots[2]) {
+    __m256i upper[2], lower[2];
+    upper[0] = upper[1] = lower[0] = lower[1] = _mm256_setzero_si256();
+    for (int part = 0; part < (whole ? 2 : 1); part++, block += bits * 32) {
+        __m256i quads[2][4];
+        for (int half = 0; half < 2; half++) unpack<bits>(block, half, quads[half]);
+        for (int q = 0; q < 4; q++) {
+            const __m256i above = four_digits(hi + part * 16 + q * 4);
+            for (int half = 0; half < 2; half++) {
+                upper[half] = _mm256_add_epi16(upper[half], _mm256_maddubs_epi16(quads[half][q], above));
+            }
+            if (!a16) continue;
+            const __m256i below = four_digits(lo + part * 16 + q * 4);
+            for (int half = 0; half < 2; half++) {
+                lower[half] = _mm256_add_epi16(lower[half], _mm256_maddubs_epi16(quads[half][q], below));
+            }
+        }
+    }
+    const __m256i ones = _mm256_set1_epi16(1);
+    for (int half = 0; half < 2; half++) {
+        __m256i sum = _mm256_madd_epi16(upper[half], ones);
+        if (a16) sum = _mm256_add_epi32(_mm256_slli_epi32(sum, 8), _mm256_madd_epi16(lower[half], ones));
+        dots[half] = _mm256_add_epi32(dots[half], sum);
+    }
+}
+
+// 32 digits as int16: of each 4 columns the first and the third, which are a lane of `pairs[0]`, then the other two.
+template <bool a16>
+inline void widen_digits(const int8_t *hi, const int8_t *lo, __m256i pairs[2]) {
+    const __m256i upper = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(hi));
+    const __m256i lowest = a16 ? _mm256_loadu_si256(reinterpret_cast<const __m256i *>(lo)) : upper;
+    pairs[0] = _mm256_srai_epi16(_mm256_slli_epi16(lowest, 8), 8);
+    pairs[1] = _mm256_srai_epi16(lowest, 8);
+    if (!a16) return;
+    pairs[0] = _mm256_add_epi16(pairs[0], _mm256_slli_epi16(upper, 8));
+    pairs[1] = _mm256_add_epi16(pairs[1], _mm256_andnot_si256(_mm256_set1_epi16(255), upper));
+}
+
+constexpr int wide_row = longest_chunk_a16 / 2;  // ints that widened digits of a chunk take
+
+// 16 columns of codes of 8 bits times widened digits of some rows; both halves share what is read of those.
+template <int most>
+inline void add_wide(const uint8_t *block, const int (*digits)[wide_row], int from, int rows, __m256i dots[most][2]) {
+    for (int q = 0; q < 4; q += 2, block += 128, from += 2) {
+        __m256i even[2][2], odd[2][2];
+        for (int i = 0; i < 2; i++) {
+            for (int half = 0; half < 2; half++) {
+                const __m256i codes = load_codes(block + i * 64 + half * 32);
+                even[i][half] = _mm256_and_si256(codes, _mm256_set1_epi16(255));
+                odd[i][half] = _mm256_srli_epi16(codes, 8);
+            }
+        }
+        for (int row = 0; row < rows; row++) {
+            for (int i = 0; i < 2; i++) {
+                const __m256i a = _mm256_set1_epi32(digits[row][from + i]);
+                const __m256i b = _mm256_set1_epi32(digits[row][from + i + 8]);
+                for (int half = 0; half < 2; half++) {
+                    const __m256i sum = _mm256_madd_epi16(even[i][half], a);
+                    dots[row][half] = _mm256_add_epi32(dots[row][half], sum);
+                    dots[row][half] = _mm256_add_epi32(dots[row][half], _mm256_madd_epi16(odd[i][half], b));
+                }
             }
         }
     }
@@ -200,13 +268,29 @@ void multiply_tile(const bt_matrix &m, const Layout &l, const Input &input, int 
             const int width = filled - start < l.chunk ? filled - start : l.chunk;
             __m256i dots[most][2];
             for (int row = 0; row < rows; row++) dots[row][0] = dots[row][1] = _mm256_setzero_si256();
+            alignas(32) int wide[bits == 8 ? most : 1][wide_row];
+            for (int row = 0; bits == 8 && row < rows; row++) {
+                for (int i = 0; i < width; i += step) {
+                    const int64_t from = row * input.digits + i;
+                    __m256i *to = reinterpret_cast<__m256i *>(wide[row] + i / 2);
+                    widen_digits<a16>(hi + from, a16 ? lo + from : nullptr, to);
+                }
+            }
             for (int i = 0; i < width; i += step) {
                 const uint8_t *at_step = block + i * bits * 2;
                 if (most == 1) {
                     for (int line = 0; line < step * bits * 2; line += 64) prefetch(at_step, line + codes_ahead);
                 }
-                const int8_t *lo_step = a16 ? lo + i : nullptr;
-                add_products<bits, a16, most>(at_step, width - i >= step, hi + i, lo_step, input.digits, rows, dots);
+                const bool whole = width - i >= step;
+                if constexpr (bits == 8) {
+                    add_wide<most>(at_step, wide, i / 2, rows, dots);
+                    if (whole) add_wide<most>(at_step + bits * 32, wide, i / 2 + 4, rows, dots);
+                } else if constexpr (most == 1) {
+                    add_row<bits, a16>(at_step, whole, hi + i, a16 ? lo + i : nullptr, dots[0]);
+                } else {
+                    const int8_t *lo_step = a16 ? lo + i : nullptr;
+                    add_products<bits, a16, most>(at_step, whole, hi + i, lo_step, input.digits, rows, dots);
+                }
             }
             block += width * bits * 2;
             hi += width;
@@ -262,16 +346,10 @@ void multiply(const bt_matrix &m, const Layout &l, const Input &input, int begin
     else multiply_bits<2>(m, l, input, begin, end, y, stride);
 }
 
-// 8 weights of which `count` are there.
+// 8 weights.
 template <int type>
-__m256 load_weights(const void *row, int64_t index, int count) {
-    if (type == BT_F32) return load_some(static_cast<const float *>(row) + index, count);
-    const uint16_t *at = static_cast<const uint16_t *>(row) + index;
-    uint16_t some[8] = {};
-    if (count < 8) {
-        memcpy(some, at, static_cast<size_t>(count) * 2);
-        at = some;
-    }
+__m256 load_weights(const char *at) {
+    if (type == BT_F32) return _mm256_loadu_ps(reinterpret_cast<const float *>(at));
     const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i *>(at));
     return type == BT_F16 ? _mm256_cvtph_ps(v) : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
 }
@@ -281,22 +359,33 @@ template <int type, int rows>
 void multiply_four(const bt_matrix &m, const float *x, ptrdiff_t x_stride, int feature, int features, float *y,
                    ptrdiff_t y_stride) {
     constexpr int size = type == BT_F32 ? 4 : 2;
+    const int64_t row_bytes = static_cast<int64_t>(m.in_features) * size;
     const char *weights[4];
     for (int f = 0; f < 4; f++) {
-        const int64_t real = feature + (f < features ? f : features - 1);
-        weights[f] = static_cast<const char *>(m.codes) + real * m.in_features * size;
+        weights[f] = static_cast<const char *>(m.codes) + (feature + (f < features ? f : features - 1)) * row_bytes;
     }
     __m256 sums[rows][4];
     for (int row = 0; row < rows; row++) {
         for (int f = 0; f < 4; f++) sums[row][f] = _mm256_setzero_ps();
     }
-    for (int i = 0; i < m.in_features; i += 8) {
-        const int count = m.in_features - i;
+    const int whole = m.in_features / 8 * 8, rest = m.in_features - whole;
+    for (int i = 0; i < whole; i += 8) {
         __m256 values[rows];
-        for (int row = 0; row < rows; row++) values[row] = load_some(x + row * x_stride + i, count);
+        for (int row = 0; row < rows; row++) values[row] = _mm256_loadu_ps(x + row * x_stride + i);
         for (int f = 0; f < 4; f++) {
-            const __m256 w = load_weights<type>(weights[f], i, count);
+            prefetch(weights[f], i * size + 4 * row_bytes);  // the next 4, whose rows may be short
+            const __m256 w = load_weights<type>(weights[f] + i * size);
             for (int row = 0; row < rows; row++) sums[row][f] = _mm256_fmadd_ps(w, values[row], sums[row][f]);
+        }
+    }
+    if (rest > 0) {
+        for (int f = 0; f < 4; f++) {
+            char some[32] = {};
+            memcpy(some, weights[f] + whole * size, static_cast<size_t>(rest) * size);
+            const __m256 w = load_weights<type>(some);
+            for (int row = 0; row < rows; row++) {
+                sums[row][f] = _mm256_fmadd_ps(w, load_some(x + row * x_stride + whole, rest), sums[row][f]);
+            }
         }
     }
     for (int row = 0; row < rows; row++) {
@@ -330,12 +419,7 @@ void multiply_dense(const bt_matrix &m, const float *x, ptrdiff_t x_stride, int 
 template <int bits>
 void unpack_rows(const uint8_t *block, int half, uint8_t out[8][quantum]) {
     __m256i q[4];
-    unpack<bits>(block, half, 0, q);
-    if (bits == 8) {
-        __m256i upper[4];
-        unpack<bits>(block, half, 1, upper);
-        for (int i = 0; i < 4; i++) q[i] = _mm256_or_si256(q[i], _mm256_slli_epi16(upper[i], 4));
-    }
+    unpack<bits>(block, half, q);
     // A quad has 4 columns of a row in 32 bits: 4 x 8 of them, transposed.
     const __m256i a = _mm256_unpacklo_epi32(q[0], q[1]), b = _mm256_unpackhi_epi32(q[0], q[1]);
     const __m256i c = _mm256_unpacklo_epi32(q[2], q[3]), d = _mm256_unpackhi_epi32(q[2], q[3]);
