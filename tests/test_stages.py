@@ -122,6 +122,56 @@ def test_rough_products_are_near_those_in_fp32_and_end_with_the_walk(
         assert torch.equal(other, other.T) and 0 < (one - other).norm() < 0.01 * one.norm()
 
 
+@pytest.mark.parametrize(
+    ("kind", "streams"),
+    [
+        ("llama", [None, "", None, "post_attention_layernorm"]),
+        ("gpt2", [None, "", None, "ln_2"]),
+        ("qwen3", [None, "", None, "post_attention_layernorm"]),
+        ("gemma2", [None] * 4),  # norms what it adds
+        ("olmo2", [None] * 4),
+        ("phi", [None] * 4),  # adds two outputs at once
+        ("granite", [None] * 4),  # adds a multiple of it
+    ],
+)
+def test_streams_are_found_where_an_output_is_added_to_them(kind: str, streams: list[str | None]) -> None:
+    more = {"residual_multiplier": 0.2} if kind == "granite" else {}
+    model = tiny.random_model(kind, **more)
+    prefix, layers = blocks(model)
+    found, hidden, calls = start(model)
+    exact = [state.clone() for state in hidden]
+    stages = exact_stages(model, layers[0], found, exact, calls)
+    assert stages is not None
+    assert [stage.stream for stage in stages] == [name and f"{prefix}.0.{name}" for name in streams]
+    given = [0.9 * state for state in hidden]
+    behind: list[list[Tensor]] = []
+    wanted: list[list[Tensor]] = []
+    for stage in stages:
+        if stage.stream is None:
+            assert not stage.streams
+        elif stage.stream == "":
+            assert all(torch.equal(*pair) for pair in zip(stage.streams, hidden, strict=True))
+            wanted.append([0.1 * state for state in hidden])
+        else:  # what is added to the block's input by then, told by the block's output
+            after = [call.run(layers[0], state) for call, state in zip(calls, given, strict=True)]
+            inputs = exact_stages(model, layers[0], found, [state.clone() for state in given], calls)
+            assert inputs is not None
+            last = model.get_submodule(stage.matrices[0].module)
+            before = [y - last(x) for y, x in zip(after, inputs[-1].exact, strict=True)]
+            wanted.append([full - less for full, less in zip(stage.streams, before, strict=True)])
+    with Walks(model, layers[0], stages, given, calls) as walks:
+        for stage in stages:
+            list(walks.inputs(stage))
+            if stage.stream is not None:
+                behind.append(stage.behind)
+        walks.finish()
+    assert not any(stage.streams for stage in stages)
+    for one, other in zip(behind, wanted, strict=True):
+        for found_one, wanted_one in zip(one, other, strict=True):
+            assert found_one.dtype == torch.bfloat16
+            torch.testing.assert_close(found_one.float(), wanted_one.detach(), rtol=0.01, atol=1e-4)
+
+
 def test_blocks_of_experts_are_not_walked() -> None:
     model = tiny.random_model("mixtral", num_local_experts=4, num_experts_per_tok=2)
     found, hidden, calls = start(model)
@@ -215,6 +265,32 @@ def test_what_follows_from_the_input_is_made_up_for() -> None:
         aim = given[fourth] @ mixing @ weight[rows].T
         errors = [(given[fourth] @ found[rows].T - aim).square().sum() for found in (corrected, weight)]
         assert share == pytest.approx(float(errors[0] / errors[1]), rel=1e-3)
+
+
+@pytest.mark.parametrize("rough", [False, True])
+def test_what_the_stream_has_missed_is_made_up_for(rough: bool) -> None:
+    generator = torch.Generator().manual_seed(6)
+    given = torch.randn(4000, 24, generator=generator)
+    missed = given @ torch.randn(24, 10, generator=generator) + 0.1 * torch.randn(4000, 10, generator=generator)
+    mixing = torch.eye(24) + 0.2 * torch.randn(24, 24, generator=generator)
+    weight = torch.randn(10, 24, generator=generator)
+    roots = torch.rand(4000, 1, generator=generator).sqrt() + 0.5
+    learned, fresh = slice(0, 2000), slice(2000, 4000)
+    hessian = moments(given[learned] * roots[learned])
+    corrected = []
+    for with_stream in (False, True):
+        chunks = [given[learned] @ mixing, missed[learned].bfloat16()]
+        exact, behind = ([chunk.unsqueeze(0) for chunk in whole.chunk(4)] for whole in chunks)
+        drift = Drift(exact, 3, rough, behind if with_stream else None)
+        for x, root in zip(given[learned].chunk(4), roots[learned].chunk(4), strict=True):
+            drift.add(x.unsqueeze(0), root.unsqueeze(0))
+        assert not exact and (not behind or not with_stream)
+        found, (left,) = drift.corrected([weight], hessian)
+        assert left is not None and left < (0.1 if with_stream else 0.2)
+        corrected.append(found)
+    wanted = given[fresh] @ mixing @ weight.T + missed[fresh]  # the sum with the stream is to be what it was
+    errors = [(given[fresh] @ found.T - wanted).square().mean() for found in (weight, *corrected)]
+    assert errors[2] < 0.15 * min(errors[:2])
 
 
 def test_noise_is_not_followed() -> None:

@@ -1,11 +1,14 @@
-"""Let each matrix make up for what quantizing the matrices before it has done to its input.
+"""Let each matrix make up for what quantizing the matrices before it has done.
 
-A layer that gets x~ in the place of x should still give W x. The least-squares answer is
+A layer that gets x~ in the place of x should still give W x (Arai & Ichikawa 2025, QEP; Zhang et al. 2025, Qronos; Li
+et al. 2025, GPTAQ). And one whose output is added to a residual stream, which by then is h~ in the place of h, should
+see to it that their sum is what it was: what a block has missed stays in the stream, unless the next one brings it
+(Lin & Wan 2025, LoaQ). The least-squares answer to both is
 
-    W* = W + alpha W E[(x - x~) x~'] (E[x~ x~'] + lambda)^-1,
+    W* = W + alpha (W E[(x - x~) x~'] + E[(h - h~) x~']) (E[x~ x~'] + lambda)^-1,
 
-solved in the place of W (Arai & Ichikawa 2025, QEP; Zhang et al. 2025, Qronos; Li et al. 2025, GPTAQ). How
-much of it holds on tokens that it was not made from is measured on windows that are kept for that: alpha.
+solved in the place of W. How much of it holds on tokens that it was not made from is measured on windows that are kept
+for that: alpha.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ def learned_from(exact: int) -> int:
 
 
 class Drift:
-    """Moments of how far a quantized path has moved a layer's input.
+    """Moments of how far a quantized path has moved a layer's input, and the stream that its output is added to.
 
     Under torchrun each process adds its own batches, and all get the correction that all of them give.
 
@@ -43,15 +46,21 @@ class Drift:
             Taken out of the list one by one, for they are large.
         learned: the first so many batches are learned from, the others are held out.
         rough: see :class:`bittern.quantize.hessian.Accumulator`.
+        behind: h - h~, (batch, positions, out_features), per batch, taken out likewise; None where the output is added
+            to no stream, or there are several matrices.
     """
 
-    def __init__(self, exact: list[Tensor], learned: int, rough: bool = False) -> None:
+    def __init__(
+        self, exact: list[Tensor], learned: int, rough: bool = False, behind: list[Tensor] | None = None
+    ) -> None:
         features = exact[0].shape[-1]
         self._exact, self._learned, self._rough = exact, learned, rough
         self._dtype = torch.bfloat16 if rough else torch.float32
         self._total = torch.zeros(features, features, device=exact[0].device)
         self._tokens = 0
-        self._held: list[tuple[Tensor, Tensor]] = []
+        self._behind = behind
+        self._missing: Tensor | None = None  # E[(h - h~) x~'], a sum
+        self._held: list[tuple[Tensor, Tensor, Tensor | None]] = []
 
     def add(self, x: Tensor, root: Tensor | None = None) -> None:
         """Add a batch of the quantized path, in the order of the exact ones; batches after those count nothing.
@@ -66,21 +75,28 @@ class Drift:
             return
         x = x.float()
         moved = self._exact.pop(0).float() - x
+        behind = None if self._behind is None else self._behind.pop(0)
         if root is not None:
             moved, x = moved.mul_(root), x * root
+            behind = None if behind is None else behind * root
         moved, x = moved.flatten(0, -2).to(self._dtype), x.flatten(0, -2).to(self._dtype)
-        if self._learned:
-            self._learned -= 1
-            add_product(self._total, moved, x, self._rough)
-            self._tokens += len(x)
-        else:
-            self._held.append((moved, x))
+        behind = None if behind is None else behind.flatten(0, -2).to(self._dtype)
+        if not self._learned:
+            self._held.append((moved, x, behind))
+            return
+        self._learned -= 1
+        self._tokens += len(x)
+        add_product(self._total, moved, x, self._rough)
+        if behind is not None:
+            if self._missing is None:
+                self._missing = self._total.new_zeros(behind.shape[1], x.shape[1])
+            add_product(self._missing, behind, x, self._rough)
 
     def corrected(self, weights: Sequence[Tensor], hessian: Tensor) -> tuple[Tensor, list[float | None]]:
         """W* of matrices that read the input, stacked; W where there was nothing to learn from. To be asked for once.
 
-        With it, for each, the share that is left of the squared error that the drift makes of its output in the windows
-        that were held out; None where that is not known.
+        With it, for each, the share that is left of the squared error that the drift makes of its output, with the
+        stream where it is added to one, in the windows that were held out; None where that is not known.
 
         Args:
             weights: fp32 (out_features, in_features) each; each has an alpha of its own.
@@ -95,11 +111,18 @@ class Drift:
         add_up(self._total)
         damping = DAMPING * float(hessian.diagonal().mean()) or 1.0
         damped = hessian + damping * torch.eye(len(hessian), device=hessian.device)
-        step = torch.linalg.solve(damped, weight @ (self._total / tokens), left=False)
+        wanted = weight @ (self._total / tokens)
+        if self._behind is not None:
+            missing = wanted.new_zeros(wanted.shape) if self._missing is None else self._missing
+            add_up(missing)
+            wanted += missing / tokens
+        step = torch.linalg.solve(damped, wanted, left=False)
         agree, power, whole = torch.zeros(3, len(sizes), device=weight.device)
         exact, added = weight.T.to(self._dtype), step.T.to(self._dtype)
-        for moved, x in self._held:
+        for moved, x, behind in self._held:
             wanted, given = (moved @ exact).float(), (x @ added).float()
+            if behind is not None:
+                wanted += behind
             agree += torch.stack([part.sum() for part in torch.split(wanted * given, sizes, 1)])
             power += torch.stack([part.sum() for part in torch.split(given.square(), sizes, 1)])
             whole += torch.stack([part.sum() for part in torch.split(wanted.square(), sizes, 1)])

@@ -255,6 +255,7 @@ def _rehearse_walk(
                         del x
                     alive.append(tensors.alive())
                     stage.exact.clear()
+                    stage.behind.clear()
             walks.finish()
         return alive
 

@@ -112,7 +112,8 @@ class Solver:
             block_calls = [batch_calls[position] for batch_calls in calls]
             before = exact[0].clone() if exact and self.effort.balance else None
             stages = exact_stages(self.model, block, list(entries), exact, block_calls[: len(exact)], rough)
-            check_same(0 if stages is None else len(stages), f"stages of {name}")
+            streams = [] if stages is None else [stage.stream is not None for stage in stages]
+            check_same(len(streams) + sum(streams), f"stages of {name}")
             walked_rough = rough and stages is not None
             if stages is None:  # it has not come through this block
                 if any(matrix.expert is not None for matrix in entries) and self._walks_after(position, missing):

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,6 +27,12 @@ from bittern.quantize.drift import Drift
 from bittern.quantize.hessian import Accumulator, Inputs, check_inputs
 from bittern.replay import BlockCall, sixteen_bits
 
+INPUT = ""
+"""The block's input, among the places where a residual stream is seen."""
+
+_ADDED = 1e-2
+"""What an output and what was added to the stream may differ by, as a share of the output: sums are rounded."""
+
 
 @dataclass
 class Stage:
@@ -38,12 +45,20 @@ class Stage:
             walked through the unquantized block.
         spent: what was read for the last time on the way from the stage before: 0 is the block's input, n + 1 that
             of stage n.
+        stream: where the residual stream is seen that their output is added to: the norm that reads it, or ``INPUT``;
+            None where their output is not all that is added to it there.
+        streams: it in full precision, one tensor (batch, positions, hidden_size) per batch as of ``exact``.
+        behind: what that is ahead of the stream of the same batch in :class:`Walks`, bfloat16: a difference needs no
+            more. Takes the place of ``streams`` as batches come by.
     """
 
     matrices: list[Matrix]
     norm: str | None = None
     exact: list[Tensor] = field(default_factory=list)
     spent: list[int] = field(default_factory=list)
+    stream: str | None = None
+    streams: list[Tensor] = field(default_factory=list)
+    behind: list[Tensor] = field(default_factory=list)
 
 
 def exact_stages(
@@ -73,7 +88,8 @@ def exact_stages(
     stages: list[Stage] = []
     for number, (state, call) in enumerate(zip(hidden, calls, strict=True)):
         seen: list[tuple[Tensor, list[Matrix]]] = []
-        norms: list[tuple[Tensor, str]] = []
+        norms: list[tuple[str, Tensor, Tensor]] = []
+        outputs: dict[Matrix, Tensor] = {}
         reads = _LastReads(state, seen)
 
         def note(matrix: Matrix, x: Tensor, seen: list[tuple[Tensor, list[Matrix]]] = seen) -> None:
@@ -86,6 +102,7 @@ def exact_stages(
         with (
             _before(model, matrices, note),
             _after_norms(model, block, norms),
+            _after(model, [] if number else matrices, outputs),
             torch.no_grad(),
             sixteen_bits(state.device, rough),
             watch,
@@ -94,19 +111,47 @@ def exact_stages(
         # Blocks without a norm in front give their input itself to the first matrices: it is about to be replaced.
         given = storages(state)
         inputs = [x.detach().clone() if storages(x) & given else x.detach() for x, _ in seen]
-        state.copy_(output)
+        points = {INPUT: state} | {
+            name: x.detach() for name, x, _ in norms if x.shape == state.shape and not storages(x) & given
+        }
         if number == 0:
             spent = reads.spent()
             stages = [
-                Stage(readers, next((name for y, name in norms if y is x), None), spent=read)
+                Stage(
+                    readers,
+                    next((name for name, _, y in norms if y is x), None),
+                    spent=read,
+                    stream=_stream(readers, [*points.items(), (INPUT, output)], outputs),
+                )
                 for (x, readers), read in zip(seen, spent, strict=True)
             ]
         if [stage.matrices for stage in stages] != [readers for _, readers in seen]:
             return None
+        if not {stage.stream for stage in stages if stage.stream is not None} <= points.keys():
+            return None
         for stage, x in zip(stages, inputs, strict=True):
             stage.exact.append(x)
+            if stage.stream is not None:
+                there = points[stage.stream]
+                stage.streams.append(there.clone() if there is state else there)
+        state.copy_(output)
     called = [matrix for stage in stages for matrix in stage.matrices]
     return stages if sorted(m.label for m in called) == sorted(m.label for m in matrices) else None
+
+
+def _stream(
+    readers: Sequence[Matrix], points: Sequence[tuple[str, Tensor]], outputs: dict[Matrix, Tensor]
+) -> str | None:
+    """Where the stream is seen that becomes the next one that is seen when their output is added to it."""
+    output = outputs.get(readers[0])
+    if len(readers) > 1 or output is None:
+        return None
+    for (name, before), (_, after) in pairwise(points):
+        if output.shape == before.shape == after.shape:
+            missing = (after - before - output).norm()
+            if float(missing) < _ADDED * float(output.norm()):
+                return name
+    return None
 
 
 class Walks:
@@ -135,6 +180,7 @@ class Walks:
         self._arrived = 0  # stages
         self._leaders = {stage.matrices[0] for stage in stages}
         self._hooks = _before(model, sorted(self._leaders, key=lambda m: m.label), self._stop)
+        self._streams = _streams_seen(model, stages, hidden)
         self._walks = [
             greenlet(lambda state=state, call=call: call.run(block, state))
             for state, call in zip(hidden, calls, strict=True)
@@ -142,10 +188,12 @@ class Walks:
 
     def __enter__(self) -> Walks:
         self._hooks.__enter__()
+        self._streams.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._hooks.__exit__(*error)
+        self._streams.__exit__(*error)
         for walk in self._walks:
             walk.throw()  # ends those that have not arrived
 
@@ -175,14 +223,14 @@ class Walks:
         """Walk each batch up to a stage: what its matrices read, and how far that is from full precision.
 
         Args:
-            stage: its exact inputs are used up.
+            stage: its exact inputs, and what the stream is behind, are used up.
             learned: the first so many batches are learned from, see :class:`bittern.quantize.drift.Drift`.
             weights: what each token counts, (windows, positions); None: all the same.
 
         Raises:
             BitternError: for NaN and infinity, and as :meth:`inputs` does.
         """
-        drift = Drift(stage.exact, learned, self._rough)
+        drift = Drift(stage.exact, learned, self._rough, None if stage.stream is None else stage.behind)
         moments = Accumulator(stage.matrices[0].in_features, stage.exact[0].device, self._rough)
         first = 0
         counts = None if weights is None else weights.flatten()
@@ -262,16 +310,53 @@ def _before(model: nn.Module, matrices: Sequence[Matrix], call: Any) -> Iterator
 
 
 @contextmanager
-def _after_norms(model: nn.Module, block: nn.Module, outputs: list[tuple[Tensor, str]]) -> Iterator[None]:
-    """Note what the norms of a block put out, with their names in the model."""
+def _streams_seen(model: nn.Module, stages: Sequence[Stage], hidden: Sequence[Tensor]) -> Iterator[None]:
+    """Note how far the batches are behind full precision where the stages' residual streams are seen."""
+    handles = []
+    for stage in stages:
+
+        def note(_: Any, args: Any, stage: Stage = stage) -> None:
+            if stage.streams:  # batches come by in their order, the exact ones first
+                stage.behind.append((stage.streams.pop(0) - args[0]).bfloat16())
+
+        if stage.stream == INPUT:
+            for state in hidden[: len(stage.streams)]:
+                note(None, (state,))
+        elif stage.stream is not None:
+            handles.append(model.get_submodule(stage.stream).register_forward_pre_hook(note))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _after(model: nn.Module, matrices: Sequence[Matrix], outputs: dict[Matrix, Tensor]) -> Iterator[None]:
+    """Note what matrices put out."""
+
+    def hook(matrix: Matrix) -> Any:
+        return lambda _, __, output: outputs.update({matrix: output.detach()})
+
+    handles = [model.get_submodule(m.module).register_forward_hook(hook(m)) for m in matrices]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _after_norms(model: nn.Module, block: nn.Module, found: list[tuple[str, Tensor, Tensor]]) -> Iterator[None]:
+    """Note the norms of a block by their names in the model, with what they read and what they put out."""
     prefix = next(name for name, module in model.named_modules() if module is block)
     handles = []
     for name, module in block.named_modules():
         weight = module._parameters.get("weight")
         if "norm" in type(module).__name__.lower() and weight is not None and weight.ndim == 1:
 
-            def note(_: nn.Module, __: Any, output: Tensor, name: str = f"{prefix}.{name}") -> None:
-                outputs.append((output, name))
+            def note(_: nn.Module, args: Any, output: Tensor, name: str = f"{prefix}.{name}") -> None:
+                found.append((name, args[0], output))
 
             handles.append(module.register_forward_hook(note))
     try:
