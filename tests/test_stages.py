@@ -135,7 +135,7 @@ def test_rough_products_are_near_those_in_fp32_and_end_with_the_walk(
     ],
 )
 def test_streams_are_found_where_an_output_is_added_to_them(kind: str, streams: list[str | None]) -> None:
-    more = {"residual_multiplier": 0.2} if kind == "granite" else {}
+    more = {"residual_multiplier": 2} if kind == "granite" else {}
     model = tiny.random_model(kind, **more)
     prefix, layers = blocks(model)
     found, hidden, calls = start(model)
