@@ -46,10 +46,10 @@ class Stage:
         spent: what was read for the last time on the way from the stage before: 0 is the block's input, n + 1 that
             of stage n.
         stream: where the residual stream is seen that their output is added to: the norm that reads it, or ``INPUT``;
-            None where their output is not all that is added to it there.
+            None where that is nowhere seen, or more than their output is added.
         streams: it in full precision, one tensor (batch, positions, hidden_size) per batch as of ``exact``.
-        behind: what that is ahead of the stream of the same batch in :class:`Walks`, bfloat16: a difference needs no
-            more. Takes the place of ``streams`` as batches come by.
+        behind: ``streams`` less the stream of the same batches in :class:`Walks`, where one takes the place of the
+            other as batches come by; in bfloat16, more than which a difference does not need.
     """
 
     matrices: list[Matrix]
@@ -111,6 +111,7 @@ def exact_stages(
         # Blocks without a norm in front give their input itself to the first matrices: it is about to be replaced.
         given = storages(state)
         inputs = [x.detach().clone() if storages(x) & given else x.detach() for x, _ in seen]
+        # where the stream may be seen, in the order in which the block comes there
         points = {INPUT: state} | {
             name: x.detach() for name, x, _ in norms if x.shape == state.shape and not storages(x) & given
         }
