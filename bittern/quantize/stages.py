@@ -20,6 +20,7 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from bittern.errors import BitternError
 from bittern.model import Matrix
@@ -296,6 +297,16 @@ def storages(*trees: Any) -> set[int]:
 
 
 @contextmanager
+def _removed(hooks: Sequence[RemovableHandle]) -> Iterator[None]:
+    """Remove hooks at the end."""
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
 def _before(model: nn.Module, matrices: Sequence[Matrix], call: Any) -> Iterator[None]:
     """Call ``call(matrix, x)`` before a matrix is multiplied with x."""
 
@@ -303,11 +314,8 @@ def _before(model: nn.Module, matrices: Sequence[Matrix], call: Any) -> Iterator
         return lambda _, args: call(matrix, args[0])
 
     handles = [model.get_submodule(m.module).register_forward_pre_hook(hook(m)) for m in matrices]
-    try:
+    with _removed(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -325,11 +333,8 @@ def _streams_seen(model: nn.Module, stages: Sequence[Stage], hidden: Sequence[Te
                 note(None, (state,))
         elif stage.stream is not None:
             handles.append(model.get_submodule(stage.stream).register_forward_pre_hook(note))
-    try:
+    with _removed(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -340,11 +345,8 @@ def _after(model: nn.Module, matrices: Sequence[Matrix], outputs: dict[Matrix, T
         return lambda _, __, output: outputs.update({matrix: output.detach()})
 
     handles = [model.get_submodule(m.module).register_forward_hook(hook(m)) for m in matrices]
-    try:
+    with _removed(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -360,8 +362,5 @@ def _after_norms(model: nn.Module, block: nn.Module, found: list[tuple[str, Tens
                 found.append((name, args[0], output))
 
             handles.append(module.register_forward_hook(note))
-    try:
+    with _removed(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
