@@ -57,8 +57,10 @@ def balance_first_block(
     again = exact_stages(model, layers[0], found, [after], calls[:1])
     assert again is not None
     for stage, seen in zip(stages, again, strict=True):
-        tolerance = 1e-2 if dtype == torch.bfloat16 and any(name.endswith("bias") for name in changed) else 1e-4
-        torch.testing.assert_close(stage.exact[0], seen.exact[0], rtol=tolerance, atol=tolerance)
+        rounded = dtype == torch.bfloat16 and any(name.endswith("bias") for name in changed)
+        # both are held in fp16, one of them was before it was divided too
+        pair = stage.exact[0].float(), seen.exact[0].float()
+        torch.testing.assert_close(*pair, rtol=1e-2 if rounded else 2**-9, atol=1e-2 if rounded else 1e-4)
     return changed, rescaled, exact[0], after
 
 

@@ -212,7 +212,7 @@ def test_what_waits_in_a_block_is_counted_stage_by_stage(source: Path, monkeypat
     waiting = [state + hidden, state + queries + key_and_value + hidden, hidden + hidden, hidden + wide]
     # what the two streams are behind, in 16 bits, and until a batch has passed it the second stream itself
     streams = [hidden // 2 + hidden, hidden // 2 + hidden, hidden // 2, hidden // 2]
-    exact = [hidden + sum((hidden, hidden, hidden, wide)[stage:]) + streams[stage] for stage in range(4)]
+    exact = [hidden + sum((hidden, hidden, hidden, wide)[stage:]) // 2 + streams[stage] for stage in range(4)]
     assert walk.waiting == [4 * 8 * each for each in waiting]
     assert walk.exact_waiting == [4 * 8 * each for each in exact]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from bittern.errors import BitternError
 from bittern.model import Matrix, blocks, get_weight, matrices, weight_map
 from bittern.quantize.drift import Drift
 from bittern.quantize.effort import pick_effort
-from bittern.quantize.stages import Walks, exact_stages
+from bittern.quantize.stages import Walks, exact_stages, narrowed
 from bittern.replay import BlockCall, capture
 from tests import tiny
 
@@ -56,7 +57,7 @@ def test_every_matrix_gets_what_the_changed_ones_before_it_give(kind: str) -> No
     calls[0].run(block, before[0])
     for handle in handles:
         handle.remove()
-    assert all(torch.equal(stage.exact[0], x) for stage, x in zip(stages, given, strict=True))
+    assert all(torch.equal(stage.exact[0], narrowed(x)) for stage, x in zip(stages, given, strict=True))
     seen: list[list[Tensor]] = []
     with Walks(model, block, stages, hidden, calls) as walks, torch.no_grad():
         for stage in stages:
@@ -70,7 +71,17 @@ def test_every_matrix_gets_what_the_changed_ones_before_it_give(kind: str) -> No
         again = exact_stages(model, block, found, whole, [call])
         assert again is not None and torch.equal(whole[0], hidden[number])
         for stage, inputs in zip(again, seen, strict=True):
-            assert torch.equal(stage.exact[0], inputs[number])
+            assert torch.equal(stage.exact[0], narrowed(inputs[number]))
+
+
+def test_what_waits_is_16_bits_wide_where_it_fits() -> None:
+    x = torch.tensor([[1 / 3, -6e4, 1e-3]])
+    assert narrowed(x).dtype == torch.float16
+    torch.testing.assert_close(narrowed(x).float(), x, rtol=2**-11, atol=0)
+    for wide in (torch.tensor([1.0, 7e4]), torch.tensor([1.0, math.nan])):
+        assert narrowed(wide) is wide
+    brain = torch.tensor([7e4]).bfloat16()  # what products in bfloat16 put out
+    assert narrowed(brain) is brain
 
 
 @pytest.mark.parametrize(
@@ -157,7 +168,7 @@ def test_streams_are_found_where_an_output_is_added_to_them(kind: str, streams: 
             inputs = exact_stages(model, layers[0], found, [state.clone() for state in given], calls)
             assert inputs is not None
             last = model.get_submodule(stage.matrices[0].module)
-            before = [y - last(x) for y, x in zip(after, inputs[-1].exact, strict=True)]
+            before = [y - last(x.float()) for y, x in zip(after, inputs[-1].exact, strict=True)]
             wanted.append([full - less for full, less in zip(stage.streams, before, strict=True)])
     with Walks(model, layers[0], stages, given, calls) as walks:
         for stage in stages:
@@ -202,13 +213,14 @@ def test_tokens_count_what_they_are_said_to() -> None:
         stage.exact = [0.9 * x for x in stage.exact]
     with Walks(model, block, stages, [state.clone() for state in hidden], calls) as walks:
         inputs = [x.clone() for x in walks.inputs(stages[0])]
+    less = stages[0].exact[0] - inputs[0]
     with Walks(model, block, stages, hidden, calls) as walks:
         moments, drift = walks.gather(stages[0], 1, weights)
     whole = torch.cat(inputs)
     wanted = torch.einsum("bp,bpi,bpj->ij", weights, whole, whole)
     assert moments.tokens == 120
     torch.testing.assert_close(moments.hessian, wanted / 120, rtol=1e-4, atol=1e-5)
-    moved = torch.einsum("bp,bpi,bpj->ij", weights[:4], -0.1 * inputs[0], inputs[0])
+    moved = torch.einsum("bp,bpi,bpj->ij", weights[:4], less, inputs[0])
     torch.testing.assert_close(drift._total, moved, rtol=1e-4, atol=1e-4)
 
 

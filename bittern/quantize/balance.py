@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from bittern import model as live
 from bittern.model import Matrix
 from bittern.processes import add_up
-from bittern.quantize.stages import Stage
+from bittern.quantize.stages import Stage, narrowed
 from bittern.replay import BlockCall
 from bittern.weight import QuantSpec
 
@@ -106,8 +106,8 @@ class Balancer:
                 return Balanced()
             for stage, factor in zip(stages, factors, strict=True):
                 if factor is not None:
-                    for x in stage.exact:
-                        x.div_(factor)
+                    for number, x in enumerate(stage.exact):
+                        stage.exact[number] = narrowed(x / factor)
         return found
 
     def _balance_stage(

@@ -42,8 +42,8 @@ class Stage:
     Attributes:
         matrices: the readers, in the order in which the block calls them.
         norm: the module that puts that tensor out, where it is a norm of the block.
-        exact: their input in full precision, one tensor (batch, positions, in_features) per batch that was
-            walked through the unquantized block.
+        exact: their input of the unquantized block, one tensor (batch, positions, in_features) per batch that was
+            walked through it, as :func:`narrowed`.
         spent: what was read for the last time on the way from the stage before: 0 is the block's input, n + 1 that
             of stage n.
         stream: where the residual stream is seen that their output is added to: the norm that reads it, or ``INPUT``;
@@ -111,7 +111,8 @@ def exact_stages(
             output = call.run(block, state)
         # Blocks without a norm in front give their input itself to the first matrices: it is about to be replaced.
         given = storages(state)
-        inputs = [x.detach().clone() if storages(x) & given else x.detach() for x, _ in seen]
+        held = [narrowed(x.detach()) for x, _ in seen]
+        inputs = [x.clone() if storages(x) & given else x for x in held]
         # where the stream may be seen, in the order in which the block comes there
         points = {INPUT: state} | {
             name: x.detach() for name, x, _ in norms if x.shape == state.shape and not storages(x) & given
@@ -139,6 +140,15 @@ def exact_stages(
         state.copy_(output)
     called = [matrix for stage in stages for matrix in stage.matrices]
     return stages if sorted(m.label for m in called) == sorted(m.label for m in matrices) else None
+
+
+def narrowed(x: Tensor) -> Tensor:
+    """A tensor that waits in full precision, in 16 bits: fp16, unless that cannot hold it.
+
+    What quantizing moves is far above that rounding, as it is above that of bfloat16, which products may have put out.
+    """
+    half = x if x.dtype == torch.bfloat16 else x.half()
+    return half if bool(half.isfinite().all()) else x
 
 
 def _stream(
