@@ -207,9 +207,8 @@ def test_what_waits_in_a_block_is_counted_stage_by_stage(source: Path, monkeypat
         costs = rehearse_blocks(model, sources, plan, torch.device("cpu"), 2, 8, pick_effort("fast"))
     walk = costs[0].walk
     assert walk is not None and walk.samples.each > 0 and walk.balance > 0
-    hidden, value, wide = 64, 32, 96
-    state, queries, key_and_value = hidden, hidden, 2 * value
-    waiting = [state + hidden, state + queries + key_and_value + hidden, hidden + hidden, hidden + wide]
+    hidden, wide = 64, 96
+    waiting = [hidden + hidden, hidden + hidden, hidden + hidden, hidden + wide]
     # what the two streams are behind, in 16 bits, and until a batch has passed it the second stream itself
     streams = [hidden // 2 + hidden, hidden // 2 + hidden, hidden // 2, hidden // 2]
     exact = [hidden + sum((hidden, hidden, hidden, wide)[stage:]) // 2 + streams[stage] for stage in range(4)]

@@ -3,16 +3,18 @@
 Each batch stops where the block is about to multiply a new input; when all have stopped there, the
 matrices that read it are solved and replaced, and the batches go on through the quantized ones. So one
 pass over the block gives every matrix the inputs that it will really get, and the block's outputs too.
-What a batch needs to go on is kept meanwhile, and no more: the frames of its calls hold inputs that nothing
-will read again, and those are emptied.
+What a batch needs to go on is kept meanwhile, and no more: the frames of its calls name inputs, queries, keys and
+values that nothing will read again, and those are emptied.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -31,8 +33,15 @@ from bittern.replay import BlockCall, sixteen_bits
 INPUT = ""
 """The block's input, among the places where a residual stream is seen."""
 
+_WATCHED = 2
+"""Batches that are watched: what the first one makes for all, the second does not make."""
+
 _ADDED = 1e-2
 """What an output and what was added to the stream may differ by, as a share of the output: sums are rounded."""
+
+
+Local = tuple[int, CodeType, str]
+"""A variable of a call under way: how many calls that one is within :meth:`BlockCall.run`, its code, and the name."""
 
 
 @dataclass
@@ -44,8 +53,7 @@ class Stage:
         norm: the module that puts that tensor out, where it is a norm of the block.
         exact: their input of the unquantized block, one tensor (batch, positions, in_features) per batch that was
             walked through it, as :func:`narrowed`.
-        spent: what was read for the last time on the way from the stage before: 0 is the block's input, n + 1 that
-            of stage n.
+        dead: what the calls under way still name when they come there, and nothing reads again: queries and keys.
         stream: where the residual stream is seen that their output is added to: the norm that reads it, or ``INPUT``;
             None where that is nowhere seen, or more than their output is added.
         streams: it in full precision, one tensor (batch, positions, hidden_size) per batch as of ``exact``.
@@ -56,7 +64,7 @@ class Stage:
     matrices: list[Matrix]
     norm: str | None = None
     exact: list[Tensor] = field(default_factory=list)
-    spent: list[int] = field(default_factory=list)
+    dead: set[Local] = field(default_factory=set)
     stream: str | None = None
     streams: list[Tensor] = field(default_factory=list)
     behind: list[Tensor] = field(default_factory=list)
@@ -91,22 +99,28 @@ def exact_stages(
         seen: list[tuple[Tensor, list[Matrix]]] = []
         norms: list[tuple[str, Tensor, Tensor]] = []
         outputs: dict[Matrix, Tensor] = {}
-        reads = _LastReads(state, seen)
+        reads = _Reads(state) if number < _WATCHED else None
 
-        def note(matrix: Matrix, x: Tensor, seen: list[tuple[Tensor, list[Matrix]]] = seen) -> None:
+        def note(
+            matrix: Matrix,
+            x: Tensor,
+            seen: list[tuple[Tensor, list[Matrix]]] = seen,
+            reads: _Reads | None = reads,
+        ) -> None:
             if seen and seen[-1][0] is x:
                 seen[-1][1].append(matrix)
             else:
                 seen.append((x, [matrix]))
+                if reads is not None:
+                    reads.arrive(sys._getframe())
 
-        watch = nullcontext() if number else reads
         with (
             _before(model, matrices, note),
             _after_norms(model, block, norms),
             _after(model, [] if number else matrices, outputs),
             torch.no_grad(),
             sixteen_bits(state.device, rough),
-            watch,
+            reads or nullcontext(),
         ):
             output = call.run(block, state)
         # Blocks without a norm in front give their input itself to the first matrices: it is about to be replaced.
@@ -117,21 +131,23 @@ def exact_stages(
         points = {INPUT: state} | {
             name: x.detach() for name, x, _ in norms if x.shape == state.shape and not storages(x) & given
         }
-        if number == 0:
-            spent = reads.spent()
+        if reads is not None and not number:
             stages = [
                 Stage(
                     readers,
                     next((name for name, _, y in norms if y is x), None),
-                    spent=read,
+                    dead=dead,
                     stream=_stream(readers, [*points.items(), (INPUT, output)], outputs),
                 )
-                for (x, readers), read in zip(seen, spent, strict=True)
+                for (x, readers), dead in zip(seen, reads.dead(), strict=True)
             ]
         if [stage.matrices for stage in stages] != [readers for _, readers in seen]:
             return None
         if not {stage.stream for stage in stages if stage.stream is not None} <= points.keys():
             return None
+        if reads is not None:
+            for stage, dead in zip(stages, reads.dead(), strict=True):
+                stage.dead &= dead
         for stage, x in zip(stages, inputs, strict=True):
             stage.exact.append(x)
             if stage.stream is not None:
@@ -188,8 +204,6 @@ class Walks:
         rough: bool = False,
     ) -> None:
         self._hidden, self._rough = hidden, rough
-        self._inputs = [{0: state} for state in hidden]
-        self._arrived = 0  # stages
         self._leaders = {stage.matrices[0] for stage in stages}
         self._hooks = _before(model, sorted(self._leaders, key=lambda m: m.label), self._stop)
         self._streams = _streams_seen(model, stages, hidden)
@@ -217,19 +231,14 @@ class Walks:
         Raises:
             BitternError: for a batch that comes by another way.
         """
-        for state, walk, inputs in zip(self._hidden, self._walks, self._inputs, strict=True):
+        for state, walk in zip(self._hidden, self._walks, strict=True):
             # Entered and left on this side of the switch: what is solved in between is solved in fp32.
             with torch.no_grad(), sixteen_bits(state.device, self._rough):
                 arrived = walk.switch()
             if walk.dead or arrived[0] != stage.matrices[0]:
                 raise BitternError(f"{stage.matrices[0].label}: a calibration batch goes through its block without it")
-            inputs[self._arrived + 1] = arrived[1]
-            for number in stage.spent:
-                spent = inputs.pop(number)
-                # Whoever reads it nevertheless is told that it has no elements; a view of it keeps its own.
-                spent.data = spent.new_empty(0)
+            _empty(walk.gr_frame, stage.dead)
             yield arrived[1]
-        self._arrived += 1
 
     def gather(self, stage: Stage, learned: int, weights: Tensor | None = None) -> tuple[Inputs, Drift]:
         """Walk each batch up to a stage: what its matrices read, and how far that is from full precision.
@@ -260,8 +269,7 @@ class Walks:
 
     def finish(self) -> None:
         """Walk each batch to the end of the block, and put the outputs in the place of the hidden states."""
-        for state, walk, inputs in zip(self._hidden, self._walks, self._inputs, strict=True):
-            inputs.clear()
+        for state, walk in zip(self._hidden, self._walks, strict=True):
             with torch.no_grad():
                 with sixteen_bits(state.device, self._rough):
                     output = walk.switch()
@@ -275,30 +283,63 @@ class Walks:
         getcurrent().parent.switch((matrix, x))
 
 
-class _LastReads(TorchDispatchMode):
-    """Sees which inputs of a block's stages are read, and when for the last time.
+class _Reads(TorchDispatchMode):
+    """Sees what is read for the last time before a batch comes to a stage of its block.
 
     Args:
-        state: the block's input.
-        seen: the inputs of its stages and their readers, filled as they come.
+        state: the block's input. That, and what is made of it, is the batch's own.
     """
 
-    def __init__(self, state: Tensor, seen: Sequence[tuple[Tensor, list[Matrix]]]) -> None:
+    def __init__(self, state: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._state, self._seen = state, seen
-        self._last: dict[int, int] = {}
+        self._own = storages(state)
+        self._named: list[dict[Local, Tensor]] = []  # by stages
+        self._read: list[set[int]] = []  # what was read after each
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         read = storages(args, kwargs)
-        for number, tensor in enumerate([self._state, *(x for x, _ in self._seen)]):
-            if storages(tensor) & read:
-                self._last[number] = len(self._seen)
-        return func(*args, **(kwargs or {}))
+        for after in self._read:
+            after |= read
+        result = func(*args, **(kwargs or {}))
+        self._own |= storages(result) - read
+        return result
 
-    def spent(self) -> list[list[int]]:
-        """For each stage, the inputs that were read for the last time before the stage's own was there."""
-        stages = range(len(self._seen))
-        return [[number for number, last in self._last.items() if last == stage] for stage in stages]
+    def arrive(self, frame: FrameType) -> None:
+        """Note what the calls under way name, the innermost of which is ``frame``, when a stage's input has come."""
+        named = {
+            (number, each.f_code, name): value
+            for number, each in enumerate(_calls(frame))
+            for name, value in each.f_locals.items()
+            if isinstance(value, Tensor) and storages(value) <= self._own
+        }
+        self._named.append(named)  # and keep it: another's storage could get its number
+        self._read.append(set())
+
+    def dead(self) -> list[set[Local]]:
+        """For each stage, what was named when its input came and not read since."""
+        return [
+            {local for local, value in named.items() if not storages(value) & read}
+            for named, read in zip(self._named, self._read, strict=True)
+        ]
+
+
+def _calls(frame: FrameType | None) -> list[FrameType]:
+    """The calls under way in a block, from :meth:`BlockCall.run` to the innermost, which is given."""
+    found: list[FrameType] = []
+    while frame is not None and (not found or found[-1].f_code is not BlockCall.run.__code__):
+        found.append(frame)
+        frame = frame.f_back
+    return found[::-1]
+
+
+def _empty(frame: FrameType | None, dead: set[Local]) -> None:
+    """Take the elements from variables of calls under way: who reads them nevertheless is told that there are none."""
+    for number, each in enumerate(_calls(frame)):
+        for name in [name for at, code, name in dead if at == number and code is each.f_code]:
+            value = each.f_locals[name]
+            while value is not None:  # a view, and what it is a view of
+                value, view = value._base, value
+                view.data = view.new_empty(0)
 
 
 def storages(*trees: Any) -> set[int]:
