@@ -114,7 +114,8 @@ class Keeps(nn.Module):
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
-        self.inner, self.kept = inner, None
+        self.inner = inner
+        self.kept: Tensor | None = None
 
     def forward(self, x: Tensor) -> Any:
         if self.kept is None:
