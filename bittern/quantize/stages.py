@@ -336,10 +336,11 @@ def _empty(frame: FrameType | None, dead: set[Local]) -> None:
     """Take the elements from variables of calls under way: who reads them nevertheless is told that there are none."""
     for number, each in enumerate(_calls(frame)):
         for name in [name for at, code, name in dead if at == number and code is each.f_code]:
-            value = each.f_locals[name]
-            while value is not None:  # a view, and what it is a view of
-                value, view = value._base, value
-                view.data = view.new_empty(0)
+            value = each.f_locals.get(name)
+            if isinstance(value, Tensor):
+                for tensor in (value, value._base):  # which, of a view, is what it is a view of
+                    if tensor is not None:
+                        tensor.data = tensor.new_empty(0)
 
 
 def storages(*trees: Any) -> set[int]:
