@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -85,15 +86,16 @@ def test_what_waits_is_16_bits_wide_where_it_fits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "state"),
+    ("kind", "spent", "state"),
     [
-        ("llama", 0),
-        ("gpt2", 0),
+        ("llama", [[], [1], [0, 2], [3]], 0),
+        ("gpt2", [[], [1], [0, 2], [3]], 0),
         # Phi gives one norm's output to attention and to the perceptron, and adds the block's input at the end.
-        ("phi", 2 * 20 * 64),
+        ("phi", [[], [], [2], [1, 3]], 2 * 20 * 64),
     ],
 )
-def test_what_nothing_reads_again_is_emptied(kind: str, state: int) -> None:
+def test_what_nothing_reads_again_is_emptied(kind: str, spent: list[list[int]], state: int) -> None:
+    """Or let go of; 0 is the block's input, n + 1 that of stage n."""
     model = tiny.random_model(kind)
     block = blocks(model)[1][0]
     found, hidden, calls = start(model)
@@ -102,9 +104,21 @@ def test_what_nothing_reads_again_is_emptied(kind: str, state: int) -> None:
     heads = {"query_states", "key_states", "value_states"}
     assert [heads & {name for _, _, name in stage.dead} for stage in stages] == [set(), heads, set(), set()]
     whole = calls[1].run(block, hidden[1].clone())
+    there = {0: weakref.ref(hidden[1])}
+    gone: list[list[int]] = []
     with Walks(model, block, stages, hidden, calls) as walks:
-        first, *others = (list(walks.inputs(stage)) for stage in stages)
-        assert first[1].numel() == 0 and others[-1][1].numel() > 0 and hidden[1].numel() == state
+        for number, stage in enumerate(stages):
+            for x in walks.inputs(stage):
+                there[number + 1] = weakref.ref(x)  # of the second batch, in the end
+            del x
+            gone.append([])
+            for each, ref in list(there.items()):
+                tensor = ref()
+                if tensor is None or not tensor.numel():
+                    gone[-1].append(each)
+                    del there[each]
+        del tensor
+        assert gone == spent and hidden[1].numel() == state
         walks.finish()
     assert torch.equal(hidden[1], whole)
 

@@ -39,7 +39,6 @@ _WATCHED = 2
 _ADDED = 1e-2
 """What an output and what was added to the stream may differ by, as a share of the output: sums are rounded."""
 
-
 Local = tuple[int, CodeType, str]
 """A variable of a call under way: how many calls that one is within :meth:`BlockCall.run`, its code, and the name."""
 
