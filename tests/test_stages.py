@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -138,15 +140,48 @@ class Keeps(nn.Module):
         return self.inner(x * factor * own)
 
 
-def test_what_is_made_once_for_all_batches_stays() -> None:
+@pytest.mark.parametrize("batches", [1, 2])
+def test_what_is_made_once_for_all_batches_stays(batches: int) -> None:
     model = tiny.random_model()
     block: Any = blocks(model)[1][0]
     block.mlp = Keeps(block.mlp)
     found, hidden, calls = start(model)
-    stages = exact_stages(model, block, found, [state.clone() for state in hidden], calls)
+    stages = exact_stages(model, block, found, [state.clone() for state in hidden[:batches]], calls[:batches])
     assert stages is not None
     assert {"factor", "own"} & {name for _, _, name in stages[-1].dead} == {"own"}
     whole = [call.run(block, state.clone()) for state, call in zip(hidden, calls, strict=True)]
+    with Walks(model, block, stages, hidden, calls) as walks:
+        for stage in stages:
+            list(walks.inputs(stage))
+        walks.finish()
+    assert all(torch.equal(*pair) for pair in zip(hidden, whole, strict=True))
+
+
+class Unseen(nn.Module):
+    """Reads a tensor, after the matrices between, from its address: no operation of torch."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Any:
+        kept = x * 2
+        there = np.ctypeslib.as_array((ctypes.c_float * kept.numel()).from_address(kept.data_ptr()))
+        output = self.inner(x)
+        return output + float(there[:64].sum())
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_what_kernels_read_that_torch_does_not_see_stays(batches: int) -> None:
+    model = tiny.random_model()
+    block: Any = blocks(model)[1][0]
+    block.mlp = Unseen(block.mlp)
+    found, hidden, calls = start(model)
+    exact = [state.clone() for state in hidden[:batches]]
+    stages = exact_stages(model, block, found, exact, calls[:batches])
+    assert stages is not None and not any(stage.dead for stage in stages)
+    whole = [call.run(block, state.clone()) for state, call in zip(hidden, calls, strict=True)]
+    assert all(map(torch.equal, exact, whole))
     with Walks(model, block, stages, hidden, calls) as walks:
         for stage in stages:
             list(walks.inputs(stage))

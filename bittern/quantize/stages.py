@@ -14,33 +14,25 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
-from types import CodeType, FrameType
 from typing import Any
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from bittern.errors import BitternError
 from bittern.model import Matrix
 from bittern.quantize.drift import Drift
 from bittern.quantize.hessian import Accumulator, Inputs, check_inputs
+from bittern.quantize.leftovers import Local, Reads, empty, storages
 from bittern.replay import BlockCall, sixteen_bits
 
 INPUT = ""
 """The block's input, among the places where a residual stream is seen."""
 
-_WATCHED = 2
-"""Batches that are watched: what the first one makes for all, the second does not make."""
-
 _ADDED = 1e-2
 """What an output and what was added to the stream may differ by, as a share of the output: sums are rounded."""
-
-Local = tuple[int, CodeType, str]
-"""A variable of a call under way: how many calls that one is within :meth:`BlockCall.run`, its code, and the name."""
 
 
 @dataclass
@@ -98,13 +90,13 @@ def exact_stages(
         seen: list[tuple[Tensor, list[Matrix]]] = []
         norms: list[tuple[str, Tensor, Tensor]] = []
         outputs: dict[Matrix, Tensor] = {}
-        reads = _Reads(state) if number < _WATCHED else None
+        reads = None if number else Reads(state)
 
         def note(
             matrix: Matrix,
             x: Tensor,
             seen: list[tuple[Tensor, list[Matrix]]] = seen,
-            reads: _Reads | None = reads,
+            reads: Reads | None = reads,
         ) -> None:
             if seen and seen[-1][0] is x:
                 seen[-1][1].append(matrix)
@@ -130,7 +122,7 @@ def exact_stages(
         points = {INPUT: state} | {
             name: x.detach() for name, x, _ in norms if x.shape == state.shape and not storages(x) & given
         }
-        if reads is not None and not number:
+        if reads is not None:
             stages = [
                 Stage(
                     readers,
@@ -140,13 +132,11 @@ def exact_stages(
                 )
                 for (x, readers), dead in zip(seen, reads.dead(), strict=True)
             ]
+            _confirm_dead(model, block, stages, state.clone(), call, output, rough)
         if [stage.matrices for stage in stages] != [readers for _, readers in seen]:
             return None
         if not {stage.stream for stage in stages if stage.stream is not None} <= points.keys():
             return None
-        if reads is not None:
-            for stage, dead in zip(stages, reads.dead(), strict=True):
-                stage.dead &= dead
         for stage, x in zip(stages, inputs, strict=True):
             stage.exact.append(x)
             if stage.stream is not None:
@@ -155,6 +145,38 @@ def exact_stages(
         state.copy_(output)
     called = [matrix for stage in stages for matrix in stage.matrices]
     return stages if sorted(m.label for m in called) == sorted(m.label for m in matrices) else None
+
+
+def _confirm_dead(
+    model: nn.Module,
+    block: nn.Module,
+    stages: Sequence[Stage],
+    state: Tensor,
+    call: BlockCall,
+    output: Tensor,
+    rough: bool,
+) -> None:
+    """Walk a batch again with NaN in the place of what seems dead: where its output changes, something reads it.
+
+    Kernels that are given addresses read what torch does not see. And what the first walk made for all that follow, a
+    cache, this one does not make: that is no longer the batch's own.
+    """
+    reads = Reads(state)
+    waiting = {stage.matrices[0]: stage for stage in stages}
+
+    def spoil(matrix: Matrix, _: Tensor) -> None:
+        named = reads.named(sys._getframe())
+        dead = waiting[matrix].dead
+        dead.intersection_update(named)
+        for local in dead:
+            elements = named[local].untyped_storage()
+            torch.empty(0, dtype=torch.uint8, device=state.device).set_(elements).fill_(0xFF)  # NaN in any width
+
+    with _before(model, list(waiting), spoil), torch.no_grad(), sixteen_bits(state.device, rough), reads:
+        again = call.run(block, state)
+    if not float((again - output).norm()) <= _ADDED * float(output.norm()):
+        for stage in stages:
+            stage.dead.clear()
 
 
 def narrowed(x: Tensor) -> Tensor:
@@ -236,7 +258,7 @@ class Walks:
                 arrived = walk.switch()
             if walk.dead or arrived[0] != stage.matrices[0]:
                 raise BitternError(f"{stage.matrices[0].label}: a calibration batch goes through its block without it")
-            _empty(walk.gr_frame, stage.dead)
+            empty(walk.gr_frame, stage.dead)
             yield arrived[1]
 
     def gather(self, stage: Stage, learned: int, weights: Tensor | None = None) -> tuple[Inputs, Drift]:
@@ -280,71 +302,6 @@ class Walks:
 
     def _stop(self, matrix: Matrix, x: Tensor) -> None:
         getcurrent().parent.switch((matrix, x))
-
-
-class _Reads(TorchDispatchMode):
-    """Sees what is read for the last time before a batch comes to a stage of its block.
-
-    Args:
-        state: the block's input. That, and what is made of it, is the batch's own.
-    """
-
-    def __init__(self, state: Tensor) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._own = storages(state)
-        self._named: list[dict[Local, Tensor]] = []  # by stages
-        self._read: list[set[int]] = []  # what was read after each
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        read = storages(args, kwargs)
-        for after in self._read:
-            after |= read
-        result = func(*args, **(kwargs or {}))
-        self._own |= storages(result) - read
-        return result
-
-    def arrive(self, frame: FrameType) -> None:
-        """Note what the calls under way name, the innermost of which is ``frame``, when a stage's input has come."""
-        named = {
-            (number, each.f_code, name): value
-            for number, each in enumerate(_calls(frame))
-            for name, value in each.f_locals.items()
-            if isinstance(value, Tensor) and storages(value) <= self._own
-        }
-        self._named.append(named)  # and keep it: another's storage could get its number
-        self._read.append(set())
-
-    def dead(self) -> list[set[Local]]:
-        """For each stage, what was named when its input came and not read since."""
-        return [
-            {local for local, value in named.items() if not storages(value) & read}
-            for named, read in zip(self._named, self._read, strict=True)
-        ]
-
-
-def _calls(frame: FrameType | None) -> list[FrameType]:
-    """The calls under way in a block, from :meth:`BlockCall.run` to the innermost, which is given."""
-    found: list[FrameType] = []
-    while frame is not None and (not found or found[-1].f_code is not BlockCall.run.__code__):
-        found.append(frame)
-        frame = frame.f_back
-    return found[::-1]
-
-
-def _empty(frame: FrameType | None, dead: set[Local]) -> None:
-    """Take the elements from variables of calls under way: who reads them nevertheless is told that there are none."""
-    for number, each in enumerate(_calls(frame)):
-        for name in [name for at, code, name in dead if at == number and code is each.f_code]:
-            value = each.f_locals.get(name)
-            if isinstance(value, Tensor):
-                for tensor in (value, value._base):  # which, of a view, is what it is a view of
-                    if tensor is not None:
-                        tensor.data = tensor.new_empty(0)
-
-
-def storages(*trees: Any) -> set[int]:
-    """Where the tensors in some arguments have their elements."""
-    return {each.untyped_storage()._cdata for each in tree_leaves(trees) if isinstance(each, Tensor)}
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from bittern import model as live
 from bittern.formats.packing import Packing
-from bittern.quantize.stages import storages
+from bittern.quantize.leftovers import storages
 from bittern.weight import QuantSpec, round_to_nearest
 
 if TYPE_CHECKING:
