@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import shutil
 import statistics
-from dataclasses import asdict
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +18,115 @@ from bittern import model as live
 from bittern.artifact import Artifact
 from bittern.calibration import CalibrationTokens
 from bittern.checkpoint import Checkpoint, TensorInfo, open_checkpoint
-from bittern.convert.cast import cast_tensors, cast_values, with_dtype
+from bittern.convert.cast import cast_tensors, cast_values, other_matrices, with_dtype
 from bittern.formats.packing import Packing
 from bittern.origin import source_record
-from bittern.quantize.preflight import Job
+from bittern.processes import world
+from bittern.quantize.outside import write_outside
+from bittern.quantize.preflight import Job, artifact_bytes, gguf_bytes
 from bittern.quantize.resume import WorkFolder
 from bittern.quantize.solve import Solver
 from bittern.quantize.tune import Tuned
-from bittern.report import degraded_notes, degraded_reason, make_manifest
+from bittern.report import degraded_notes, degraded_reason, make_manifest, with_origin
 from bittern.rope import with_old_rope
+from bittern.schema import carried
+from bittern.size import planned_size, source_size, unchanged_cache
+from bittern.weight import QuantSpec
 from bittern.writer import CheckpointWriter, to_json
 
 _WORTH_TELLING = 0.02  # of the blocks' weights that cannot be packed
 
 
+@dataclass(frozen=True)
+class Order:
+    """An artifact that is to be made; all about it is settled.
+
+    Attributes:
+        job: what solves it, how layers are packed, what is cast only.
+        format: its own. Layers of a GGUF file are packed as ``job.packing`` says first.
+        output: the folder, or the GGUF file, that appears when it is whole.
+        planned: the tensors that are written.
+        files: what its configuration files hold, by their names.
+        max_shard_size: bytes.
+        overwrite: replace what is at ``output``.
+        tokens: to calibrate on; None without.
+        options: of the run, as the manifest tells them.
+        mixed: of an average of bits, see :func:`bittern.quantize.mixed.measure_and_mix`.
+    """
+
+    job: Job
+    format: str
+    output: Path
+    planned: Sequence[TensorInfo]
+    files: Mapping[str, dict[str, Any]]
+    max_shard_size: int
+    overwrite: bool
+    tokens: CalibrationTokens | None
+    options: dict[str, Any]
+    mixed: Mapping[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """Where tensors are written; a GGUF file is made of what lies there, beside it."""
+        if self.format != "gguf":
+            return self.output
+        return self.output.with_name(f".{self.output.name}.quantized")
+
+    @property
+    def nbytes(self) -> int:
+        """Of the artifact, all but the manifest."""
+        if self.format == "gguf":
+            return gguf_bytes(self.job)
+        return artifact_bytes(self.job, self.planned, self.max_shard_size, self.files.values())
+
+
+def write_artifact(
+    order: Order,
+    work: WorkFolder,
+    tuned: Tuned | None,
+    on_progress: Callable[[dict[str, Any]], None] | None,
+    **told: Any,
+) -> dict[str, Any]:
+    """Write what was solved and trained; when all is there, the artifact appears.
+
+    Args:
+        order: what is written.
+        work: holds every block.
+        tuned: what training has made of scales and norms.
+        on_progress: called with the records of layers outside of the blocks.
+        told: for the manifest, see :func:`_describe`.
+
+    Returns:
+        The manifest.
+    """
+    solver, packing = order.job.solver, order.job.packing
+    blocks = len(solver.plan.blocks)
+    changed = {
+        solver.sources[name][0].name: values
+        for position in range(blocks)
+        for name, values in work.changed(position).items()
+    }
+    with CheckpointWriter(
+        order.folder,
+        order.planned,
+        max_shard_size=order.max_shard_size,
+        overwrite=order.overwrite or order.folder != order.output,
+        metadata=packing.metadata,
+    ) as writer:
+        write_kept(solver.checkpoint, writer, order.job.kept, changed, tuned)
+        records = write_layers(work, blocks, writer, packing, tuned)
+        records += write_outside(solver.checkpoint, solver.sources, solver.plan, writer, packing, on_progress)
+        manifest = _describe(order, records, {*changed}, tuned, **told)
+        finish(writer, solver.checkpoint, order.files, manifest)
+    if order.folder != order.output:
+        to_gguf(order.folder, order.output, order.overwrite)
+    return manifest
+
+
 def write_kept(
     checkpoint: Checkpoint,
     writer: CheckpointWriter,
-    kept: list[tuple[TensorInfo, str]],
+    kept: Sequence[tuple[TensorInfo, str]],
     changed: dict[str, Tensor],
     tuned: Tuned | None,
 ) -> None:
@@ -74,30 +167,64 @@ def to_gguf(folder: Path, output: Path, overwrite: bool) -> None:
     shutil.rmtree(folder)
 
 
-def describe(
-    job: Job,
-    options: dict[str, Any],
-    tokens: CalibrationTokens | None,
+def _describe(
+    order: Order,
     records: list[dict[str, Any]],
-    left_out: list[str],
-    seconds: float,
+    changed: set[str],
+    tuned: Tuned | None,
+    *,
+    began: float,
+    resumed: int,
+    prediction: dict[str, Any] | None,
+    notes: Sequence[str],
 ) -> dict[str, Any]:
-    """The manifest, but for what only its caller knows."""
+    """The manifest.
+
+    Args:
+        order: what was done.
+        records: of the layers.
+        changed: tensors that are not packed and were balanced.
+        tuned: what was trained.
+        began: when the run did, by :func:`time.monotonic`; time that was not spent on it is taken out.
+        resumed: blocks that an earlier process had finished.
+        prediction: what the run was expected to take.
+        notes: what a user should know of the text that was trained on.
+    """
+    solver, tokens = order.job.solver, order.tokens
+    origin, left_out = carried(solver.checkpoint)
     manifest = make_manifest(
-        source=source_record(job.solver.checkpoint),
-        options=options,
+        source=source_record(solver.checkpoint),
+        options=order.options,
         calibration=_describe_tokens(tokens),
         layers=records,
-        kept=job.solver.plan.kept,
+        kept=solver.plan.kept,
         notes=[
             *left_out,
+            *notes,
+            *(tuned.notes if tuned else ()),
             *(tokens.warnings if tokens else ()),
-            *_notes(records, job.solver),
-            *degraded_notes(degraded_reason(job.solver.checkpoint.config)),
+            *_notes(records, solver),
+            *degraded_notes(degraded_reason(solver.checkpoint.config)),
         ],
-        seconds=seconds,
+        seconds=time.monotonic() - began,
     )
-    return manifest | {"stages": _stages(records)}
+    manifest["stages"] = _stages(records)
+    floats = [info for info, _ in order.job.kept]
+    size = planned_size(order.planned, floats, solver.plan.shapes)
+    manifest["size"] = {"source": source_size(Artifact(solver.checkpoint)), "output": size}
+    manifest |= unchanged_cache(solver.checkpoint.config)
+    manifest["prediction"] = prediction
+    if tuned is not None:
+        manifest["tuning"] = tuned.record
+        changed = changed | set(tuned.norms)
+    if changed:
+        manifest["changed"] = sorted(changed)
+    manifest["measured"]["processes"] = world()[1]
+    manifest["measured"] |= order.mixed.get("measured", {})
+    if resumed:
+        manifest["measured"]["resumed_blocks"] = resumed
+    manifest |= {key: value for key, value in order.mixed.items() if key != "measured"}
+    return with_origin(manifest, origin)
 
 
 def _stages(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -150,8 +277,19 @@ def _describe_tokens(tokens: CalibrationTokens | None) -> dict[str, Any] | None:
     return {key: value for key, value in asdict(tokens).items() if key not in ("ids", "warnings")}
 
 
-def config_files(checkpoint: Checkpoint, quantization: dict[str, Any], dtype: torch.dtype) -> dict[str, dict[str, Any]]:
-    """What the configuration files of the artifact hold, by their names."""
+def config_files(job: Job, grid: QuantSpec, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+    """What the configuration files of the artifact hold, by their names.
+
+    Args:
+        job: what is done.
+        grid: of most layers.
+        dtype: of what is not quantized.
+    """
+    solver, checkpoint = job.solver, job.solver.checkpoint
+    head = solver.sources.get(f"{live.output_head(solver.model)}.weight", ())
+    layers = {piece.name.removesuffix(".weight"): None for piece in head} | solver.plan.layers
+    others = other_matrices(solver.model, solver.sources, (info for info, _ in job.kept))
+    quantization = job.packing.config(grid, layers, others)
     # The writer would put the old words in as well; here they count as bytes that will be written.
     config = {key: value for key, value in with_old_rope(checkpoint.config).items() if key != "torch_dtype"}
     files = {"config.json": {**with_dtype(config, dtype), **quantization}}
@@ -161,7 +299,7 @@ def config_files(checkpoint: Checkpoint, quantization: dict[str, Any], dtype: to
 
 
 def finish(
-    writer: CheckpointWriter, checkpoint: Checkpoint, files: dict[str, dict[str, Any]], manifest: dict[str, Any]
+    writer: CheckpointWriter, checkpoint: Checkpoint, files: Mapping[str, dict[str, Any]], manifest: dict[str, Any]
 ) -> None:
     """Side files and configuration; with the manifest, the artifact appears."""
     checkpoint.copy_side_files(writer.folder)

@@ -14,41 +14,36 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bittern import model as live
-from bittern.artifact import Artifact
 from bittern.calibration import CalibrationTokens, dataset_names, load_tokens, split_column
 from bittern.checkpoint import Checkpoint, open_checkpoint
 from bittern.consumers import asks_dequantize, cannot_hold, check_target, choose_format, verdicts
-from bittern.convert.cast import DTYPES, cast_tensors, copied_tensors, other_matrices, refuse_quantized
+from bittern.convert.cast import DTYPES, cast_tensors, copied_tensors, refuse_quantized
 from bittern.convert.pipeline import FORMATS as CONVERT_FORMATS
 from bittern.errors import BitternError, first_line
 from bittern.formats import mlx
 from bittern.formats.gptq import V1, V2
 from bittern.formats.packing import Packing, check_name, is_gguf
 from bittern.layout import planned_layout
-from bittern.model import Piece
 from bittern.processes import alone, check_same, share_of, together, world
 from bittern.quantize import heap
-from bittern.quantize.effort import pick_effort
+from bittern.quantize.effort import Effort, pick_effort
 from bittern.quantize.mixed import alternating, check_average, even_mix, measure_and_mix
-from bittern.quantize.output import config_files, describe, finish, to_gguf, write_kept, write_layers
-from bittern.quantize.outside import check_embedding, outside_matrices, write_outside
+from bittern.quantize.output import Order, config_files, write_artifact
+from bittern.quantize.outside import check_embedding, outside_matrices
 from bittern.quantize.plan import Plan, make_plan
-from bittern.quantize.preflight import Job, artifact_bytes, gguf_bytes, predict, work_bytes
+from bittern.quantize.preflight import Job, predict, work_bytes
 from bittern.quantize.resume import WorkFolder, decided_by
 from bittern.quantize.sensitivity import Sensitivity
 from bittern.quantize.solve import Solver
 from bittern.quantize.tune import TOKENS as TUNE_TOKENS
 from bittern.quantize.tune import tune, write_text
 from bittern.quantize.windows import OwnWindows, batch_windows, default_batch, guiding_windows
-from bittern.report import with_origin
 from bittern.runtime import attention
 from bittern.sampling import Sampled
-from bittern.schema import carried
-from bittern.size import planned_size, source_size, unchanged_cache
 from bittern.ties import refuse_untied
 from bittern.tokenizer import check_length
 from bittern.weight import BITS, QuantSpec
-from bittern.writer import MAX_SHARD_SIZE, CheckpointWriter, check_output, check_space
+from bittern.writer import MAX_SHARD_SIZE, check_output, check_space
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -150,18 +145,17 @@ def quantize(
     started = time.monotonic()
     with torch.inference_mode(False), together(device) as place, ExitStack() as stack:
         stack.callback(heap.for_others)
-        rank, processes = world()
-        options["batch_size"] = batch_size = default_batch(seqlen, place) if batch_size is None else batch_size
+        rank = world()[0]
         stages = pick_effort(effort)
-        options["damp_percent"] = damp_percent = stages.damp_percent if damp_percent is None else damp_percent
-        if tune_tokens is not None and not stages.tune:
-            raise BitternError(f"tune_tokens: found {tune_tokens}, but effort {effort} trains nothing; expected best")
-        if stages.tune and method == "rtn":
-            raise BitternError("effort best: needs --method gptq; rounding to nearest calibrates and trains nothing")
+        batch_size = default_batch(seqlen, place) if batch_size is None else batch_size
+        damp_percent = stages.damp_percent if damp_percent is None else damp_percent
+        _check_training(effort, stages, method, tune_tokens)
         tuned_on = TUNE_TOKENS if tune_tokens is None else tune_tokens
-        options["tune_tokens"] = tuned_on if stages.tune else None
         _check_options(bits, method, damp_percent, dtype, batch_size, tuned_on)
+        options |= {"batch_size": batch_size, "damp_percent": damp_percent}
+        options["tune_tokens"] = tuned_on if stages.tune else None
         stages = stages.at(bits)
+
         checkpoint = stack.enter_context(open_checkpoint(source, revision))
         refuse_quantized(checkpoint)
         refuse_untied(checkpoint)
@@ -184,15 +178,14 @@ def quantize(
         chosen, packing = _choose_packing(checkpoint, model, plan, wanted, target, damp_percent)
         check_name(output, chosen)
         check_embedding(embed_bits, chosen)
-        folder = Path(output)
         if chosen == "gguf":
             from bittern.convert.gguf import check_gguf
 
             check_gguf(checkpoint, plan.layers, Path(output), overwrite)
-            folder = Path(output).with_name(f".{Path(output).name}.quantized")
         kept_dtype = _kept_dtype(checkpoint, dtype)
         solved = {matrix.parameter for block in (*plan.blocks, plan.outside) for matrix, _ in block}
         kept = copied_tensors(model, checkpoint, sources, solved, kept_dtype)
+
         tokens = None
         if method == "gptq":
             check_length(model.config, seqlen)
@@ -202,99 +195,74 @@ def quantize(
             tokens = _calibration(checkpoint, model, dataset, nsamples, seqlen, seed, chat_template, place, told)
         windows = OwnWindows() if tokens is None else batch_windows(tokens.ids, batch_size, stages)
         mixed: dict[str, Any] = {}
-        if isinstance(bits, float) and tokens is not None and not dry_run:
-            meter = Sensitivity(model, checkpoint, sources, [], damp_percent, place)
-            plan, mixed = measure_and_mix(plan_of, meter, tokens.ids, bits, None if rank else on_measured)
-        elif isinstance(bits, float):
-            plan = even_mix(plan_of, bits)
         if isinstance(bits, float):
+            if tokens is not None and not dry_run:
+                meter = Sensitivity(model, checkpoint, sources, [], damp_percent, place)
+                plan, mixed = measure_and_mix(plan_of, meter, tokens.ids, bits, None if rank else on_measured)
+            else:
+                plan = even_mix(plan_of, bits)
             chosen, packing = _choose_packing(checkpoint, model, plan, chosen, target, damp_percent)
         solver = Solver(model, checkpoint, sources, plan, damp_percent, place, stages, kept_dtype, on_weighed)
         if rank:  # the first process writes and tells, the others help it
             if not dry_run:
                 solver.help(windows)
             return {}
-        planned = [info for info, _ in kept] + plan.packed_tensors(packing)
-        origin, left_out = carried(checkpoint)
-        output_size = planned_size(planned, [info for info, _ in kept], plan.shapes)
-        about: dict[str, Any] = {"size": {"source": source_size(Artifact(checkpoint)), "output": output_size}}
-        about |= unchanged_cache(checkpoint.config)
-        solving = {**options, "effort": stages}
-        decided = decided_by(checkpoint, solving, plan.layers, tokens.sha256 if tokens else None, place)
+
         for _ in cast_tensors(checkpoint, None, kept):
             pass  # what the output cannot hold is refused now
-        others = other_matrices(model, sources, (info for info, _ in kept))
-        grid = plan.commonest if isinstance(bits, float) else QuantSpec(bits, plan.group_size, sym)
-        quantization = packing.config(grid, _all_layers(model, sources, plan), others)
-        files = config_files(checkpoint, quantization, kept_dtype)
+        planned = [info for info, _ in kept] + plan.packed_tensors(packing)
+        nbytes = sum(info.nbytes for info in planned)
+        beside = nbytes if chosen == "gguf" else 0  # a GGUF file is made of another artifact
         samples = 0 if method == "rtn" else share_of(nsamples if tokens is None else len(tokens.ids))
-        # A GGUF file is made of another artifact.
-        beside = sum(info.nbytes for info in planned) if chosen == "gguf" else 0
         job = Job(solver, packing, kept, samples, seqlen, batch_size, guiding_windows(seqlen), tuned_on, beside)
-        size = artifact_bytes(job, planned, max_shard_size, files.values()) if chosen != "gguf" else gguf_bytes(job)
+        grid = plan.commonest if isinstance(bits, float) else QuantSpec(bits, plan.group_size, sym)
+        files = config_files(job, grid, kept_dtype)
+        order = Order(job, chosen, Path(output), planned, files, max_shard_size, overwrite, tokens, options, mixed)
         if dry_run:
             with alone():  # the other processes have left
-                found = predict(job, size, started)
-            loads = _verdicts(job, chosen)
-            return {
-                **found.to_dict(),
-                "format": chosen,
-                "loads": loads,
-                "notes": _dry_notes(tokens, method, unread, bits),
-            }
+                found = predict(job, order.nbytes, started)
+            notes = _dry_notes(tokens, method, unread, bits)
+            return {**found.to_dict(), "format": chosen, "loads": _verdicts(job, chosen), "notes": notes}
+        solving = {**options, "effort": stages}
+        decided = decided_by(checkpoint, solving, plan.layers, tokens.sha256 if tokens else None, place)
         with WorkFolder(Path(output), decided, len(plan.blocks), resume) as work:
-            resumed, spent = len(work.finished), work.seconds
+            began, resumed = started - work.seconds, len(work.finished)
             unsolved = [block for position, block in enumerate(plan.blocks) if position not in work.finished]
-            check_space(folder, beside + sum(info.nbytes for info in planned) + work_bytes(job, unsolved))
-            about["prediction"], notes = _foresee(job, size, started, work, on_prediction)
+            check_space(order.folder, beside + nbytes + work_bytes(job, unsolved))
+            prediction, notes = _foresee(order, started, work, on_prediction)
             if on_note is not None:
                 for note in (*work.notes, *notes):
                     on_note(note)
-            text = {"tokens": tuned_on, "seqlen": seqlen, "seed": seed}
-            if tokens is not None and stages.tune:
+            tuned, lacks = None, list[str]()
+            if tokens is None or not stages.tune:
+                _solve(solver, windows, work, on_progress)
+            else:
+                text = {"tokens": tuned_on, "seqlen": seqlen, "seed": seed}
                 vocabulary = model.config.get_text_config(decoder=True).vocab_size
                 with alone():
-                    left_out += write_text(
+                    lacks = write_text(
                         checkpoint, work, dataset, chat_template, place, on_sampled, vocab_size=vocabulary, **text
                     )
-            _solve(solver, windows, work, on_progress)
-            changed = {
-                sources[name][0].name: values
-                for position in range(len(plan.blocks))
-                for name, values in work.changed(position).items()
-            }
-            tuned = None
-            if tokens is not None and stages.tune:
+                _solve(solver, windows, work, on_progress)
                 with alone():
                     tuned = tune(checkpoint, sources, plan, work, **text, device=place, on_progress=on_point)
-                about |= {"tuning": tuned.record}
-                spent += tuned.seconds
-            with CheckpointWriter(
-                folder,
-                planned,
-                max_shard_size=max_shard_size,
-                overwrite=overwrite or chosen == "gguf",
-                metadata=packing.metadata,
-            ) as writer:
-                write_kept(checkpoint, writer, kept, changed, tuned)
-                records = write_layers(work, len(plan.blocks), writer, packing, tuned)
-                records += write_outside(checkpoint, sources, plan, writer, packing, on_progress)
-                left_out += tuned.notes if tuned is not None else []
-                manifest = describe(job, options, tokens, records, left_out, spent + time.monotonic() - started)
-                trained = tuned.norms if tuned is not None else ()
-                about |= {"changed": sorted({*changed, *trained})} if changed or trained else {}
-                manifest["measured"] |= {"processes": processes} | mixed.pop("measured", {})
-                manifest["measured"] |= {"resumed_blocks": resumed} if resumed else {}
-                manifest = with_origin(manifest | about | mixed, origin)
-                finish(writer, checkpoint, files, manifest)
-            if chosen == "gguf":
-                to_gguf(folder, Path(output), overwrite)
+                began -= tuned.seconds
+            manifest = write_artifact(
+                order, work, tuned, on_progress, began=began, resumed=resumed, prediction=prediction, notes=lacks
+            )
             work.remove()
     return manifest
 
 
 _NO_OPTIONS = ("source", "output", "resume", "dry_run")
 """Arguments that do not shape the artifact, beside those that are called."""
+
+
+def _check_training(effort: str, stages: Effort, method: str, tune_tokens: int | None) -> None:
+    if tune_tokens is not None and not stages.tune:
+        raise BitternError(f"tune_tokens: found {tune_tokens}, but effort {effort} trains nothing; expected best")
+    if stages.tune and method == "rtn":
+        raise BitternError("effort best: needs --method gptq; rounding to nearest calibrates and trains nothing")
 
 
 def _check_options(
@@ -349,14 +317,6 @@ def _choose_packing(
     )
 
 
-def _all_layers(
-    model: PreTrainedModel, sources: dict[str, tuple[Piece, ...]], plan: Plan
-) -> dict[str, QuantSpec | None]:
-    """The grid of every matrix, of an output head of its own too."""
-    head = sources.get(f"{live.output_head(model)}.weight", ())
-    return {piece.name.removesuffix(".weight"): None for piece in head} | plan.layers
-
-
 def _kept_dtype(checkpoint: Checkpoint, asked: str | None) -> torch.dtype:
     """The dtype of what is not quantized: as asked, or what most of the source has if that is 16 bits wide."""
     if asked is not None:
@@ -408,8 +368,7 @@ def _solve(
 
 
 def _foresee(
-    job: Job,
-    size: int,
+    order: Order,
     started: float,
     work: WorkFolder,
     on_prediction: Callable[[dict[str, Any]], None] | None,
@@ -417,7 +376,7 @@ def _foresee(
     """What the manifest says of the prediction, and a note where there is none: that must not end a run."""
     try:
         with alone():
-            found = predict(job, size, started)
+            found = predict(order.job, order.nbytes, started)
     except Exception as error:  # of an architecture that does not take made-up weights, whatever comes
         return None, [f"how long this takes could not be predicted: {first_line(error)}"]
     if on_prediction is not None:
