@@ -17,7 +17,7 @@ from bittern.errors import BitternError
 from bittern.model import Matrix, blocks, get_weight, matrices, weight_map
 from bittern.quantize.drift import Drift
 from bittern.quantize.effort import pick_effort
-from bittern.quantize.stages import Walks, exact_stages, narrowed
+from bittern.quantize.stages import Stage, Walks, exact_stages, narrowed
 from bittern.replay import BlockCall, capture
 from tests import tiny
 
@@ -30,6 +30,16 @@ def start(model: PreTrainedModel) -> tuple[list[Matrix], list[Tensor], list[Bloc
     found = matrices(model, f"{prefix}.0", weight_map(model, model.state_dict()))
     captured = [capture(model, layers, ids) for ids in torch.split(IDS, [4, 2])]
     return found, [state.clone() for state, _ in captured], [recorded[0] for _, recorded in captured]
+
+
+def walk(
+    model: PreTrainedModel, block: nn.Module, stages: list[Stage], hidden: list[Tensor], calls: list[BlockCall]
+) -> None:
+    """All batches through a block whose matrices stay as they are."""
+    with Walks(model, block, stages, hidden, calls) as walks:
+        for stage in stages:
+            list(walks.inputs(stage))
+        walks.finish()
 
 
 def names(stage: Any) -> list[str]:
@@ -150,11 +160,8 @@ def test_what_is_made_once_for_all_batches_stays(batches: int) -> None:
     assert stages is not None
     assert {"factor", "own"} & {name for _, _, name in stages[-1].dead} == {"own"}
     whole = [call.run(block, state.clone()) for state, call in zip(hidden, calls, strict=True)]
-    with Walks(model, block, stages, hidden, calls) as walks:
-        for stage in stages:
-            list(walks.inputs(stage))
-        walks.finish()
-    assert all(torch.equal(*pair) for pair in zip(hidden, whole, strict=True))
+    walk(model, block, stages, hidden, calls)
+    assert all(map(torch.equal, hidden, whole))
 
 
 class Unseen(nn.Module):
@@ -182,11 +189,8 @@ def test_what_kernels_read_that_torch_does_not_see_stays(batches: int) -> None:
     assert stages is not None and not any(stage.dead for stage in stages)
     whole = [call.run(block, state.clone()) for state, call in zip(hidden, calls, strict=True)]
     assert all(map(torch.equal, exact, whole))
-    with Walks(model, block, stages, hidden, calls) as walks:
-        for stage in stages:
-            list(walks.inputs(stage))
-        walks.finish()
-    assert all(torch.equal(*pair) for pair in zip(hidden, whole, strict=True))
+    walk(model, block, stages, hidden, calls)
+    assert all(map(torch.equal, hidden, whole))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

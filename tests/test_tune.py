@@ -188,7 +188,7 @@ def test_a_kill_after_training_loses_nothing_of_it(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sys.modules["bittern.quantize.output"], "write_layers", killed)
+        patch.setattr(sys.modules["bittern.quantize.output"], "_write_layers", killed)
         quantize(source, tmp_path / "out", text, **options)
     manifest = quantize(source, tmp_path / "out", text, **options)
     assert manifest["tuning"]["refused"] is None

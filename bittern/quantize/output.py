@@ -110,20 +110,20 @@ def write_artifact(
         order.folder,
         order.planned,
         max_shard_size=order.max_shard_size,
-        overwrite=order.overwrite or order.folder != order.output,
+        overwrite=order.overwrite or order.format == "gguf",
         metadata=packing.metadata,
     ) as writer:
-        write_kept(solver.checkpoint, writer, order.job.kept, changed, tuned)
-        records = write_layers(work, blocks, writer, packing, tuned)
+        _write_kept(solver.checkpoint, writer, order.job.kept, changed, tuned)
+        records = _write_layers(work, blocks, writer, packing, tuned)
         records += write_outside(solver.checkpoint, solver.sources, solver.plan, writer, packing, on_progress)
         manifest = _describe(order, records, {*changed}, tuned, **told)
-        finish(writer, solver.checkpoint, order.files, manifest)
-    if order.folder != order.output:
-        to_gguf(order.folder, order.output, order.overwrite)
+        _finish(writer, solver.checkpoint, order.files, manifest)
+    if order.format == "gguf":
+        _to_gguf(order.folder, order.output, order.overwrite)
     return manifest
 
 
-def write_kept(
+def _write_kept(
     checkpoint: Checkpoint,
     writer: CheckpointWriter,
     kept: Sequence[tuple[TensorInfo, str]],
@@ -144,7 +144,7 @@ def write_kept(
             writer.write(info.name, cast_values(values, info.dtype, info.name)[0])
 
 
-def write_layers(
+def _write_layers(
     work: WorkFolder, blocks: int, writer: CheckpointWriter, packing: Packing, tuned: Tuned | None
 ) -> list[dict[str, Any]]:
     """Every layer from the work folder into the artifact, a block in memory at a time; their records."""
@@ -158,7 +158,7 @@ def write_layers(
     return records
 
 
-def to_gguf(folder: Path, output: Path, overwrite: bool) -> None:
+def _to_gguf(folder: Path, output: Path, overwrite: bool) -> None:
     """The artifact in ``folder`` as a file; the folder goes."""
     from bittern.convert.gguf import write_gguf
 
@@ -298,7 +298,7 @@ def config_files(job: Job, grid: QuantSpec, dtype: torch.dtype) -> dict[str, dic
     return files | ({"quantize_config.json": found} if found.get("quant_method") == "gptq" else {})
 
 
-def finish(
+def _finish(
     writer: CheckpointWriter, checkpoint: Checkpoint, files: Mapping[str, dict[str, Any]], manifest: dict[str, Any]
 ) -> None:
     """Side files and configuration; with the manifest, the artifact appears."""
