@@ -12,6 +12,7 @@ import re
 import shutil
 import threading
 from collections.abc import Mapping
+from contextlib import ExitStack
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -205,10 +206,14 @@ class Checkpoint:
             raise BitternError(f"{self.source}: reading tensor {info.name}: {error}") from error
 
 
-def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    source: str | os.PathLike[str], revision: str | None = None, *, headers_only: bool = False
+) -> Checkpoint:
     """Open a folder, a GGUF file, or the Hub repository ``org/name`` at ``revision``.
 
-    Only headers are read here. A Hub repository is downloaded into the usual cache first.
+    Only headers are read here. A Hub repository is downloaded into the usual cache first, unless ``headers_only`` says
+    that no values will be read: then of its safetensors headers alone are fetched, into a folder that is gone when the
+    checkpoint is closed. (What headers cannot be had of, without network or of legacy files, is opened as usual.)
 
     Raises:
         BitternError: when there is no such source, or it is not a whole and honest checkpoint.
@@ -224,10 +229,26 @@ def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None)
         raise BitternError(f"{name}: expected a folder or a .gguf file")
     if path.suffix == ".gguf" or not _HUB_ID.fullmatch(name) or name in (".", ".."):
         raise BitternError(f"{name}: no such folder or .gguf file, and not a Hub id (org/name)")
+    if headers_only and (found := _open_headers(name, revision)) is not None:
+        return found
     from bittern.hub import download
 
     folder, commit = download(name, revision)
     return _open_folder(name, folder, commit)
+
+
+def _open_headers(repo_id: str, revision: str | None) -> Checkpoint | None:
+    from bittern.hub import fetch_headers
+
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="bittern-"))) / repo_id  # errors name it
+        folder.mkdir(parents=True)
+        commit = fetch_headers(repo_id, revision, folder)
+        if commit is None:
+            return None
+        found = _open_folder(repo_id, folder, commit)
+        storage = _NoValues(stack.pop_all())
+    return Checkpoint(repo_id, folder, found.config, found.tensors, storage, revision=commit)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -381,6 +402,19 @@ def _read_index(folder: Path, path: Path) -> dict[str, Path]:
         if not path_of_file.is_file():
             raise BitternError(f"{path}: lists the file {file}, which is missing or no file")
     return {name: paths[file] for name, file in weight_map.items()}
+
+
+class _NoValues:
+    """Of a checkpoint whose headers alone are there; ``close`` removes them."""
+
+    def __init__(self, folder: ExitStack) -> None:
+        self._folder = folder
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        raise BitternError(f"{name}: its values were not fetched, headers alone were asked for")
+
+    def close(self) -> None:
+        self._folder.close()
 
 
 class _SafetensorsFiles:

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from bittern.errors import BitternError
 from bittern.hub_errors import guarded, one_line, passing, token, told
+from bittern.shards import MAX_HEADER_BYTES
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -52,6 +55,12 @@ _NEVER = (
 _WAITS = (1.0, 3.0)
 """Seconds before each further attempt; huggingface_hub tries single requests for longer than that."""
 
+_HEAD = 100_000
+"""Bytes that are fetched of a safetensors file before it is known how long its header is; most are shorter."""
+
+_AT_ONCE = 8
+"""Files whose headers are fetched side by side."""
+
 
 def download(repo_id: str, revision: str | None = None) -> tuple[Path, str | None]:
     """Have a model repository in the local cache, as far as a checkpoint needs it.
@@ -77,8 +86,79 @@ def download(repo_id: str, revision: str | None = None) -> tuple[Path, str | Non
     return folder, folder.name
 
 
+def fetch_headers(repo_id: str, revision: str | None, folder: Path) -> str | None:
+    """Lay out a model repository in an empty folder as :func:`download` would, without what takes time and room.
+
+    JSON files are there, of safetensors the header and of other files the size: what follows are zeros that take no
+    space on the disk.
+
+    Args:
+        repo_id, revision: as of :func:`download`.
+        folder: where to.
+
+    Returns:
+        The commit; None where headers alone cannot be had, for want of network or of safetensors.
+
+    Raises:
+        BitternError: as of :func:`download`.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.utils import filter_repo_objects
+
+    with guarded(), _explained(repo_id, revision):
+        known = _snapshot(repo_id, revision, ("*.json",))
+        if constants.HF_HUB_OFFLINE:
+            return None
+        try:
+            held = _listing(HfApi(), repo_id, known.name)
+        except Exception as error:
+            if passing(error):
+                return None
+            raise
+        wanted = filter_repo_objects(held, allow_patterns=[*_ALWAYS, "*.safetensors"], ignore_patterns=list(_NEVER))
+        names = [name for name in wanted if "/" not in name]
+        weights = [name for name in names if name.endswith(".safetensors")]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            found = pool.map(lambda name: _start(repo_id, known.name, name, held[name].size), weights)
+            starts = dict(zip(weights, found, strict=True))
+        for name in names:
+            start = (known / name).read_bytes() if name.endswith(".json") else starts.get(name, b"")
+            with (folder / name).open("wb") as file:
+                file.write(start)
+                file.truncate(held[name].size)
+    return known.name if weights else None
+
+
+def _start(repo_id: str, commit: str, name: str, size: int) -> bytes:
+    """The first bytes of a safetensors file of so many bytes, its header among them."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+
+    def fetch(start: int, stop: int) -> bytes:
+        wanted = {**build_hf_headers(), "range": f"bytes={start}-{stop - 1}"}
+        answer = http_backoff("GET", hf_hub_url(repo_id, name, revision=commit), headers=wanted)
+        hf_raise_for_status(answer)
+        return bytes(answer.content)
+
+    found = fetch(0, min(size, _HEAD)) if size else b""
+    stop = 8 + int.from_bytes(found[:8], "little")
+    if len(found) < stop <= min(size, MAX_HEADER_BYTES):  # longer ones are refused by who reads them
+        found += fetch(len(found), stop)
+    return found
+
+
 def _snapshot(repo_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
+
+    with _explained(repo_id, revision):
+        return Path(
+            snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(_NEVER))
+        )
+
+
+@contextmanager
+def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
+    """What goes wrong while a repository is fetched as a BitternError of one line."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -90,9 +170,9 @@ def _snapshot(repo_id: str, revision: str | None, patterns: Sequence[str]) -> Pa
 
     at = f" at revision {revision}" if revision else ""
     try:
-        return Path(
-            snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(_NEVER))
-        )
+        yield
+    except BitternError:
+        raise
     except GatedRepoError as error:
         reason = f"its owner must grant access: ask at https://huggingface.co/{repo_id}, then set HF_TOKEN"
         raise BitternError(f"{repo_id}: gated, {reason}") from error

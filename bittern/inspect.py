@@ -22,7 +22,7 @@ __all__ = ["KINDS", "inspect", "kind", "kv_elements"]
 
 
 def inspect(source: str | os.PathLike[str], revision: str | None = None) -> dict[str, Any]:
-    """Describe a checkpoint folder, a GGUF file or a Hub id without reading weights.
+    """Describe a checkpoint folder, a GGUF file or a Hub id without reading weights, or fetching them.
 
     Returns:
         A dictionary that JSON holds:
@@ -47,7 +47,7 @@ def inspect(source: str | os.PathLike[str], revision: str | None = None) -> dict
     Raises:
         BitternError: not a checkpoint, or packed tensors that contradict its config.
     """
-    with open_checkpoint(source, revision) as checkpoint:
+    with open_checkpoint(source, revision, headers_only=True) as checkpoint:
         length, cache = cache_size(checkpoint.config)
         method, found = quantization_config(checkpoint)
         unread = _why_unread(method, found)

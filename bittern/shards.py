@@ -41,7 +41,8 @@ DTYPES: dict[str, torch.dtype] = {
     "C64": torch.complex64,
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+MAX_HEADER_BYTES = 100_000_000
+"""The safetensors library's own limit."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ def read_header(path: Path) -> dict[str, Stored]:
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if length > _MAX_HEADER_BYTES:  # before the library maps the file, however large that says it is
-                raise BitternError(f"{path}: expected a header of at most {_MAX_HEADER_BYTES} bytes, found {length}")
+            if length > MAX_HEADER_BYTES:  # before the library maps the file, however large that says it is
+                raise BitternError(f"{path}: expected a header of at most {MAX_HEADER_BYTES} bytes, found {length}")
             with safe_open(path, framework="pt"):
                 pass
             header = json.loads(file.read(length), object_pairs_hook=_no_repeats)
@@ -112,9 +113,9 @@ def header_bytes(tensors: Sequence[TensorInfo], metadata: Mapping[str, str]) -> 
         position = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    if len(text) > _MAX_HEADER_BYTES:
+    if len(text) > MAX_HEADER_BYTES:
         raise BitternError(
-            f"header of {len(tensors)} tensors: expected at most {_MAX_HEADER_BYTES} bytes, found {len(text)}"
+            f"header of {len(tensors)} tensors: expected at most {MAX_HEADER_BYTES} bytes, found {len(text)}"
         )
     base = 8 + len(text)
     return len(text).to_bytes(8, "little") + text, {name: base + offset for name, offset in offsets.items()}

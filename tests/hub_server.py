@@ -1,7 +1,8 @@
 """A small Hub for the tests: HTTP on loopback, in memory, with what huggingface_hub asks for a push and a download.
 
 Repositories have branches, commits and pull requests; large files travel by LFS (in one piece or in parts), small ones
-inside the commit. A test scripts failures with :meth:`Hub.fail`, and reads in ``log`` what was asked.
+inside the commit. A test scripts failures with :meth:`Hub.fail`, and reads in ``log`` what was asked, and in ``sent``
+how many bytes were answered.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import itertools
 import json
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -93,6 +95,7 @@ class Hub(ThreadingHTTPServer):
         self.parts: dict[str, dict[int, bytes]] = {}
         self.failures: list[Failure] = []
         self.log: list[str] = []
+        self.sent: Counter[str] = Counter()
         self.multipart = False
         self.full: str | None = None
         self.corrupt: Callable[[str, bytes], bytes] = lambda name, data: data
@@ -172,6 +175,7 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.meanwhile(f"{self.command} {path}")
             status, headers, data = self.answer(path, body)
+            self.server.sent[f"{self.command} {path}"] += len(data)
         if failure is not None:
             self.break_down(failure)
             return

@@ -19,7 +19,7 @@ ALLOWED = {
     "weight": {"errors"},
     "shards": {"errors"},
     "hub_errors": {"errors"},
-    "hub": {"errors", "hub_errors"},
+    "hub": {"errors", "hub_errors", "shards"},
     "tokenizer": {"errors"},
     "replay": {"errors"},
     "report": {"disk"},

@@ -59,6 +59,13 @@ constants.{} = {}
 """
 
 
+SETTINGS = """
+import tempfile
+from bittern import hub
+hub._HEAD, tempfile.tempdir = {head}, {folder}
+"""
+
+
 class Client:
     """A process with the real huggingface_hub, which runs bittern's commands; it waits a hundredth between attempts."""
 
@@ -561,6 +568,46 @@ def test_the_cache_serves_without_a_network(hub: Hub, client: Client, artifact: 
     finally:
         client.job(None, code=CONSTANT.format("HF_HUB_OFFLINE", False))
     assert not hub.log
+
+
+def test_a_repository_is_inspected_from_its_headers_alone(
+    hub: Hub, client: Client, artifact: Path, tmp_path: Path
+) -> None:
+    client.push(artifact, "me/tiny")
+    commit = hub.repos["me/tiny"].heads["main"]
+    here = json.loads(client.run("inspect", artifact, "--json")[1])
+    (tmp_path / "temporary").mkdir()
+    client.job(None, code=SETTINGS.format(head=64, folder=repr(str(tmp_path / "temporary"))))
+    try:
+        code, out, err = client.run("inspect", "me/tiny", "--json")
+        assert code == 0, err
+        there = json.loads(out)
+        assert (there.pop("source"), there.pop("revision")) == ("me/tiny", commit)
+        del here["source"], here["revision"], there["files"]["README.md"]
+        assert there == here
+        for name in (path.name for path in artifact.glob("*.safetensors")):
+            header = 8 + int.from_bytes(hub.files("me/tiny")[name][:8], "little")
+            assert hub.sent[f"GET /me/tiny/resolve/{commit}/{name}"] == header
+        assert not list((tmp_path / "temporary").iterdir())
+
+        hub.fail("GET", ".*00002.*safetensors", status=403, body=b"not this one", times=9)
+        code, out, err = client.run("inspect", "me/tiny")
+        assert code == 1 and err.count("\n") == 1
+        assert err.startswith("error: me/tiny: downloading from the Hub failed: ")
+        assert not list((tmp_path / "temporary").iterdir())
+        hub.failures.clear()
+
+        client.job(None, code=CONSTANT.format("HF_HUB_OFFLINE", True))  # JSON files alone are in the cache
+        code, out, err = client.run("inspect", "me/tiny")
+        assert code == 1 and ("the Hub cannot be reached" in err or "expected model.safetensors" in err)
+        client.job(None, code=CONSTANT.format("HF_HUB_OFFLINE", False))
+        client.run("verify", "me/tiny", "--no-logits")
+        client.job(None, code=CONSTANT.format("HF_HUB_OFFLINE", True))
+        code, out, err = client.run("inspect", "me/tiny", "--json")
+        assert code == 0 and json.loads(out)["bytes"] == here["bytes"]
+    finally:
+        client.job(None, code=CONSTANT.format("HF_HUB_OFFLINE", False))
+        client.job(None, code=SETTINGS.format(head=100_000, folder=None))
 
 
 SECRETS = (TOKEN, "5ecret51gnature")
