@@ -35,7 +35,6 @@ from bittern.quantize.preflight import Job, predict, work_bytes
 from bittern.quantize.resume import WorkFolder, decided_by
 from bittern.quantize.sensitivity import Sensitivity
 from bittern.quantize.solve import Solver
-from bittern.quantize.tune import TOKENS as TUNE_TOKENS
 from bittern.quantize.tune import tune, write_text
 from bittern.quantize.windows import OwnWindows, batch_windows, default_batch, guiding_windows
 from bittern.runtime import attention
@@ -112,7 +111,7 @@ def quantize(
         target: the consumer that it is for (see :data:`bittern.consumers.TARGETS`); picks the format when
             none is given, and refuses what that consumer does not load or gets wrong.
         effort: ``plain`` (classic GPTQ), ``fast``, or ``best``, which trains scales and norms after that.
-        tune_tokens: that ``best`` trains on, of the dataset; by default :data:`bittern.quantize.tune.TOKENS`.
+        tune_tokens: that ``best`` trains on, of the dataset; by default 128k, below 3 bits 256k.
         dataset, nsamples, seqlen, seed, chat_template: see :func:`~bittern.calibration.load_tokens`.
         damp_percent: damping of the Hessian as a share of its mean diagonal, in (0, 1); by default the effort's.
         layers: (regular expression, bits) for layers of other bits.
@@ -150,11 +149,11 @@ def quantize(
         batch_size = default_batch(seqlen, place) if batch_size is None else batch_size
         damp_percent = stages.damp_percent if damp_percent is None else damp_percent
         _check_training(effort, stages, method, tune_tokens)
-        tuned_on = TUNE_TOKENS if tune_tokens is None else tune_tokens
-        _check_options(bits, method, damp_percent, dtype, batch_size, tuned_on)
+        _check_options(bits, method, damp_percent, dtype, batch_size, tune_tokens)
+        stages = stages.at(bits)
+        tuned_on = stages.tune if tune_tokens is None else tune_tokens
         options |= {"batch_size": batch_size, "damp_percent": damp_percent}
         options["tune_tokens"] = tuned_on if stages.tune else None
-        stages = stages.at(bits)
 
         checkpoint = stack.enter_context(open_checkpoint(source, revision))
         refuse_quantized(checkpoint)
@@ -266,7 +265,7 @@ def _check_training(effort: str, stages: Effort, method: str, tune_tokens: int |
 
 
 def _check_options(
-    bits: int | float, method: str, damp_percent: float, dtype: str | None, batch_size: int, tune_tokens: int
+    bits: int | float, method: str, damp_percent: float, dtype: str | None, batch_size: int, tune_tokens: int | None
 ) -> None:
     if not isinstance(bits, float):
         QuantSpec(bits)
@@ -281,7 +280,7 @@ def _check_options(
     if dtype is not None and dtype not in DTYPES:
         raise BitternError(f"dtype: expected bf16, fp16 or fp32, found {dtype!r}")
     for name, value in (("batch_size", batch_size), ("tune_tokens", tune_tokens)):
-        if value < 1:
+        if value is not None and value < 1:
             raise BitternError(f"{name}: expected at least 1, found {value}")
 
 

@@ -34,9 +34,6 @@ if TYPE_CHECKING:
 
     from bittern.quantize.resume import WorkFolder
 
-TOKENS = 128_000
-"""To train on, unless a user says how many."""
-
 LRS = {2: 6e-3, 3: 2e-3, 4: 7e-4, 8: 1e-5}
 """Of the factors of scales and norms, by bits: a third for each more, there is less to make up for (docs/log.md)."""
 
