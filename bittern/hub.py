@@ -131,12 +131,13 @@ def fetch_headers(repo_id: str, revision: str | None, folder: Path) -> str | Non
 
 def _start(repo_id: str, commit: str, name: str, size: int) -> bytes:
     """The first bytes of a safetensors file of so many bytes, its header among them."""
-    from huggingface_hub import hf_hub_url
+    from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
     def fetch(start: int, stop: int) -> bytes:
         wanted = {**build_hf_headers(), "range": f"bytes={start}-{stop - 1}"}
-        answer = http_backoff("GET", hf_hub_url(repo_id, name, revision=commit), headers=wanted)
+        seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        answer = http_backoff("GET", hf_hub_url(repo_id, name, revision=commit), headers=wanted, timeout=seconds)
         hf_raise_for_status(answer)
         return bytes(answer.content)
 
