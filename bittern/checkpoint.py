@@ -107,6 +107,11 @@ class Checkpoint:
         self._storage = storage
 
     @property
+    def headers_only(self) -> bool:
+        """Whether it is on the Hub and its values are not here: reading one is an error."""
+        return isinstance(self._storage, _NoValues)
+
+    @property
     def path(self) -> Path:
         """What is read: the folder, or the GGUF file."""
         return self.folder if self.gguf is None else self.gguf.path
@@ -212,8 +217,9 @@ def open_checkpoint(
     """Open a folder, a GGUF file, or the Hub repository ``org/name`` at ``revision``.
 
     Only headers are read here. A Hub repository is downloaded into the usual cache first, unless ``headers_only`` says
-    that no values will be read: then of its safetensors headers alone are fetched, into a folder that is gone when the
-    checkpoint is closed. (What headers cannot be had of, without network or of legacy files, is opened as usual.)
+    that no values are needed: then of its safetensors headers alone are fetched, into a folder that is gone when the
+    checkpoint is closed. Where they cannot be had, without network or of legacy files, it is downloaded all the same;
+    :attr:`Checkpoint.headers_only` tells.
 
     Raises:
         BitternError: when there is no such source, or it is not a whole and honest checkpoint.

@@ -8,11 +8,13 @@ an error, for servers repeat what they were sent, nor in what huggingface_hub lo
 from __future__ import annotations
 
 import hashlib
+import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -89,8 +91,7 @@ def download(repo_id: str, revision: str | None = None) -> tuple[Path, str | Non
 def fetch_headers(repo_id: str, revision: str | None, folder: Path) -> str | None:
     """Lay out a model repository in an empty folder as :func:`download` would, without what takes time and room.
 
-    JSON files are there, of safetensors the header and of other files the size: what follows are zeros that take no
-    space on the disk.
+    Of safetensors the header is there and the size: what follows are zeros that take no space on the disk.
 
     Args:
         repo_id, revision: as of :func:`download`.
@@ -106,7 +107,7 @@ def fetch_headers(repo_id: str, revision: str | None, folder: Path) -> str | Non
     from huggingface_hub.utils import filter_repo_objects
 
     with guarded(), _explained(repo_id, revision):
-        known = _snapshot(repo_id, revision, ("*.json",))
+        known = _snapshot(repo_id, revision, _ALWAYS)
         if constants.HF_HUB_OFFLINE:
             return None
         try:
@@ -115,17 +116,17 @@ def fetch_headers(repo_id: str, revision: str | None, folder: Path) -> str | Non
             if passing(error):
                 return None
             raise
-        wanted = filter_repo_objects(held, allow_patterns=[*_ALWAYS, "*.safetensors"], ignore_patterns=list(_NEVER))
-        names = [name for name in wanted if "/" not in name]
-        weights = [name for name in names if name.endswith(".safetensors")]
+        taken = partial(filter_repo_objects, held, ignore_patterns=list(_NEVER))
+        weights = list(taken(allow_patterns=["*.safetensors"]))
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            found = pool.map(lambda name: _start(repo_id, known.name, name, held[name].size), weights)
-            starts = dict(zip(weights, found, strict=True))
-        for name in names:
-            start = (known / name).read_bytes() if name.endswith(".json") else starts.get(name, b"")
+            starts = list(pool.map(lambda name: _start(repo_id, known.name, name, held[name].size), weights))
+        for name, start in zip(weights, starts, strict=True):
             with (folder / name).open("wb") as file:
                 file.write(start)
                 file.truncate(held[name].size)
+        for name in taken(allow_patterns=list(_ALWAYS)):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(known / name, folder / name)
     return known.name if weights else None
 
 

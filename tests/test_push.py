@@ -610,6 +610,38 @@ def test_a_repository_is_inspected_from_its_headers_alone(
         client.job(None, code=SETTINGS.format(head=100_000, folder=None))
 
 
+def test_a_dry_run_fetches_no_weights(hub: Hub, client: Client, source: Path, tmp_path: Path) -> None:
+    files = contents(source)
+    repo = hub.create("org/tiny")
+    repo.add("main", repo.at("main"), "weights", files, {name for name in files if name.endswith(".safetensors")})
+    text = tmp_path / "text.txt"
+    text.write_text("stone river " * 500)
+    options = ["--bits", "4", "--group-size", "32", "--seqlen", "32", "--nsamples", "4"]
+    given = ["-o", tmp_path / "out", "--dataset", text, *options]
+    client.job(None, code=SETTINGS.format(head=64, folder=None))
+    try:
+        code, out, err = client.run("quantize", "org/tiny", *given, "--dry-run", "--json")
+    finally:
+        client.job(None, code=SETTINGS.format(head=100_000, folder=None))
+    assert code == 0, err
+    found = json.loads(out)
+    weights = {name: data for name, data in files.items() if name.endswith(".safetensors")}
+    for name, data in weights.items():
+        assert hub.sent[f"GET /org/tiny/resolve/{repo.heads['main']}/{name}"] < len(data) / 2
+    (note,) = [note for note in found["notes"] if "were not fetched" in note]
+    assert note.startswith("org/tiny: weights of 0.00 GB")
+    assert "MB" in client.run("quantize", "org/tiny", *given, "--dry-run")[1]
+    here = json.loads(client.run("quantize", source, *given, "--dry-run", "--json")[1])
+    assert here["prediction"]["bytes"] == found["prediction"]["bytes"] and here["loads"] == found["loads"]
+    assert not (tmp_path / "out").exists()
+    code, _, err = client.run("quantize", "org/tiny", *given)
+    assert code == 0, err
+    assert (
+        sum(len(data) for name, data in contents(tmp_path / "out").items() if name != "bittern_manifest.json")
+        == (found["prediction"]["bytes"])
+    )
+
+
 SECRETS = (TOKEN, "5ecret51gnature")
 """The token, and what permits an upload in the address of LFS storage."""
 

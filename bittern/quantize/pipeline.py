@@ -155,7 +155,7 @@ def quantize(
         options |= {"batch_size": batch_size, "damp_percent": damp_percent}
         options["tune_tokens"] = tuned_on if stages.tune else None
 
-        checkpoint = stack.enter_context(open_checkpoint(source, revision))
+        checkpoint = stack.enter_context(open_checkpoint(source, revision, headers_only=dry_run))
         refuse_quantized(checkpoint)
         refuse_untied(checkpoint)
         if not is_gguf(output):  # of a file, check_gguf is the judge
@@ -207,7 +207,7 @@ def quantize(
                 solver.help(windows)
             return {}
 
-        for _ in cast_tensors(checkpoint, None, kept):
+        for _ in cast_tensors(checkpoint, None, () if checkpoint.headers_only else kept):
             pass  # what the output cannot hold is refused now
         planned = [info for info, _ in kept] + plan.packed_tensors(packing)
         nbytes = sum(info.nbytes for info in planned)
@@ -220,7 +220,7 @@ def quantize(
         if dry_run:
             with alone():  # the other processes have left
                 found = predict(job, order.nbytes, started)
-            notes = _dry_notes(tokens, method, unread, bits)
+            notes = _dry_notes(checkpoint, tokens, method, unread, bits)
             return {**found.to_dict(), "format": chosen, "loads": _verdicts(job, chosen), "notes": notes}
         solving = {**options, "effort": stages}
         decided = decided_by(checkpoint, solving, plan.layers, tokens.sha256 if tokens else None, place)
@@ -390,14 +390,22 @@ def _verdicts(job: Job, format: str) -> list[dict[str, Any]]:
     return [asdict(each) for each in verdicts(replace(layout, format=format, dequantize=job.packing.dequantize))]
 
 
-def _dry_notes(tokens: CalibrationTokens | None, method: str, unread: Sequence[str], bits: int | float) -> list[str]:
-    """What a dry run did not look at, datasets that are no files here among it."""
-    measured = "which layers get how many is measured first, which takes time and memory that are not counted"
-    mixed = [f"--bits {bits}: {measured}"] if isinstance(bits, float) else []
+def _dry_notes(
+    checkpoint: Checkpoint, tokens: CalibrationTokens | None, method: str, unread: Sequence[str], bits: int | float
+) -> list[str]:
+    """What a dry run did not look at, weights on the Hub and datasets that are no files here among it."""
+    known = []
+    if checkpoint.headers_only:
+        size = sum(info.nbytes for info in checkpoint.tensors.values())
+        left_out = "time to download and read them, and the room that they take, are not counted"
+        known.append(f"{checkpoint.source}: weights of {size / 1e9:.2f} GB were not fetched: {left_out}")
+    if isinstance(bits, float):
+        measured = "which layers get how many is measured first, which takes time and memory that are not counted"
+        known.append(f"--bits {bits}: {measured}")
     if tokens is not None:
-        return [*mixed, *tokens.warnings]
+        return [*known, *tokens.warnings]
     if method == "rtn":
-        return []
+        return known
     written = "the time to write it is not counted"
     taken = "its windows are taken to be as many as asked"
-    return [*mixed, *(f"--dataset {name} was not read: {written if name == 'self' else taken}" for name in unread)]
+    return [*known, *(f"--dataset {name} was not read: {written if name == 'self' else taken}" for name in unread)]

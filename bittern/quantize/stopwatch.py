@@ -89,7 +89,9 @@ def seconds(function: Callable[[], object], device: torch.device | None = None) 
 
 
 def read_rate(solver: Solver) -> float:
-    """Seconds for a byte of a weight that is read and made fp32."""
+    """Seconds for a byte of a weight that is read and made fp32; 0 where none is here."""
+    if solver.checkpoint.headers_only:
+        return 0.0
     state = solver.model.state_dict()
     sizes = {name: _FP32 * state[name].numel() for name in solver.sources}
     fitting = [name for name, size in sizes.items() if size <= _SAMPLE_BYTES] or [min(sizes, key=lambda n: sizes[n])]
