@@ -180,7 +180,7 @@ def quantize_options(function: Command) -> Command:
             "--tune-tokens",
             type=count,
             metavar="N",
-            help="Tokens of the dataset that --effort best trains on.  [default: 128k, below 3 bits 256k]",
+            help="Tokens of the dataset that --effort best trains on.  [default: 256k]",
         ),
         click.option("--method", type=click.Choice(["gptq", "rtn"]), default="gptq", show_default=True),
         click.option(

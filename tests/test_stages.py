@@ -275,13 +275,12 @@ def test_blocks_of_experts_are_not_walked() -> None:
     assert exact_stages(model, blocks(model)[1][0], found, hidden, calls) is None
 
 
-def test_few_bits_are_learned_from_more_windows_in_full_precision_and_trained_for_longer() -> None:
+def test_few_bits_are_learned_from_more_windows_in_full_precision() -> None:
     for name in ("fast", "best"):
         effort = pick_effort(name)
         assert [effort.at(bits).exact_windows(16) for bits in (2, 2.5, 3, 4, 8)] == [8, 8, 4, 4, 4]
         assert effort.at(2).exact_windows(1) == 1
-    assert [pick_effort("best").at(bits).tune for bits in (2, 2.5, 3, 4)] == [256_000, 256_000, 128_000, 128_000]
-    assert pick_effort("plain").at(2).exact_windows(16) == 0 == pick_effort("fast").at(2).tune
+    assert pick_effort("plain").at(2).exact_windows(16) == 0
 
 
 def test_without_a_batch_in_full_precision_there_are_no_stages() -> None:

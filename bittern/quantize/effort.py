@@ -24,8 +24,8 @@ class Effort:
         shape: errors are shaped by what outputs do to the predictions, see :mod:`bittern.quantize.guide` and
             :mod:`bittern.quantize.shape`; needs an exact share.
         weigh: and tokens count by that.
-        tune: tokens that scales and norms are trained on at the end, unless a user says how many; none where 0 (see
-            :mod:`bittern.quantize.tune` and :meth:`at`).
+        tune: tokens that scales and norms are trained on at the end, unless a user says how many; 0 trains nothing (see
+            :mod:`bittern.quantize.tune`).
         damp_percent: unless a user says another, see :func:`bittern.quantize.gptq.factorize`.
     """
 
@@ -55,15 +55,12 @@ class Effort:
         return min(windows, -int(-self.exact_share * windows // 1))
 
     def at(self, bits: float) -> Effort:
-        """As it is for layers of so many bits, or an average: with few, exact windows and training are worth more."""
-        if not self.exact_share or bits >= COARSE:
-            return self
-        return replace(self, exact_share=COARSE_SHARE, tune=COARSE_TUNE * self.tune)
+        """As it is for layers of so many bits, or an average: with few, exact windows are worth more."""
+        return replace(self, exact_share=COARSE_SHARE) if self.exact_share and bits < COARSE else self
 
 
-COARSE, COARSE_SHARE, COARSE_TUNE = 3, 0.5, 2
-"""Below so many bits, so many of the windows are walked in full precision, for blocks drift further, and so many times
-as many tokens are trained on, for there is more to make up for (docs/log.md)."""
+COARSE, COARSE_SHARE = 3, 0.5
+"""Below so many bits, so many of the windows are walked in full precision: blocks drift further (docs/log.md)."""
 
 
 DAMP_PERCENT = 0.2
@@ -72,7 +69,7 @@ DAMP_PERCENT = 0.2
 EFFORTS = {
     "plain": Effort(search=False, act_order=False, polish=False),
     "fast": Effort(exact_share=0.25, balance=True, shape=True, damp_percent=DAMP_PERCENT),
-    "best": Effort(exact_share=0.25, balance=True, shape=True, weigh=True, tune=128_000, damp_percent=DAMP_PERCENT),
+    "best": Effort(exact_share=0.25, balance=True, shape=True, weigh=True, tune=256_000, damp_percent=DAMP_PERCENT),
 }
 
 

@@ -111,7 +111,7 @@ def quantize(
         target: the consumer that it is for (see :data:`bittern.consumers.TARGETS`); picks the format when
             none is given, and refuses what that consumer does not load or gets wrong.
         effort: ``plain`` (classic GPTQ), ``fast``, or ``best``, which trains scales and norms after that.
-        tune_tokens: that ``best`` trains on, of the dataset; by default 128k, below 3 bits 256k.
+        tune_tokens: that ``best`` trains on, of the dataset; by default 256k.
         dataset, nsamples, seqlen, seed, chat_template: see :func:`~bittern.calibration.load_tokens`.
         damp_percent: damping of the Hessian as a share of its mean diagonal, in (0, 1); by default the effort's.
         layers: (regular expression, bits) for layers of other bits.
