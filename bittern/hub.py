@@ -161,36 +161,29 @@ def _snapshot(repo_id: str, revision: str | None, patterns: Sequence[str]) -> Pa
 @contextmanager
 def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
     """What goes wrong while a repository is fetched as a BitternError of one line."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors
 
     at = f" at revision {revision}" if revision else ""
     try:
         yield
     except BitternError:
         raise
-    except GatedRepoError as error:
+    except errors.GatedRepoError as error:
         reason = f"its owner must grant access: ask at https://huggingface.co/{repo_id}, then set HF_TOKEN"
         raise BitternError(f"{repo_id}: gated, {reason}") from error
-    except RevisionNotFoundError as error:
+    except errors.RevisionNotFoundError as error:
         raise BitternError(f"{repo_id}: the repository has no revision {revision}") from error
-    except RepositoryNotFoundError as error:
+    except errors.RepositoryNotFoundError as error:
         reason = "no such folder here, and no such repository on the Hub (a private one needs HF_TOKEN)"
         raise BitternError(f"{repo_id}: {reason}") from error
-    except LocalEntryNotFoundError as error:
+    except errors.LocalEntryNotFoundError as error:
         reason = f"the Hub cannot be reached ({_cause(error)}) and the cache holds no complete copy{at}"
         raise BitternError(f"{repo_id}: no such folder here, {reason}") from error
-    except HFValidationError as error:
+    except errors.HFValidationError as error:
         raise BitternError(f"{repo_id}: no such folder here, and not a Hub id: {one_line(error)}") from error
     except Exception as error:
         # The HTTP client of huggingface_hub has changed twice; its errors are told by their module.
-        if not isinstance(error, (HfHubHTTPError, OSError, ValueError)) and "http" not in type(error).__module__:
+        if not isinstance(error, (errors.HfHubHTTPError, OSError, ValueError)) and "http" not in type(error).__module__:
             raise
         raise BitternError(f"{repo_id}: downloading from the Hub failed: {one_line(error)}") from error
 
