@@ -104,7 +104,7 @@ def fetch_headers(repo_id: str, revision: str | None, folder: Path) -> str | Non
         BitternError: as of :func:`download`.
     """
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.utils import filter_repo_objects
+    from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
     with guarded(), _explained(repo_id, revision):
         known = _snapshot(repo_id, revision, _ALWAYS)
@@ -133,7 +133,7 @@ def fetch_headers(repo_id: str, revision: str | None, folder: Path) -> str | Non
 def _start(repo_id: str, commit: str, name: str, size: int) -> bytes:
     """The first bytes of a safetensors file of so many bytes, its header among them."""
     from huggingface_hub import constants, hf_hub_url
-    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff  # type: ignore[attr-defined]
 
     def fetch(start: int, stop: int) -> bytes:
         wanted = {**build_hf_headers(), "range": f"bytes={start}-{stop - 1}"}
