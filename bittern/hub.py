@@ -104,18 +104,19 @@ def fetch_headers(repo_id: str, revision: str | None, folder: Path) -> str | Non
         BitternError: as of :func:`download`.
     """
     from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
+    if constants.HF_HUB_OFFLINE:
+        return None
     with guarded(), _explained(repo_id, revision):
         known = _snapshot(repo_id, revision, _ALWAYS)
-        if constants.HF_HUB_OFFLINE:
-            return None
         try:
             held = _listing(HfApi(), repo_id, known.name)
         except Exception as error:
-            if passing(error):
-                return None
-            raise
+            if isinstance(error, HfHubHTTPError) or not passing(error):  # it answers: all weights would come
+                raise
+            return None
         taken = partial(filter_repo_objects, held, ignore_patterns=list(_NEVER))
         weights = list(taken(allow_patterns=["*.safetensors"]))
         with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -160,14 +161,12 @@ def _snapshot(repo_id: str, revision: str | None, patterns: Sequence[str]) -> Pa
 
 @contextmanager
 def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
-    """What goes wrong while a repository is fetched as a BitternError of one line."""
+    """What goes wrong while a repository is fetched as a BitternError of one line; one that is such already passes."""
     from huggingface_hub import errors
 
     at = f" at revision {revision}" if revision else ""
     try:
         yield
-    except BitternError:
-        raise
     except errors.GatedRepoError as error:
         reason = f"its owner must grant access: ask at https://huggingface.co/{repo_id}, then set HF_TOKEN"
         raise BitternError(f"{repo_id}: gated, {reason}") from error
