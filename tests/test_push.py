@@ -104,7 +104,7 @@ class Client:
 def client_environment(hub: Hub, home: Path) -> dict[str, str]:
     usual = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     more = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "no_proxy": "127.0.0.1"}
-    return usual | more
+    return usual | more | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # they would stand before an error
 
 
 @pytest.fixture(scope="module")
