@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
 from math import prod
@@ -21,11 +20,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from bittern.disk import read_ahead
 from bittern.errors import BitternError
 from bittern.formats.gguf_tokenizer import mend_tokenizer
 from bittern.formats.legacy_bin import BinFiles, read_bin
-from bittern.shards import Stored, TensorInfo, read_elements, read_header
+from bittern.shards import SafetensorsFiles, Stored, TensorInfo, read_header
 from bittern.writer import CheckpointWriter, explained
 
 if TYPE_CHECKING:
@@ -108,8 +106,19 @@ class Checkpoint:
 
     @property
     def headers_only(self) -> bool:
-        """Whether it is on the Hub and its values are not here: reading one is an error."""
+        """Whether it is on the Hub and its values are not here: reading one is an error before :meth:`fetch`."""
         return isinstance(self._storage, _NoValues)
+
+    def fetch(self) -> None:
+        """Have the values here too: download those of a checkpoint of which headers alone are; of others, do nothing.
+
+        Raises:
+            BitternError: as :func:`open_checkpoint`.
+        """
+        if self.headers_only:
+            whole = open_checkpoint(self.source, self.revision)
+            self.close()
+            self.folder, self._storage = whole.folder, whole._storage
 
     @property
     def path(self) -> Path:
@@ -217,8 +226,9 @@ def open_checkpoint(
     """Open a folder, a GGUF file, or the Hub repository ``org/name`` at ``revision``.
 
     Only headers are read here. A Hub repository is downloaded into the usual cache first, unless ``headers_only`` says
-    that no values are needed: then of its safetensors headers alone are fetched, into a folder that is gone when the
-    checkpoint is closed. Where they cannot be had, without network or of legacy files, it is downloaded all the same;
+    that values are needed later, after :meth:`Checkpoint.fetch`, or never: then of its safetensors headers alone are
+    fetched, into a folder that is gone when the checkpoint is closed. Where they cannot be had, without network, of
+    legacy files or of a server that sends no parts of files, it is downloaded all the same;
     :attr:`Checkpoint.headers_only` tells.
 
     Raises:
@@ -337,7 +347,7 @@ def _open_folder(source: str, folder: Path, revision: str | None) -> Checkpoint:
     for name in where or ():
         if name not in stored:
             raise BitternError(f"{weights}: lists tensor {name}, which is not in its file")
-    storage = BinFiles(stored) if read is read_bin else _SafetensorsFiles(stored)
+    storage = BinFiles(stored) if read is read_bin else SafetensorsFiles(stored)
     infos = {name: item.info for name, item in stored.items()}
     for name in infos:
         if not name.isprintable() or len(name) > _MAX_NAME:
@@ -421,26 +431,3 @@ class _NoValues:
 
     def close(self) -> None:
         self._folder.close()
-
-
-class _SafetensorsFiles:
-    """Reads elements straight from safetensors files, each opened once."""
-
-    def __init__(self, stored: Mapping[str, Stored]) -> None:
-        self._stored = stored
-        self._files: dict[Path, int] = {}
-        self._lock = threading.Lock()
-
-    def read(self, name: str, start: int, stop: int) -> Tensor:
-        item = self._stored[name]
-        with self._lock:
-            if item.path not in self._files:
-                file = self._files[item.path] = os.open(item.path, os.O_RDONLY)
-                read_ahead(file)
-            file = self._files[item.path]
-        return read_elements(file, item.offset + start * item.info.dtype.itemsize, item.info.dtype, stop - start)
-
-    def close(self) -> None:
-        for file in self._files.values():
-            os.close(file)
-        self._files.clear()

@@ -10,16 +10,15 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from bittern.errors import BitternError
-from bittern.hub_errors import guarded, one_line, passing, token, told
+from bittern.hub_errors import downloading, guarded, passing, token, told
 from bittern.shards import MAX_HEADER_BYTES
 
 if TYPE_CHECKING:
@@ -60,6 +59,9 @@ _WAITS = (1.0, 3.0)
 _HEAD = 100_000
 """Bytes that are fetched of a safetensors file before it is known how long its header is; most are shorter."""
 
+_PARTIAL = 206
+"""Status of an answer that is the part of a file that was asked for."""
+
 _AT_ONCE = 8
 """Files whose headers are fetched side by side."""
 
@@ -98,18 +100,19 @@ def fetch_headers(repo_id: str, revision: str | None, folder: Path) -> str | Non
         folder: where to.
 
     Returns:
-        The commit; None where headers alone cannot be had, for want of network or of safetensors.
+        The commit; None where all is in the cache already, or headers alone cannot be had: for want of network, of
+        safetensors, or of a server that sends parts of a file.
 
     Raises:
         BitternError: as of :func:`download`.
     """
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
     if constants.HF_HUB_OFFLINE:
         return None
-    with guarded(), _explained(repo_id, revision):
+    with guarded(), downloading(repo_id, revision):
         known = _snapshot(repo_id, revision, _ALWAYS)
         try:
             held = _listing(HfApi(), repo_id, known.name)
@@ -119,72 +122,55 @@ def fetch_headers(repo_id: str, revision: str | None, folder: Path) -> str | Non
             return None
         taken = partial(filter_repo_objects, held, ignore_patterns=list(_NEVER))
         weights = list(taken(allow_patterns=["*.safetensors"]))
+        if all(isinstance(try_to_load_from_cache(repo_id, name, revision=known.name), str) for name in weights):
+            return None
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             starts = list(pool.map(lambda name: _start(repo_id, known.name, name, held[name].size), weights))
         for name, start in zip(weights, starts, strict=True):
+            if start is None:
+                return None
             with (folder / name).open("wb") as file:
                 file.write(start)
                 file.truncate(held[name].size)
         for name in taken(allow_patterns=list(_ALWAYS)):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(known / name, folder / name)
-    return known.name if weights else None
+    return known.name
 
 
-def _start(repo_id: str, commit: str, name: str, size: int) -> bytes:
-    """The first bytes of a safetensors file of so many bytes, its header among them."""
+def _start(repo_id: str, commit: str, name: str, size: int) -> bytes | None:
+    """The first bytes of a safetensors file of so many bytes, its header among them; None from who sends no parts."""
     from huggingface_hub import constants, hf_hub_url
-    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff  # type: ignore[attr-defined]
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        build_hf_headers,
+        hf_raise_for_status,
+        http_stream_backoff,
+    )
 
-    def fetch(start: int, stop: int) -> bytes:
-        wanted = {**build_hf_headers(), "range": f"bytes={start}-{stop - 1}"}
-        seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT
-        answer = http_backoff("GET", hf_hub_url(repo_id, name, revision=commit), headers=wanted, timeout=seconds)
-        hf_raise_for_status(answer)
-        return bytes(answer.content)
+    def fetch(start: int, stop: int) -> bytes | None:
+        url, seconds = hf_hub_url(repo_id, name, revision=commit), constants.HF_HUB_DOWNLOAD_TIMEOUT
+        asked = {**build_hf_headers(), "range": f"bytes={start}-{stop - 1}", "accept-encoding": "identity"}
+        with http_stream_backoff("GET", url, headers=asked, timeout=seconds) as answer:
+            hf_raise_for_status(answer)
+            return bytes(answer.read()) if answer.status_code == _PARTIAL else None
 
     found = fetch(0, min(size, _HEAD)) if size else b""
+    if found is None:
+        return None
     stop = 8 + int.from_bytes(found[:8], "little")
     if len(found) < stop <= min(size, MAX_HEADER_BYTES):  # longer ones are refused by who reads them
-        found += fetch(len(found), stop)
+        rest = fetch(len(found), stop)
+        return None if rest is None else found + rest
     return found
 
 
 def _snapshot(repo_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    with _explained(repo_id, revision):
+    with downloading(repo_id, revision):
         return Path(
             snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(_NEVER))
         )
-
-
-@contextmanager
-def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
-    """What goes wrong while a repository is fetched as a BitternError of one line; one that is such already passes."""
-    from huggingface_hub import errors
-
-    at = f" at revision {revision}" if revision else ""
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        reason = f"its owner must grant access: ask at https://huggingface.co/{repo_id}, then set HF_TOKEN"
-        raise BitternError(f"{repo_id}: gated, {reason}") from error
-    except errors.RevisionNotFoundError as error:
-        raise BitternError(f"{repo_id}: the repository has no revision {revision}") from error
-    except errors.RepositoryNotFoundError as error:
-        reason = "no such folder here, and no such repository on the Hub (a private one needs HF_TOKEN)"
-        raise BitternError(f"{repo_id}: {reason}") from error
-    except errors.LocalEntryNotFoundError as error:
-        reason = f"the Hub cannot be reached ({_cause(error)}) and the cache holds no complete copy{at}"
-        raise BitternError(f"{repo_id}: no such folder here, {reason}") from error
-    except errors.HFValidationError as error:
-        raise BitternError(f"{repo_id}: no such folder here, and not a Hub id: {one_line(error)}") from error
-    except Exception as error:
-        # The HTTP client of huggingface_hub has changed twice; its errors are told by their module.
-        if not isinstance(error, (errors.HfHubHTTPError, OSError, ValueError)) and "http" not in type(error).__module__:
-            raise
-        raise BitternError(f"{repo_id}: downloading from the Hub failed: {one_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -436,11 +422,3 @@ def _again(step: Callable[[], T]) -> T:
                 raise
         time.sleep(wait)
     return step()
-
-
-def _cause(error: BaseException) -> str:
-    """Why the network was not used: the innermost reason that says something."""
-    cause = error.__cause__
-    if cause is None:
-        return one_line(error)
-    return "HF_HUB_OFFLINE is set" if type(cause).__name__ == "OfflineModeIsEnabled" else one_line(cause)

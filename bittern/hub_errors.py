@@ -65,6 +65,34 @@ def told(repo_id: str) -> Iterator[None]:
             raise BitternError(f"{repo_id}: {reason}") from error
 
 
+@contextmanager
+def downloading(repo_id: str, revision: str | None) -> Iterator[None]:
+    """What goes wrong while a repository is fetched as a BitternError of one line; one that is such already passes."""
+    from huggingface_hub import errors
+
+    at = f" at revision {revision}" if revision else ""
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        reason = f"its owner must grant access: ask at https://huggingface.co/{repo_id}, then set HF_TOKEN"
+        raise BitternError(f"{repo_id}: gated, {reason}") from error
+    except errors.RevisionNotFoundError as error:
+        raise BitternError(f"{repo_id}: the repository has no revision {revision}") from error
+    except errors.RepositoryNotFoundError as error:
+        reason = "no such folder here, and no such repository on the Hub (a private one needs HF_TOKEN)"
+        raise BitternError(f"{repo_id}: {reason}") from error
+    except errors.LocalEntryNotFoundError as error:
+        reason = f"the Hub cannot be reached ({_cause(error)}) and the cache holds no complete copy{at}"
+        raise BitternError(f"{repo_id}: no such folder here, {reason}") from error
+    except errors.HFValidationError as error:
+        raise BitternError(f"{repo_id}: no such folder here, and not a Hub id: {one_line(error)}") from error
+    except Exception as error:
+        # The HTTP client of huggingface_hub has changed twice; its errors are told by their module.
+        if not isinstance(error, (errors.HfHubHTTPError, OSError, ValueError)) and "http" not in type(error).__module__:
+            raise
+        raise BitternError(f"{repo_id}: downloading from the Hub failed: {one_line(error)}") from error
+
+
 def passing(error: BaseException) -> bool:
     """Whether the same request may succeed a little later."""
     for each in _chain(error):
@@ -76,6 +104,14 @@ def passing(error: BaseException) -> bool:
         if type(each).__module__.startswith(("httpx", "httpcore")):
             return True
     return False
+
+
+def _cause(error: BaseException) -> str:
+    """Why the network was not used: the innermost reason that says something."""
+    cause = error.__cause__
+    if cause is None:
+        return one_line(error)
+    return "HF_HUB_OFFLINE is set" if type(cause).__name__ == "OfflineModeIsEnabled" else one_line(cause)
 
 
 def _reason(error: BaseException, repo_id: str) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -19,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from bittern.disk import read_ahead
 from bittern.errors import BitternError, first_line
 
 DTYPES: dict[str, torch.dtype] = {
@@ -143,6 +145,29 @@ def write_elements(file: int, offset: int, tensor: Tensor) -> None:
     while view:
         done = os.pwrite(file, view, offset)
         view, offset = view[done:], offset + done
+
+
+class SafetensorsFiles:
+    """Reads elements straight from safetensors files, each opened once."""
+
+    def __init__(self, stored: Mapping[str, Stored]) -> None:
+        self._stored = stored
+        self._files: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        item = self._stored[name]
+        with self._lock:
+            if item.path not in self._files:
+                file = self._files[item.path] = os.open(item.path, os.O_RDONLY)
+                read_ahead(file)
+            file = self._files[item.path]
+        return read_elements(file, item.offset + start * item.info.dtype.itemsize, item.info.dtype, stop - start)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            os.close(file)
+        self._files.clear()
 
 
 def _stored(path: Path, name: str, entry: dict[str, Any], base: int) -> Stored:

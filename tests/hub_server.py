@@ -97,6 +97,7 @@ class Hub(ThreadingHTTPServer):
         self.log: list[str] = []
         self.sent: Counter[str] = Counter()
         self.multipart = False
+        self.parts_of_files = True
         self.full: str | None = None
         self.corrupt: Callable[[str, bytes], bytes] = lambda name, data: data
         self.meanwhile: Callable[[str], None] = lambda request: None
@@ -398,7 +399,8 @@ class Handler(BaseHTTPRequestHandler):
         data = commit.files[file]
         etag = hashlib.sha256(data).hexdigest() if file in commit.large else _blob(data)
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit.oid, "Accept-Ranges": "bytes"}
-        if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+        wanted = self.headers.get("Range", "") if self.server.parts_of_files else ""
+        if match := re.fullmatch(r"bytes=(\d+)-(\d*)", wanted):
             stop = int(match[2]) + 1 if match[2] else len(data)
             part = data[int(match[1]) : stop]
             headers["Content-Range"] = f"bytes {match[1]}-{stop - 1}/{len(data)}"

@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 import bittern
 from bittern.cli import commands
 from tests import tiny
-from tests.hub_server import Hub, running
+from tests.hub_server import Hub, Repo, running
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKEN = "hf_0123456789abcdefghijABCDEFGHIJ0123"
@@ -618,9 +619,7 @@ def test_a_repository_is_inspected_from_its_headers_alone(
 
 
 def test_a_dry_run_fetches_no_weights(hub: Hub, client: Client, source: Path, tmp_path: Path) -> None:
-    files = contents(source)
-    repo = hub.create("org/tiny")
-    repo.add("main", repo.at("main"), "weights", files, {name for name in files if name.endswith(".safetensors")})
+    repo, weights = published(hub, contents(source))
     text = tmp_path / "text.txt"
     text.write_text("stone river " * 500)
     options = ["--bits", "4", "--group-size", "32", "--seqlen", "32", "--nsamples", "4"]
@@ -632,7 +631,6 @@ def test_a_dry_run_fetches_no_weights(hub: Hub, client: Client, source: Path, tm
         client.job(None, code=SETTINGS.format(head=100_000, folder=None))
     assert code == 0, err
     found = json.loads(out)
-    weights = {name: data for name, data in files.items() if name.endswith(".safetensors")}
     for name, data in weights.items():
         assert hub.sent[f"GET /org/tiny/resolve/{repo.heads['main']}/{name}"] < len(data) / 2
     (note,) = [note for note in found["notes"] if "were not fetched" in note]
@@ -646,6 +644,117 @@ def test_a_dry_run_fetches_no_weights(hub: Hub, client: Client, source: Path, tm
     written = contents(tmp_path / "out")
     del written["bittern_manifest.json"]
     assert sum(map(len, written.values())) == found["prediction"]["bytes"]
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["quantize", "--group-size", "48"], "group_size"),
+        (["quantize", "--group-size", "32", "--seqlen", "32", "--dataset", "missing.txt"], "missing.txt"),
+        (["quantize", "--group-size", "32", "--seqlen", "100000"], "seqlen"),
+        (["quantize", "--group-size", "32", "--bits", "3", "--format", "awq"], "--format awq"),
+        (["quantize", "--group-size", "32", "there"], "it exists already"),
+        (["convert", "--dtype", "fp16", "there"], "it exists already"),
+        (["convert", "there.gguf"], "exists already"),
+        (["uptrain", "--kv-heads", "3"], "--kv-heads 3"),
+        (["uptrain", "--kv-heads", "1", "there"], "it exists already"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_headers_tell_is_refused_before_weights_are_fetched(
+    command: list[str], said: str, hub: Hub, client: Client, source: Path, tmp_path: Path
+) -> None:
+    repo, weights = published(hub, contents(source))
+    text = tmp_path / "text.txt"
+    text.write_text("stone river " * 500)
+    out = tmp_path / next((word for word in command if word.startswith("there")), "out")
+    if out.suffix:
+        out.touch()
+    elif out.name == "there":
+        shutil.copytree(source, out)
+    given = [word for word in command if not word.startswith("there")]
+    if command[0] != "convert" and "--dataset" not in command:
+        given += ["--dataset", str(text)]
+    client.job(None, code=SETTINGS.format(head=64, folder=None))
+    try:
+        code, _, err = client.run(given[0], "org/tiny", "-o", out, *given[1:])
+    finally:
+        client.job(None, code=SETTINGS.format(head=100_000, folder=None))
+    assert code == 1 and said in err and err.count("\n") == 1, err
+    for name, data in weights.items():
+        assert hub.sent[f"GET /org/tiny/resolve/{repo.heads['main']}/{name}"] < len(data) / 2
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("parts", [True, False], ids=["parts of files", "whole files only"])
+def test_a_repository_becomes_what_a_folder_becomes(
+    parts: bool, hub: Hub, client: Client, source: Path, tmp_path: Path
+) -> None:
+    published(hub, contents(source))
+    hub.parts_of_files = parts
+    text = tmp_path / "text.txt"
+    text.write_text("stone river " * 500)
+    given = ["--dataset", text, "--bits", "4", "--group-size", "32", "--seqlen", "32", "--nsamples", "4"]
+    hashes = []
+    for name, model in (("first", "org/tiny"), ("second", "org/tiny"), ("third", source)):
+        code, _, err = client.run("quantize", model, "-o", tmp_path / name, *given)
+        assert code == 0, err
+        written = contents(tmp_path / name)
+        del written["bittern_manifest.json"]
+        hashes.append(written)
+        if name == "first":
+            hub.log.clear()
+    assert hashes[0] == hashes[1] == hashes[2]
+    assert not hub.asked("GET .*safetensors")  # the second time all is in the cache
+
+
+@pytest.mark.parametrize("command", [["convert"], ["uptrain", "--kv-heads", "1", "--seqlen", "32", "--nsamples", "4"]])
+def test_values_are_fetched_where_they_are_needed(
+    command: list[str], hub: Hub, client: Client, source: Path, tmp_path: Path
+) -> None:
+    published(hub, contents(source))
+    text = tmp_path / "text.txt"
+    text.write_text("stone river " * 500)
+    texts = ["--dataset", text, "--text", text] if command[0] == "uptrain" else []
+    written = []
+    for model in ("org/tiny", source):
+        out = tmp_path / f"from {'folder' if model == source else 'hub'}"
+        code, _, err = client.run(command[0], model, "-o", out, *command[1:], *texts)
+        assert code == 0, err
+        written.append(contents(out)["model.safetensors"])
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_stored_tied_head_is_compared_when_its_values_are_there(
+    same: bool, hub: Hub, client: Client, source: Path, tmp_path: Path
+) -> None:
+    """Headers do not tell whether it is a copy: a dry run does not ask, the run does."""
+    folder = shutil.copytree(source, tmp_path / "tied")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone() + (0 if same else 1)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    published(hub, contents(folder))
+    given = ["quantize", "org/tiny", "-o", tmp_path / "out", "--method", "rtn", "--group-size", "32"]
+    code, _, err = client.run(*given, "--dry-run")
+    assert code == 0, err
+    code, _, err = client.run(*given)
+    if same:
+        assert code == 0, err
+    else:
+        assert code == 1 and "lm_head.weight is no copy of the embedding" in err and not (tmp_path / "out").exists()
+
+
+def published(hub: Hub, files: dict[str, bytes]) -> tuple[Repo, dict[str, bytes]]:
+    """The repository org/tiny with these files, and the safetensors of them."""
+    repo, weights = (
+        hub.create("org/tiny"),
+        {name: data for name, data in files.items() if name.endswith(".safetensors")},
+    )
+    repo.add("main", repo.at("main"), "weights", files, set(weights))
+    return repo, weights
 
 
 SECRETS = (TOKEN, "5ecret51gnature")

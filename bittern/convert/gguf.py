@@ -176,6 +176,7 @@ def write_gguf(
     out, checkpoint = Path(output), artifact.checkpoint
     _check_output(out, checkpoint.path, overwrite)
     model = read_model(checkpoint.config)
+    checkpoint.fetch()
     tied = tied_tensors(checkpoint)
     plan = plan_tensors(artifact, model, tied, dtype, allow_inexact)
     vocabulary = read_vocabulary(checkpoint, _rows(checkpoint, plan)) if tokenizer else None

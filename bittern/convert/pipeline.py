@@ -17,7 +17,7 @@ from bittern.errors import BitternError
 from bittern.formats.packing import FORMATS as FOLDER_FORMATS
 from bittern.formats.packing import check_name, is_gguf
 from bittern.rope import says_old_rope, with_old_rope
-from bittern.writer import MAX_SHARD_SIZE
+from bittern.writer import MAX_SHARD_SIZE, check_output
 
 if TYPE_CHECKING:
     from bittern.convert.gguf import GgufSummary
@@ -64,7 +64,7 @@ def convert(
         BitternError: for a source that cannot be read, a combination that cannot be exact or that the target does
             not load, and an output that may not or cannot be written.
     """
-    with open_checkpoint(source, revision) as checkpoint:
+    with open_checkpoint(source, revision, headers_only=True) as checkpoint:
         artifact = Artifact(checkpoint)
         packed = bool(artifact.layers) and (artifact.format != "gguf" or format not in (None, "safetensors"))
         if target is not None:
@@ -87,6 +87,7 @@ def convert(
                 overwrite=overwrite,
                 on_tensor=on_progress,
             )
+        check_output(Path(output), checkpoint.path, overwrite)  # before what is on the Hub is downloaded
     if format == "safetensors" and not packed:
         return cast(
             source,

@@ -155,9 +155,10 @@ def quantize(
         options |= {"batch_size": batch_size, "damp_percent": damp_percent}
         options["tune_tokens"] = tuned_on if stages.tune else None
 
-        checkpoint = stack.enter_context(open_checkpoint(source, revision, headers_only=dry_run))
+        checkpoint = stack.enter_context(open_checkpoint(source, revision, headers_only=True))
         refuse_quantized(checkpoint)
-        refuse_untied(checkpoint)
+        if not checkpoint.headers_only:
+            refuse_untied(checkpoint)
         if not is_gguf(output):  # of a file, check_gguf is the judge
             check_output(Path(output), checkpoint.path, overwrite)
         model = live.build(checkpoint.config)
@@ -192,6 +193,8 @@ def quantize(
         if method == "gptq" and not unread:
             told = None if rank else on_sampled
             tokens = _calibration(checkpoint, model, dataset, nsamples, seqlen, seed, chat_template, place, told)
+        if not dry_run:
+            _fetch(checkpoint)
         windows = OwnWindows() if tokens is None else batch_windows(tokens.ids, batch_size, stages)
         mixed: dict[str, Any] = {}
         if isinstance(bits, float):
@@ -251,6 +254,13 @@ def quantize(
             )
             work.remove()
     return manifest
+
+
+def _fetch(checkpoint: Checkpoint) -> None:
+    """Download a checkpoint on the Hub, now that all that its headers tell has been checked."""
+    if checkpoint.headers_only:
+        checkpoint.fetch()
+        refuse_untied(checkpoint)
 
 
 _NO_OPTIONS = ("source", "output", "resume", "dry_run")
@@ -339,6 +349,10 @@ def _calibration(
     place: torch.device,
     on_sampled: Sampled | None,
 ) -> CalibrationTokens:
+    def dense() -> PreTrainedModel:
+        _fetch(checkpoint)
+        return live.load_dense(checkpoint, device=place)
+
     tokens = load_tokens(
         dataset,
         checkpoint.tokenizer(),
@@ -347,7 +361,7 @@ def _calibration(
         seed=seed,
         chat_template=chat_template,
         vocab_size=model.config.get_text_config(decoder=True).vocab_size,
-        model=lambda: live.load_dense(checkpoint, device=place),
+        model=dense,
         on_sampled=on_sampled,
     )
     check_same(int(tokens.sha256[:12], 16), "as the start of the calibration tokens' hash")

@@ -133,15 +133,16 @@ def uptrain(
     options = _training(given)
     check_name(output, "safetensors")
     check_files(dataset)
-    with together(device) as place, open_checkpoint(source, revision) as checkpoint:
+    with together(device) as place, open_checkpoint(source, revision, headers_only=True) as checkpoint:
         rank = world()[0]
         refuse_quantized(checkpoint)
-        refuse_untied(checkpoint)
         check_output(Path(output), checkpoint.path, overwrite)
         model = live.build(checkpoint.config)
         counts = head_counts(model, kv_heads)
         check_length(model.config, seqlen)
         held_out = _held_out(text, checkpoint, model, seqlen)
+        checkpoint.fetch()
+        refuse_untied(checkpoint)
         with _training_folder(Path(output), rank) as folder:
             settings = _settings(given, checkpoint, held_out)
             state = folder / _STATE
