@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 NAME_WIDTH = 40
 
+_BUSY = 0.1  # of the trials that a prediction is made from: more waiting than that makes it one of the other programs
+
 
 @contextmanager
 def layer_rows() -> Iterator[Callable[[dict[str, Any]], None]]:
@@ -176,7 +178,15 @@ def quantization(manifest: Mapping[str, Any]) -> str:
 def expected(prediction: Mapping[str, Any]) -> str:
     """What a run will take, in a line."""
     memory, output = (size(prediction[key]) for key in ("peak_memory_bytes", "bytes"))
-    return f"expected: {clock(prediction['seconds'])}, {memory} peak memory, {output} to write"
+    took = clock(prediction["seconds"]) + _disturbed(prediction["waited"])
+    return f"expected: {took}, {memory} peak memory, {output} to write"
+
+
+def _disturbed(waited: float) -> str:
+    """What to think of a time that was found out while others had the processors for a share of it."""
+    if waited <= _BUSY:
+        return ""
+    return f" (much less on an idle machine: other programs held it up for {waited:.0%} of its trials)"
 
 
 def preflight(found: Mapping[str, Any]) -> str:
@@ -186,8 +196,9 @@ def preflight(found: Mapping[str, Any]) -> str:
     shares = ", ".join(
         f"{name} {share:.0%}" for name, took in stages if (share := took / prediction["seconds"]) >= 0.01
     )
+    took = clock(prediction["seconds"]) + (_disturbed(found["waited"]) or f" (within {errors['seconds']:.0%})")
     rows = [
-        ("time", f"{clock(prediction['seconds'])} (within {errors['seconds']:.0%}): {shares}"),
+        ("time", f"{took}: {shares}"),
         ("peak memory", f"{size(prediction['peak_memory_bytes'])} (within {errors['peak_memory_bytes']:.0%})"),
         ("output", f"{size(prediction['bytes'])} of {found['format']} (within {errors['bytes']:.0%})"),
         ("disk", f"{size(found['disk_bytes'])}, {size(found['work_bytes'])} of that only until the output stands"),

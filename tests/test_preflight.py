@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import bittern
 from bittern import model as live
+from bittern import progress
 from bittern.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from bittern.errors import BitternError
 from bittern.model import Piece
@@ -24,7 +27,7 @@ from bittern.quantize.plan import Plan, make_plan
 from bittern.quantize.preflight import Prediction
 from bittern.quantize.rehearsal import Line, rehearse_blocks, rehearse_solver
 from bittern.quantize.solve import Solver
-from bittern.quantize.stopwatch import Live
+from bittern.quantize.stopwatch import Live, waited
 from bittern.replay import capture
 from bittern.schema import problem
 from bittern.weight import QuantSpec
@@ -239,6 +242,36 @@ def test_what_a_forward_pass_leaves_for_its_gradient_is_counted(source: Path) ->
     made = sum(size for place, size in kept.items() if place not in given)
     assert costs[1].traced * 2 == made + output.nbytes
     assert made > 8 * hidden.nbytes
+
+
+def test_other_programs_are_noticed() -> None:
+    """A process that keeps the only processor busy that this one may use takes half of it away."""
+    if not Path("/proc/thread-self/schedstat").exists():
+        pytest.skip("this system does not say how long a thread waits")
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        try:
+            before, began, spent = waited(), time.monotonic(), time.thread_time()
+            while time.thread_time() - spent < 0.5:
+                pass
+            share = (waited() - before) / (time.monotonic() - began)
+        finally:
+            busy.kill()
+            busy.wait()
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert share > 0.2
+
+
+def test_a_time_that_others_disturbed_says_so() -> None:
+    figures = {"seconds": 125.0, "peak_memory_bytes": 10**9, "bytes": 10**8}
+    assert progress.expected({**figures, "waited": 0.02}).startswith("expected: 2:05, ")
+    told = progress.expected({**figures, "waited": 0.48})
+    assert told.startswith(
+        "expected: 2:05 (much less on an idle machine: other programs held it up for 48% of its trials)"
+    )
 
 
 def test_a_run_that_goes_on_is_spared_what_is_done() -> None:

@@ -127,7 +127,8 @@ def quantize(
         dry_run: only find out what it would take, and who would load the result; nothing is written.
         on_progress: called with the record of each layer that is solved, with ``index`` and ``total``.
         on_point: called with each point of the curve while scales are trained.
-        on_prediction: called before the work with what it will take: seconds, bytes of memory at most, bytes to write.
+        on_prediction: called before the work with what it will take: seconds, bytes of memory at most, bytes to write;
+            and the share of the time in which it found that out that others had the processors.
         on_note: called with what a user should know before the work, a sentence each.
         on_measured: where an average is asked for, called with the blocks whose sensitivity is known and their number.
         on_weighed: called with the blocks whose outputs are weighed and their number, ten times or so.
@@ -393,7 +394,7 @@ def _foresee(
     except Exception as error:  # of an architecture that does not take made-up weights, whatever comes
         return None, [f"how long this takes could not be predicted: {first_line(error)}"]
     if on_prediction is not None:
-        on_prediction({**found.figures, "seconds": found.left(work.finished)})
+        on_prediction({**found.figures, "seconds": found.left(work.finished), "waited": found.waited})
     return found.figures, []
 
 

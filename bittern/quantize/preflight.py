@@ -7,13 +7,10 @@ Bytes follow from the plan. Seconds and memory are counts of pieces times what a
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +34,7 @@ from bittern.quantize.rehearsal import (
 )
 from bittern.quantize.resume import stored_bytes
 from bittern.quantize.solve import Solver
-from bittern.quantize.stopwatch import Cost, read_rate, rounding_rate, write_rate
+from bittern.quantize.stopwatch import Cost, read_rate, resident_memory, rounding_rate, waited, write_rate
 from bittern.quantize.tune import HELD_OUT, MICRO, SHORTLIST
 from bittern.report import peak_memory
 from bittern.weight import QuantSpec
@@ -96,6 +93,7 @@ class Prediction:
         peak_memory_bytes: of the process.
         bytes: of the artifact.
         work_bytes: of finished blocks, and of the artifact that a GGUF file is made of, on the disk beside the output.
+        waited: share of the time in which this was found out that was spent waiting for a processor.
     """
 
     stages: dict[str, float]
@@ -103,6 +101,7 @@ class Prediction:
     peak_memory_bytes: int
     bytes: int
     work_bytes: int
+    waited: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -118,10 +117,11 @@ class Prediction:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """What a dry run tells: ``prediction``, how far off each figure may be, seconds of every stage, disk space."""
+        """What a dry run tells: figures, how far off they may be, what was waited, seconds of stages, disk space."""
         return {
             "prediction": self.figures,
             "errors": ERRORS,
+            "waited": round(self.waited, 3),
             "stages": {name: round(value, 6) for name, value in self.stages.items()},
             "work_bytes": self.work_bytes,
             "disk_bytes": self.bytes + self.work_bytes,
@@ -146,6 +146,7 @@ def predict(job: Job, size: int, started: float) -> Prediction:
         size: bytes of what it makes.
         started: when it began, by ``time.monotonic``; what was done since counts, finding out all this too.
     """
+    began = time.monotonic(), waited()
     grids = {
         (matrix.in_features, spec, matrix in job.solver.effort.shaped(block))
         for block in job.solver.plan.blocks
@@ -209,7 +210,9 @@ def predict(job: Job, size: int, started: float) -> Prediction:
     pieces = min(_PIECES, 3 * sum(job.solver.checkpoint.tensors[stored].nbytes for _, stored in job.kept))
     held.append(pieces + max(_writing_bytes(entries, write) for entries in job.solver.plan.blocks))
     peak = max(peak_memory(), base + int(max(held)))
-    return Prediction(stages, per_block, peak, size, work_bytes(job, job.solver.plan.blocks) + job.beside)
+    beside = work_bytes(job, job.solver.plan.blocks) + job.beside
+    share = (waited() - began[1]) / (time.monotonic() - began[0])
+    return Prediction(stages, per_block, peak, size, beside, share)
 
 
 def work_bytes(job: Job, unsolved: Iterable[Entries]) -> int:
@@ -438,11 +441,3 @@ def gguf_bytes(job: Job) -> int:
         kind = None if spec is None else kind_for(spec)
         packed += rows * columns // BLOCK * BLOCK_BYTES[kind] if kind else 0
     return packed + sum(info.nbytes if len(info.shape) > 1 else _FP32 * info.numel for info, _ in job.kept)
-
-
-def resident_memory() -> int:
-    """What of this process is in memory now, in bytes; where the system does not say, the most that ever was."""
-    if sys.platform != "linux":
-        return peak_memory()
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from bittern import model as live
 from bittern.formats.packing import Packing
 from bittern.quantize.leftovers import storages
+from bittern.report import peak_memory
 from bittern.weight import QuantSpec, round_to_nearest
 
 if TYPE_CHECKING:
@@ -116,3 +120,22 @@ def rounding_rate(spec: QuantSpec) -> float:
     """Seconds for a weight that is rounded to nearest."""
     weight = torch.linspace(-1, 1, _TRIED.numel()).view(_TRIED)
     return seconds(lambda: round_to_nearest(weight, spec)) / float(_TRIED.numel())
+
+
+def resident_memory() -> int:
+    """What of this process is in memory now, in bytes; where the system does not say, the most that ever was."""
+    if sys.platform != "linux":
+        return peak_memory()
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def waited() -> float:
+    """Seconds for which this thread was ready and others had the processors, so far; 0 where the system does not say.
+
+    From Linux' scheduler statistics (Documentation/scheduler/sched-stats.rst).
+    """
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_text(encoding="ascii").split()[1]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return 0.0
