@@ -87,64 +87,108 @@ def exact_stages(
         return None
     stages: list[Stage] = []
     for number, (state, call) in enumerate(zip(hidden, calls, strict=True)):
-        seen: list[tuple[Tensor, list[Matrix]]] = []
-        norms: list[tuple[str, Tensor, Tensor]] = []
-        outputs: dict[Matrix, Tensor] = {}
         reads = None if number else Reads(state)
-
-        def note(
-            matrix: Matrix,
-            x: Tensor,
-            seen: list[tuple[Tensor, list[Matrix]]] = seen,
-            reads: Reads | None = reads,
-        ) -> None:
-            if seen and seen[-1][0] is x:
-                seen[-1][1].append(matrix)
-            else:
-                seen.append((x, [matrix]))
-                if reads is not None:
-                    reads.arrive(sys._getframe())
-
-        with (
-            _before(model, matrices, note),
-            _after_norms(model, block, norms),
-            _after(model, [] if number else matrices, outputs),
-            torch.no_grad(),
-            sixteen_bits(state.device, rough),
-            reads or nullcontext(),
-        ):
-            output = call.run(block, state)
-        # Blocks without a norm in front give their input itself to the first matrices: it is about to be replaced.
-        given = storages(state)
-        held = [narrowed(x.detach()) for x, _ in seen]
-        inputs = [x.clone() if storages(x) & given else x for x in held]
-        # where the stream may be seen, in the order in which the block comes there
-        points = {INPUT: state} | {
-            name: x.detach() for name, x, _ in norms if x.shape == state.shape and not storages(x) & given
-        }
-        if reads is not None:
-            stages = [
-                Stage(
-                    readers,
-                    next((name for name, _, y in norms if y is x), None),
-                    dead=dead,
-                    stream=_stream(readers, [*points.items(), (INPUT, output)], outputs),
-                )
-                for (x, readers), dead in zip(seen, reads.dead(), strict=True)
-            ]
-            _confirm_dead(model, block, stages, state.clone(), call, output, rough)
-        if [stage.matrices for stage in stages] != [readers for _, readers in seen]:
+        if not _walk_exact(model, block, matrices, stages, state, call, reads, rough):
             return None
-        if not {stage.stream for stage in stages if stage.stream is not None} <= points.keys():
-            return None
-        for stage, x in zip(stages, inputs, strict=True):
-            stage.exact.append(x)
-            if stage.stream is not None:
-                there = points[stage.stream]
-                stage.streams.append(there.clone() if there is state else there)
-        state.copy_(output)
     called = [matrix for stage in stages for matrix in stage.matrices]
     return stages if sorted(m.label for m in called) == sorted(m.label for m in matrices) else None
+
+
+def _walk_exact(
+    model: nn.Module,
+    block: nn.Module,
+    matrices: Sequence[Matrix],
+    stages: list[Stage],
+    state: Tensor,
+    call: BlockCall,
+    reads: Reads | None,
+    rough: bool,
+) -> bool:
+    """Run one batch through the unquantized block, and add what it gave to the stages; the first batch makes them.
+
+    Args:
+        reads: of the first batch, None for the others.
+
+    Returns:
+        Whether it came by the way of the first.
+    """
+    seen = _watch(model, block, matrices, state, call, reads, rough)
+    # Blocks without a norm in front give their input itself to the first matrices: it is about to be replaced.
+    given = storages(state)
+    held = [narrowed(x.detach()) for x, _ in seen.inputs]
+    inputs = [x.clone() if storages(x) & given else x for x in held]
+    # where the stream may be seen, in the order in which the block comes there
+    points = {INPUT: state} | {
+        name: x.detach() for name, x, _ in seen.norms if x.shape == state.shape and not storages(x) & given
+    }
+    if reads is not None:
+        ends = [*points.items(), (INPUT, seen.output)]
+        for (x, readers), dead in zip(seen.inputs, reads.dead(), strict=True):
+            norm = next((name for name, _, y in seen.norms if y is x), None)
+            stages.append(Stage(readers, norm, dead=dead, stream=_stream(readers, ends, seen.outputs)))
+        _confirm_dead(model, block, stages, state.clone(), call, seen.output, rough)
+    if [stage.matrices for stage in stages] != [readers for _, readers in seen.inputs]:
+        return False
+    if not {stage.stream for stage in stages if stage.stream is not None} <= points.keys():
+        return False
+    for stage, x in zip(stages, inputs, strict=True):
+        stage.exact.append(x)
+        if stage.stream is not None:
+            there = points[stage.stream]
+            stage.streams.append(there.clone() if there is state else there)
+    state.copy_(seen.output)
+    return True
+
+
+@dataclass
+class _Seen:
+    """What was seen of a batch on its way through a block.
+
+    Attributes:
+        output: of the block.
+        inputs: what matrices read, each with its readers, in the order in which the block came there.
+        norms: by their names, what they read and what they put out.
+        outputs: of matrices; of the first batch alone.
+    """
+
+    output: Tensor
+    inputs: list[tuple[Tensor, list[Matrix]]]
+    norms: list[tuple[str, Tensor, Tensor]]
+    outputs: dict[Matrix, Tensor]
+
+
+def _watch(
+    model: nn.Module,
+    block: nn.Module,
+    matrices: Sequence[Matrix],
+    state: Tensor,
+    call: BlockCall,
+    reads: Reads | None,
+    rough: bool,
+) -> _Seen:
+    """Run a batch through a block, and look at what comes by."""
+    inputs: list[tuple[Tensor, list[Matrix]]] = []
+    norms: list[tuple[str, Tensor, Tensor]] = []
+    outputs: dict[Matrix, Tensor] = {}
+
+    def note(matrix: Matrix, x: Tensor) -> None:
+        if inputs and inputs[-1][0] is x:
+            inputs[-1][1].append(matrix)
+        else:
+            inputs.append((x, [matrix]))
+            if reads is not None:
+                reads.arrive(sys._getframe())
+
+    with (
+        _before(model, matrices, note),
+        _after_norms(model, block, norms),
+        _after(model, matrices if reads is not None else [], outputs),
+        torch.no_grad(),
+        sixteen_bits(state.device, rough),
+        reads or nullcontext(),
+    ):
+        output = call.run(block, state)
+    return _Seen(output, inputs, norms, outputs)
 
 
 def _confirm_dead(
