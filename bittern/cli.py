@@ -37,7 +37,7 @@ from bittern.options import (
     uptrain_options,
     verbose_option,
 )
-from bittern.runtime import MOST_THREADS
+from bittern.runtime import MOST_THREADS, wait_briefly
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +50,7 @@ DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted; an error is one line on stderr."""
+    wait_briefly()
     state = {"verbose": False}
     try:
         code = commands.main(arguments, prog_name="bittern", standalone_mode=False, obj=state)
@@ -150,10 +151,8 @@ def quantize(source: str, output: Path, as_json: bool, **options: Any) -> None:
         return
     for note in found["notes"]:
         _say(f"note: {note}")
-    if as_json:
-        print(json.dumps(found))
-    else:
-        print(progress.preflight(found) if options["dry_run"] else f"{output}: {progress.quantization(found)}")
+    told = progress.preflight(found) if options["dry_run"] else f"{output}: {progress.quantization(found)}"
+    print(json.dumps(found) if as_json else told)
 
 
 @_command

@@ -653,3 +653,23 @@ def test_the_default_dataset_in_the_help_is_the_real_one(run: Bittern) -> None:
     from bittern.quantize.pipeline import DEFAULT_DATASET
 
     assert DEFAULT_DATASET in run("quantize", "--help").out
+
+
+@pytest.mark.parametrize(
+    ("own", "found"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+    ids=["neither", "a count", "a policy"],
+)
+def test_openmp_is_told_before_torch_is_imported(own: dict[str, str], found: str | None) -> None:
+    code = """
+import os, sys
+from bittern import cli
+assert "torch" not in sys.modules
+try:
+    cli.main(["--version"])
+except SystemExit:
+    print(os.environ.get("GOMP_SPINCOUNT"), "torch" in sys.modules)
+"""
+    usual = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run([sys.executable, "-c", code], env=usual | own, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"{found} False"
