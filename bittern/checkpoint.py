@@ -122,7 +122,9 @@ class Checkpoint:
 
     @property
     def path(self) -> Path:
-        """What is read: the folder, or the GGUF file."""
+        """What is read, or will be after :meth:`fetch`: the folder, or the GGUF file."""
+        if isinstance(self._storage, _NoValues):
+            return self._storage.whole
         return self.folder if self.gguf is None else self.gguf.path
 
     def read(self, name: str) -> Tensor:
@@ -259,12 +261,12 @@ def _open_headers(repo_id: str, revision: str | None) -> Checkpoint | None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="bittern-"))) / repo_id  # errors name it
         folder.mkdir(parents=True)
-        commit = fetch_headers(repo_id, revision, folder)
-        if commit is None:
+        whole = fetch_headers(repo_id, revision, folder)
+        if whole is None:
             return None
-        found = _open_folder(repo_id, folder, commit)
-        storage = _NoValues(stack.pop_all())
-    return Checkpoint(repo_id, folder, found.config, found.tensors, storage, revision=commit)
+        found = _open_folder(repo_id, folder, whole.name)
+        storage = _NoValues(stack.pop_all(), whole)
+    return Checkpoint(repo_id, folder, found.config, found.tensors, storage, revision=whole.name)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -421,10 +423,11 @@ def _read_index(folder: Path, path: Path) -> dict[str, Path]:
 
 
 class _NoValues:
-    """Of a checkpoint whose headers alone are there; ``close`` removes them."""
+    """Of a checkpoint whose headers alone are there; ``close`` removes them, ``whole`` is where all will be."""
 
-    def __init__(self, folder: ExitStack) -> None:
+    def __init__(self, folder: ExitStack, whole: Path) -> None:
         self._folder = folder
+        self.whole = whole
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         raise BitternError(f"{name}: its values were not fetched, headers alone were asked for")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -59,9 +60,6 @@ _WAITS = (1.0, 3.0)
 _HEAD = 100_000
 """Bytes that are fetched of a safetensors file before it is known how long its header is; most are shorter."""
 
-_PARTIAL = 206
-"""Status of an answer that is the part of a file that was asked for."""
-
 _AT_ONCE = 8
 """Files whose headers are fetched side by side."""
 
@@ -90,7 +88,7 @@ def download(repo_id: str, revision: str | None = None) -> tuple[Path, str | Non
     return folder, folder.name
 
 
-def fetch_headers(repo_id: str, revision: str | None, folder: Path) -> str | None:
+def fetch_headers(repo_id: str, revision: str | None, folder: Path) -> Path | None:
     """Lay out a model repository in an empty folder as :func:`download` would, without what takes time and room.
 
     Of safetensors the header is there and the size: what follows are zeros that take no space on the disk.
@@ -100,8 +98,8 @@ def fetch_headers(repo_id: str, revision: str | None, folder: Path) -> str | Non
         folder: where to.
 
     Returns:
-        The commit; None where all is in the cache already, or headers alone cannot be had: for want of network, of
-        safetensors, or of a server that sends parts of a file.
+        The folder that :func:`download` would give, which has the commit's name; None where all is in the cache
+        already, or headers alone cannot be had: for want of network, of safetensors, or of a server that sends parts.
 
     Raises:
         BitternError: as of :func:`download`.
@@ -135,7 +133,7 @@ def fetch_headers(repo_id: str, revision: str | None, folder: Path) -> str | Non
         for name in taken(allow_patterns=list(_ALWAYS)):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(known / name, folder / name)
-    return known.name
+    return known
 
 
 def _start(repo_id: str, commit: str, name: str, size: int) -> bytes | None:
@@ -152,7 +150,7 @@ def _start(repo_id: str, commit: str, name: str, size: int) -> bytes | None:
         asked = {**build_hf_headers(), "range": f"bytes={start}-{stop - 1}", "accept-encoding": "identity"}
         with http_stream_backoff("GET", url, headers=asked, timeout=seconds) as answer:
             hf_raise_for_status(answer)
-            return bytes(answer.read()) if answer.status_code == _PARTIAL else None
+            return bytes(answer.read()) if answer.status_code == HTTPStatus.PARTIAL_CONTENT else None
 
     found = fetch(0, min(size, _HEAD)) if size else b""
     if found is None:

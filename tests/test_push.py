@@ -618,10 +618,8 @@ def test_a_repository_is_inspected_from_its_headers_alone(
         client.job(None, code=SETTINGS.format(head=100_000, folder=None))
 
 
-def test_a_dry_run_fetches_no_weights(hub: Hub, client: Client, source: Path, tmp_path: Path) -> None:
+def test_a_dry_run_fetches_no_weights(hub: Hub, client: Client, source: Path, text: Path, tmp_path: Path) -> None:
     repo, weights = published(hub, contents(source))
-    text = tmp_path / "text.txt"
-    text.write_text("stone river " * 500)
     options = ["--bits", "4", "--group-size", "32", "--seqlen", "32", "--nsamples", "4"]
     given = ["-o", tmp_path / "out", "--dataset", text, *options]
     client.job(None, code=SETTINGS.format(head=64, folder=None))
@@ -662,11 +660,9 @@ def test_a_dry_run_fetches_no_weights(hub: Hub, client: Client, source: Path, tm
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_headers_tell_is_refused_before_weights_are_fetched(
-    command: list[str], said: str, hub: Hub, client: Client, source: Path, tmp_path: Path
+    command: list[str], said: str, hub: Hub, client: Client, source: Path, text: Path, tmp_path: Path
 ) -> None:
     repo, weights = published(hub, contents(source))
-    text = tmp_path / "text.txt"
-    text.write_text("stone river " * 500)
     out = tmp_path / next((word for word in command if word.startswith("there")), "out")
     if out.suffix:
         out.touch()
@@ -686,25 +682,44 @@ def test_what_headers_tell_is_refused_before_weights_are_fetched(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["quantize", "--method", "rtn", "--group-size", "32"],
+        ["convert"],
+        ["uptrain", "--kv-heads", "1"],
+    ],
+)
+def test_nothing_is_written_into_what_will_be_downloaded(
+    command: list[str], hub: Hub, client: Client, source: Path, text: Path
+) -> None:
+    """The place in the cache counts before the weights are there, not that where the headers lie meanwhile."""
+    repo, weights = published(hub, contents(source))
+    snapshot = client.home / "hub" / "models--org--tiny" / "snapshots" / repo.heads["main"]
+    out = snapshot / "out"
+    texts = ["--dataset", text, "--seqlen", "32"] if command[0] == "uptrain" else []
+    code, _, err = client.run(command[0], "org/tiny", "-o", out, *command[1:], *texts)
+    assert code == 1 and "apart from the source" in err and str(snapshot) in err, err
+    assert not out.exists() and not any((snapshot / name).exists() for name in weights)
+
+
 @pytest.mark.parametrize("parts", [True, False], ids=["parts of files", "whole files only"])
 def test_a_repository_becomes_what_a_folder_becomes(
-    parts: bool, hub: Hub, client: Client, source: Path, tmp_path: Path
+    parts: bool, hub: Hub, client: Client, source: Path, text: Path, tmp_path: Path
 ) -> None:
     published(hub, contents(source))
     hub.parts_of_files = parts
-    text = tmp_path / "text.txt"
-    text.write_text("stone river " * 500)
     given = ["--dataset", text, "--bits", "4", "--group-size", "32", "--seqlen", "32", "--nsamples", "4"]
-    hashes = []
+    made = []
     for name, model in (("first", "org/tiny"), ("second", "org/tiny"), ("third", source)):
         code, _, err = client.run("quantize", model, "-o", tmp_path / name, *given)
         assert code == 0, err
         written = contents(tmp_path / name)
         del written["bittern_manifest.json"]
-        hashes.append(written)
+        made.append(written)
         if name == "first":
             hub.log.clear()
-    assert hashes[0] == hashes[1] == hashes[2]
+    assert made[0] == made[1] == made[2]
     assert not hub.asked("GET .*safetensors")  # the second time all is in the cache
 
 
@@ -713,11 +728,9 @@ def test_a_repository_becomes_what_a_folder_becomes(
     [["convert"], ["convert", "--format", "gguf"], ["uptrain", "--kv-heads", "1", "--seqlen", "32", "--nsamples", "4"]],
 )
 def test_values_are_fetched_where_they_are_needed(
-    command: list[str], hub: Hub, client: Client, source: Path, tmp_path: Path
+    command: list[str], hub: Hub, client: Client, source: Path, text: Path, tmp_path: Path
 ) -> None:
     published(hub, contents(source))
-    text = tmp_path / "text.txt"
-    text.write_text("stone river " * 500)
     texts = ["--dataset", text, "--text", text] if command[0] == "uptrain" else []
     written = []
     for model in ("org/tiny", source):
@@ -752,10 +765,8 @@ def test_a_stored_tied_head_is_compared_when_its_values_are_there(
 
 def published(hub: Hub, files: dict[str, bytes]) -> tuple[Repo, dict[str, bytes]]:
     """The repository org/tiny with these files, and the safetensors of them."""
-    repo, weights = (
-        hub.create("org/tiny"),
-        {name: data for name, data in files.items() if name.endswith(".safetensors")},
-    )
+    repo = hub.create("org/tiny")
+    weights = {name: data for name, data in files.items() if name.endswith(".safetensors")}
     repo.add("main", repo.at("main"), "weights", files, set(weights))
     return repo, weights
 
