@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ DOWN = "model.layers.0.mlp.down_proj"
 SHAPES = dict.fromkeys(NAMES, (256, 256))
 EXPERTS = [f"model.layers.0.block_sparse_moe.experts.{expert}.{part}" for expert in (0, 1) for part in ("w1", "w2")]
 FOUR = QuantSpec(4, 128)
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 CONSUMERS = {"bittern", "transformers", "GPTQModel", "vLLM", "SGLang", "exllamav2", "auto-gptq", "llama.cpp", "mlx"}
 GPTQ_LOADERS = CONSUMERS - {"llama.cpp", "mlx"}
 
@@ -436,3 +439,28 @@ def test_who_reads_the_old_words_alone(kind: str, rope: dict[str, Any], said: bo
 )
 def test_what_the_gguf_reader_of_transformers_loses(config: dict[str, Any], lost: str) -> None:
     assert planned_layout(config, {}, {}, tied=False).lost_in_gguf == lost
+
+
+def readme_rows() -> list[tuple[str, int, bool, dict[str, str]]]:
+    """Format, bits, sym and each loader's cell, of the README's table of what loads where."""
+    section = README.split("## What loads where", 1)[1].split("\n## ", 1)[0]
+    header, _, *rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
+    loaders = [name.strip() for name in header[2:]]
+    found = []
+    for format, grids, *cells in rows:
+        answers = dict(zip(loaders, (cell.strip() for cell in cells), strict=True))
+        for part in grids.split(";"):
+            kinds = [sym for word, sym in (("asym", False), (" sym", True)) if word in part] or [True, False]
+            widths = [int(bits) for bits in re.findall(r"\d", part)] or [8, 4, 3, 2]
+            found += [(format.strip(), bits, sym, answers) for bits in widths for sym in kinds]
+    return found
+
+
+def test_the_readme_s_table_says_what_the_rules_say() -> None:
+    rows = readme_rows()
+    assert len(rows) == 33
+    for format, bits, sym, answers in rows:
+        for group in (32, 64, 128):
+            made = layout(format, QuantSpec(bits, group, sym), dequantize="--target" in answers["transformers"])
+            opened = {loader.lower() for loader in loading(made)} - {"bittern"}
+            assert opened == {loader.lower() for loader, cell in answers.items() if cell != "no"}, (format, bits, sym)

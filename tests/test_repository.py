@@ -55,6 +55,15 @@ def test_links_lead_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
 
 
+def test_rows_of_tables_have_as_many_cells_as_their_header() -> None:
+    for page in [name for name in tracked() if name.endswith(".md")]:
+        header = None
+        for number, line in enumerate(read(page).splitlines(), 1):
+            cells = len(re.findall(r"(?<!\\)\|", line)) if line.startswith("|") else None
+            assert header is None or cells is None or cells == header, f"{page}, line {number}: {line}"
+            header = cells if header is None or cells is None else header
+
+
 def test_the_version_stands_in_one_place() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert "version" not in project["project"]
