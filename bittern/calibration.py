@@ -13,7 +13,8 @@ How windows are chosen, so that anybody can make the same ones:
 Of several datasets each gives the same number of windows, and they take turns.
 
 However large the source, only about ``POOL`` windows per sample asked for are read and tokenized: a
-larger .txt file in ``nsamples`` pieces spread evenly over it, rows in their order.
+larger .txt file in ``nsamples`` pieces spread evenly over it, rows in their order; of a row that is
+larger by itself, its beginning.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,7 +35,7 @@ from torch import Tensor
 from bittern.errors import BitternError, first_line
 from bittern.hub_errors import guarded
 from bittern.sampling import Sampled, beginnings, write_on, writer
-from bittern.tokenizer import check_vocabulary, encode, leading_bos
+from bittern.tokenizer import check_vocabulary, encode, leading_bos, rendering
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -179,14 +181,22 @@ def tokens_hash(ids: Tensor) -> str:
     return hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest()
 
 
-def read_texts(dataset: str, *, budget: int, pieces: int, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
+def read_texts(
+    dataset: str,
+    *,
+    budget: int,
+    pieces: int,
+    tokenizer: PreTrainedTokenizerBase | None,
+    all_rows: bool = False,
+) -> Iterator[str]:
     """Consecutive texts of a file or of a dataset on the Hub, at least ``budget`` bytes or characters if it has them.
 
     Args:
         dataset: as in :func:`load_tokens`, without ``self``.
-        budget: when to stop.
+        budget: when to stop; a row of more than that is not one text.
         pieces: how many places of a .txt file larger than ``budget`` are read.
         tokenizer: given when rows are conversations for its chat template.
+        all_rows: rows come until there are no more: the caller stops.
 
     Raises:
         BitternError: as :func:`load_tokens`.
@@ -197,7 +207,7 @@ def read_texts(dataset: str, *, budget: int, pieces: int, tokenizer: PreTrainedT
     if path.suffix == ".txt":
         _check_file(path, column)
         return _text_pieces(path, budget, pieces)
-    return _joined(_rows(dataset, tokenizer), budget)
+    return _joined(_rows(dataset, tokenizer), sys.maxsize if all_rows else budget, budget)
 
 
 def split_column(dataset: str) -> tuple[Path, str | None]:
@@ -231,26 +241,36 @@ def _text_pieces(path: Path, budget: int, pieces: int) -> Iterator[str]:
             start = 0  # a piece may begin and end inside a character
             while index > 0 and start < len(raw) and raw[start] & 0xC0 == 0x80:
                 start += 1
+            encoding = "utf-8" if index else "utf-8-sig"  # a byte order mark is no text
             try:
-                yield codecs.getincrementaldecoder("utf-8")().decode(raw[start:], final=length == size)
+                yield codecs.getincrementaldecoder(encoding)().decode(raw[start:], final=length == size)
             except UnicodeDecodeError as error:
                 raise BitternError(f"{path}: expected UTF-8 text, found {first_line(error)}") from error
 
 
-def _joined(rows: Iterable[str], budget: int) -> Iterator[str]:
-    """Rows joined by blank lines into texts worth one call of the tokenizer, until ``budget`` characters."""
+def _joined(rows: Iterable[str], budget: int, longest: int) -> Iterator[str]:
+    """Rows joined by blank lines into texts worth one call of the tokenizer, until ``budget`` characters.
+
+    Of a row of more than ``longest`` characters no more is taken than what is left of the budget, in several texts.
+    """
     waiting: list[str] = []
     size = total = 0
     for row in rows:
-        waiting.append(row)
-        size, total = size + len(row), total + len(row)
-        if size >= _ROWS_AT_ONCE or total >= budget:
-            yield "\n\n".join(waiting)
-            waiting, size = [], 0
-        if total >= budget:
-            return
+        for part in [row] if len(row) <= longest else _parts(row[: budget - total]):
+            waiting.append(part)
+            size, total = size + len(part), total + len(part)
+            if size >= _ROWS_AT_ONCE or total >= budget:
+                yield "\n\n".join(waiting)
+                waiting, size = [], 0
+            if total >= budget:
+                return
     if waiting:
         yield "\n\n".join(waiting)
+
+
+def _parts(row: str) -> Iterator[str]:
+    """A long row in texts of their own; the last one may be short, and waits for the rows that follow."""
+    return (row[start : start + _ROWS_AT_ONCE] for start in range(0, len(row), _ROWS_AT_ONCE))
 
 
 def _rows(dataset: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
@@ -262,10 +282,10 @@ def _rows(dataset: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[s
         raise BitternError(f"{dataset}: --chat-template renders messages, found a column {text_column!r} of text named")
     with guarded(), tempfile.TemporaryDirectory(prefix="bittern-") as cache:
         try:
-            for row in _open_rows(path, cache):
+            for number, row in enumerate(_open_rows(path, cache), 1):
                 if tokenizer is None and text_column is None:
                     text_column = _text_column(row, dataset)
-                found = _row_text(row, dataset, tokenizer, text_column)
+                found = _row_text(row, f"{dataset}: row {number}", tokenizer, text_column)
                 if found is not None:
                     yield found
         except StopIteration as error:  # what datasets raises of an empty file
@@ -311,48 +331,55 @@ def _text_column(row: dict[str, Any], dataset: str) -> str | None:
 
 
 def _row_text(
-    row: dict[str, Any], dataset: str, tokenizer: PreTrainedTokenizerBase | None, text_column: str | None
+    row: dict[str, Any], place: str, tokenizer: PreTrainedTokenizerBase | None, text_column: str | None
 ) -> str | None:
-    """None of a row that holds nothing."""
+    """None of a row that holds nothing; ``place`` is what errors call the row."""
     columns = ", ".join(row)
     if tokenizer is not None:
         kept = [row[name] for name in ("messages", "conversations") if name in row]
         if not kept:
-            raise BitternError(f"{dataset}: --chat-template needs a column 'messages', found columns {columns}")
+            raise BitternError(f"{place}: --chat-template needs a column 'messages', found columns {columns}")
         messages = next((each for each in kept if each), None)  # a conversation may be empty
-        return _render(messages, dataset, tokenizer) if messages else None
+        return _render(messages, place, tokenizer) if messages else None
     if text_column is None:  # no row so far has any
         return None
     if text_column not in row:
-        raise BitternError(f"{dataset}: expected a column {text_column!r} of text, found columns {columns}")
+        raise BitternError(f"{place}: expected a column {text_column!r} of text, found columns {columns}")
     value = row[text_column]
     if value is not None and not isinstance(value, str):
-        raise BitternError(f"{dataset}: expected text in column {text_column!r}, found {type(value).__name__}")
+        raise BitternError(f"{place}: expected text in column {text_column!r}, found {type(value).__name__}")
     return value
 
 
-def _render(messages: list[dict[str, str]], dataset: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def _render(messages: list[dict[str, Any]], place: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """One conversation through the chat template; the ShareGPT keys ``from`` and ``value`` are understood."""
-    roles = {"human": "user", "gpt": "assistant"}
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise BitternError(f"{dataset}: expected a list of messages, found {type(messages).__name__}")
+    if not isinstance(messages, list):
+        raise BitternError(f"{place}: expected a list of messages, found {type(messages).__name__}")
+    strangers = [message for message in messages if not isinstance(message, dict)]
+    if strangers:
+        raise BitternError(f"{place}: expected a list of messages, found one of {type(strangers[0]).__name__}")
     if "from" in messages[0]:
-        messages = [{"role": roles.get(m["from"], m["from"]), "content": m["value"]} for m in messages]
+        messages = [_from_sharegpt(message, place) for message in messages]
     for message in messages:
         if "role" not in message or not {"content", "tool_calls"} & set(message):  # a template would render nothing
-            raise BitternError(f"{dataset}: expected messages with role and content, found {', '.join(message)}")
+            found = ", ".join(message) or "neither"
+            raise BitternError(f"{place}: expected messages with role and content, found {found}")
     if not tokenizer.chat_template:
         raise BitternError(f"--chat-template: the tokenizer {tokenizer.name_or_path!r} has no chat template")
-    from jinja2 import TemplateError
-
-    try:
+    with rendering(f"{place}: the chat template refuses the conversation"):
         text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except TemplateError as error:
-        raise BitternError(f"{dataset}: the chat template refuses a conversation: {first_line(error)}") from error
     assert isinstance(text, str)
     bos = tokenizer.bos_token
     # every window gets its own BOS; one from the template would stand in the middle
     return text.removeprefix(bos) if bos and leading_bos(tokenizer) is not None else text
+
+
+def _from_sharegpt(turn: dict[str, Any], place: str) -> dict[str, Any]:
+    """A turn of ShareGPT's as a message."""
+    if not {"from", "value"} <= set(turn):
+        raise BitternError(f"{place}: expected turns with from and value, found {', '.join(turn) or 'neither'}")
+    roles = {"human": "user", "gpt": "assistant"}
+    return {"role": roles.get(str(turn["from"]), turn["from"]), "content": turn["value"]}
 
 
 def _windows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, seqlen: int, dataset: str) -> Tensor:

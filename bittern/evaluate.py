@@ -99,7 +99,7 @@ def read_text(path: str | os.PathLike[str], characters: int | None) -> str:
             f"{path}: expected a file of plain text, found rows ({path.suffix}): their markup would count"
         )
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:  # a byte order mark is no text
             return file.read(characters)
     except OSError as error:
         raise BitternError(f"{path}: cannot be read: {error.strerror}") from error

@@ -1,9 +1,21 @@
-"""RoPE in a config.json, in the words of transformers 5 and in those of the readers that do not know these."""
+"""RoPE in a config, in the words of transformers 5 and in those of the readers that do not know these."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+def longrope_turn(config: PreTrainedConfig) -> int | None:
+    """The length beyond which LongRoPE turns all keys by other angles than up to it; None for other kinds of RoPE."""
+    found = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    kinds = [found, *(each for each in found.values() if isinstance(each, dict))]
+    return next(
+        (int(each["original_max_position_embeddings"]) for each in kinds if each.get("rope_type") == "longrope"), None
+    )
 
 
 def with_old_rope(config: Mapping[str, Any]) -> dict[str, Any]:

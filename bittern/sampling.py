@@ -15,7 +15,7 @@ from bittern import replay
 from bittern.errors import BitternError
 from bittern.runtime import attention, native
 from bittern.runtime.cache import new_cache
-from bittern.weight import round_to_nearest
+from bittern.weight import naming, round_to_nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -113,7 +113,8 @@ def _rounded(model: PreTrainedModel) -> Decoder | None:
     settings = native.Settings(threads=torch.get_num_threads())
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear:
-            weight = round_to_nearest(module.weight.detach(), small_groups(8, module.in_features))
+            with naming(name):
+                weight = round_to_nearest(module.weight.detach(), small_groups(8, module.in_features))
             model.set_submodule(name, QuantLinear([NativeMatrix(weight, model.dtype, settings)], module.bias))
     return attach_checked(model, settings)[0]
 

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from bittern.errors import BitternError, first_line
-from bittern.tokenizer import check_vocabulary, context_length, encode, leading_bos
+from bittern.rope import longrope_turn
+from bittern.tokenizer import check_text, check_vocabulary, context_length, encode, leading_bos
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -96,6 +97,8 @@ def read_task(path: str | os.PathLike[str], limit: int | None = None) -> tuple[s
             raise BitternError(
                 f"{path}, line {line}: expected whole numbers doc_id and idx, a context and a continuation of text"
             )
+        for text in texts:
+            check_text(text, f"{path}, line {line}")
         name = row.get("task_name", name)
         if not isinstance(name, str):
             raise BitternError(f"{path}, line {line}: expected a task_name of text, found {name!r}")
@@ -163,7 +166,8 @@ def loglikelihoods(
 
     A pair is tokenized as one text and split at the length of its tokenized context, with the
     tokenizer's BOS before it when it uses one. Requests of like length share a batch; padding stands on
-    the right, where no causal model looks.
+    the right, where no causal model looks. Only LongRoPE does: it turns the short by the angles of the long,
+    so they share no batch.
     """
     longest = context_length(model.config)
     requests = [_tokens(tokenizer, *pair) for pair in texts]
@@ -175,8 +179,11 @@ def loglikelihoods(
     check_vocabulary(
         torch.tensor([max(ids) for ids, _ in requests]), tokenizer, model.config.get_text_config().vocab_size
     )
-    for start in range(0, len(order), batch_size):
-        members = order[start : start + batch_size]
+    turn = longrope_turn(model.config)
+    beyond = 0 if turn is None else sum(len(ids) - 1 > turn for ids, _ in requests)
+    parts = (order[:beyond], order[beyond:])
+    done = 0
+    for members in (part[start : start + batch_size] for part in parts for start in range(0, len(part), batch_size)):
         rows = [requests[i][0] if longest is None else requests[i][0][-longest - 1 :] for i in members]
         width = max(map(len, rows)) - 1
         inputs = torch.tensor([row[:-1] + [0] * (width + 1 - len(row)) for row in rows], device=model.device)
@@ -189,8 +196,9 @@ def loglikelihoods(
             if not math.isfinite(total):
                 raise BitternError(f"request {i}: the model's logits give no finite likelihood (NaN or Inf)")
             result[i] = Scored(total, bool((logp.argmax(-1) == target).all()), len(row) < len(requests[i][0]))
+        done += len(members)
         if on_progress is not None:
-            on_progress(start + len(members), len(order))
+            on_progress(done, len(order))
     return [score for score in result if score is not None]
 
 
@@ -204,10 +212,10 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
                     yield line, json.loads(text)
     except (OSError, EOFError, zlib.error) as error:
         raise BitternError(f"{path}: cannot be read: {first_line(error)}") from error
-    except json.JSONDecodeError as error:
-        raise BitternError(f"{path}, line {line}: expected JSON, found {error}") from error
     except UnicodeDecodeError as error:
         raise BitternError(f"{path}: expected UTF-8 text, found {error}") from error
+    except (ValueError, RecursionError) as error:  # too deep, or a number of too many digits, is no JSON either
+        raise BitternError(f"{path}, line {line}: expected JSON, found {first_line(error)}") from error
 
 
 def _question(path: Path, doc_id: int, rows: list[dict[str, Any]]) -> Question:

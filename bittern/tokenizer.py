@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from bittern.errors import BitternError
+from bittern.errors import BitternError, first_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -30,6 +32,22 @@ def check_text(text: str, what: str) -> str:
     except UnicodeEncodeError as error:
         raise BitternError(f"{what}: expected UTF-8 text, found other bytes at character {error.start}") from error
     return text
+
+
+@contextmanager
+def rendering(what: str) -> Iterator[None]:
+    """Render a chat template within: it is a program, and fails as programs do.
+
+    Raises:
+        BitternError: ``what`` was refused, and why.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise BitternError(f"{what}: {why}") from error
 
 
 def leading_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:

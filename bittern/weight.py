@@ -7,6 +7,8 @@ A method produces a :class:`QuantWeight`, a format packs and unpacks it, a kerne
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -155,6 +157,19 @@ def round_scale(scale: Tensor) -> Tensor:
     if not bool(torch.isfinite(rounded).all()):
         raise BitternError(f"scales: fp16 holds at most {LARGEST_SCALE:.0f}, found {scale.abs().max():.4g}")
     return rounded
+
+
+@contextmanager
+def naming(*layers: str) -> Iterator[None]:
+    """Have errors of what is done within, which knows values alone, name the layers that these belong to.
+
+    Raises:
+        BitternError: the same, behind their names.
+    """
+    try:
+        yield
+    except BitternError as error:
+        raise BitternError(f"{', '.join(layers)}: {error}") from error
 
 
 def min_max_grid(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:

@@ -186,6 +186,37 @@ def test_no_more_rows_are_read_than_the_pool_takes(tmp_path: Path, plain: PreTra
     assert load(path, plain, nsamples=1).ids.shape == (1, 16)
 
 
+def test_a_row_of_a_whole_corpus_is_cut_and_comes_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "_ROWS_AT_ONCE", 1000)
+    rows = ["heron", words(20_000), "reed", "water"]
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": row} for row in rows])
+
+    def read(budget: int, **options: Any) -> list[str]:
+        return list(calibration.read_texts(str(path), budget=budget, pieces=4, tokenizer=None, **options))
+
+    texts = read(4096)
+    assert max(map(len, texts)) <= 1000 + len("heron\n\n")
+    assert "".join(texts) == f"heron\n\n{rows[1][: 4096 - len('heron')]}"
+    texts = read(4096, all_rows=True)
+    assert max(map(len, texts)) <= 1000 + len("heron\n\n") and "".join(texts) == "\n\n".join(rows)
+    assert read(len(rows[1])) == [f"heron\n\n{rows[1]}"]  # not larger than the budget: one text, as ever
+
+
+def test_a_long_row_costs_what_was_asked_for(
+    tmp_path: Path, plain: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": words(50_000)}])
+    encoded: list[str] = []
+
+    def watched(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+        encoded.append(text)
+        return encode(tokenizer, text)
+
+    monkeypatch.setattr(calibration, "encode", watched)
+    assert load(path, plain, nsamples=4, seqlen=32).ids.shape == (4, 32)
+    assert sum(map(len, encoded)) == calibration.POOL * calibration.BYTES_PER_TOKEN * 4 * 32 < path.stat().st_size / 10
+
+
 def test_the_only_column_of_text_is_taken(tmp_path: Path, plain: PreTrainedTokenizerFast) -> None:
     one = write_rows(tmp_path / "one.jsonl", [{"id": 1, "body": words(700)}])
     two = write_rows(tmp_path / "two.jsonl", [{"title": "Bittern", "body": words(700)}])
@@ -350,7 +381,9 @@ def test_a_wrong_tokenizer_is_named(text: Path, plain: PreTrainedTokenizerFast) 
             for messages, message in [
                 ('[{"role": "user", "value": "heron"}]', r"expected messages with role and content, found role, value"),
                 ('[{"speaker": "user", "content": "heron"}]', r"role and content, found speaker, content"),
-                ('"heron"', r"expected a list of messages, found str"),
+                ('"heron"', r"a.jsonl: row 1: expected a list of messages, found str"),
+                ('["heron", "crane"]', r"a.jsonl: row 1: expected a list of messages, found one of str"),
+                ('[{"from": "human"}]', r"a.jsonl: row 1: expected turns with from and value, found from$"),
             ]
         ),
         ("a.jsonl", '{"a": "heron", "b": "crane"}', {}, r"expected a column 'text' of text, found columns a, b"),
@@ -403,6 +436,22 @@ def test_self_needs_a_model_and_something_to_begin_with(plain: PreTrainedTokeniz
         load("self", plain)
     with pytest.raises(BitternError, match="needs a dataset with messages"):
         load("self", plain, chat_template=True)
+
+
+def test_what_a_template_cannot_render_is_told_by_row(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(adds_bos=False)
+    tokenizer.chat_template = "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}"
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Boom?"}]}]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("\n".join(json.dumps({"messages": messages}) for messages in ([], parts)))
+    with pytest.raises(
+        BitternError, match=r"chat.jsonl: row 2: the chat template refuses .*TypeError: .*\"list\""
+    ) as caught:
+        load(path, tokenizer, chat_template=True)
+    assert "\n" not in str(caught.value)
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(BitternError, match=r"chat.jsonl: row 2: the chat template refuses .*: roles must alternate$"):
+        load(path, tokenizer, chat_template=True)
 
 
 def test_a_tokenizer_without_a_chat_template(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from transformers import (
 
 from bittern import evaluate as module
 from bittern.errors import BitternError
-from bittern.evaluate import check_fit, evaluate, text_windows
+from bittern.evaluate import check_fit, evaluate, read_text, text_windows
 
 VOCAB = 97
 
@@ -226,3 +226,9 @@ def test_rows_are_no_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) ->
     (tmp_path / "rows.jsonl").write_text('{"text": "heron"}\n' * 99)
     with pytest.raises(BitternError, match=r"rows.jsonl: expected a file of plain text, found rows \(.jsonl\)"):
         text_windows(tmp_path / "rows.jsonl", tokenizer, seqlen=8)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbfheron")
+    assert read_text(tmp_path / "bom.txt", None) == "heron"
+    assert read_text(tmp_path / "bom.txt", 1) == "h"

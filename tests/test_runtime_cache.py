@@ -75,6 +75,13 @@ def test_with_and_without_cache(kind: str) -> None:
     assert (alone[0, -1] - expected[0, -1]).abs().max() > 1e-2
 
 
+def test_a_model_that_takes_no_cache_but_its_own() -> None:
+    config = AutoConfig.for_model("minimax", **SMALL)
+    assert type(new_cache(config, 9)).__name__ == "MiniMaxCache"
+    with pytest.raises(BitternError, match="to store in int8, found minimax, which takes none but its own"):
+        new_cache(config, 9, "int8")
+
+
 def test_appending_moves_nothing_until_the_room_is_used_up() -> None:
     layer = PreallocatedLayer(6)
     states = torch.randn(1, 2, 9, 4, generator=torch.Generator().manual_seed(0))

@@ -113,6 +113,7 @@ def run(
         ("bloom", {"n_layer": 2, "n_head": 4}),
         ("mamba", {"state_size": 4}),
         ("phi3", LONGROPE),
+        ("xlm", {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "mask_token_id": 5}),
     ],
 )
 @pytest.mark.parametrize("penalty", [1.0, 1.7])
@@ -216,6 +217,28 @@ def test_stream_leaves_special_tokens_and_broken_bytes_out(tokenizer: PreTrained
     assert stream.finish() == ""
 
 
+@pytest.mark.parametrize(("stop", "text"), [((), " na"), (("a",), " n"), ((" n!",), " na")])
+def test_what_stands_before_half_a_character_in_the_end(stop: tuple[str, ...], text: str) -> None:
+    """Merges do not keep to characters: one token is a space, two letters and the first byte of a third."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=261, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    backend.train_from_iterator([" naï", " naé", " naí"], trainer)
+    tokenizer = fast(backend)
+    token: Any = tokenizer.convert_tokens_to_ids("ĠnaÃ")
+    stream = TextStream(tokenizer, ids_of(tokenizer, "x")[0].tolist(), stop)
+    assert stream.add(token) == ""
+    assert (stream.finish(), stream.stopped) == (text, text == " n")
+    model: Any = tiny(tokenizer, "gpt2", n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    with torch.no_grad():  # the token is all that it says
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.copy_(model.lm_head.weight[token])
+        model.lm_head.weight[token] *= 10
+    result = run(model, tokenizer, "x", max_new_tokens=1, stop=stop)
+    assert (result.text, result.finish_reason) == (text, "stop" if text == " n" else "length")
+
+
 def test_sentencepiece_spaces() -> None:
     """Decoders that strip the first space strip none in the middle."""
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁Once": 3, "▁upon": 4, "▁a": 5, "▁": 6, "time": 7}
@@ -255,14 +278,19 @@ def test_a_special_token_may_be_what_ends_a_text(tokenizer: PreTrainedTokenizerF
         ("", {}, "prompt: expected at least one token, found none"),
         ("a b c", {"max_new_tokens": 60}, r"5 prompt tokens and 60 new ones do not fit a context of 64"),
         ("a b c" * 20, {"max_new_tokens": None}, "prompt tokens and 1 new ones do not fit a context of 64"),
-        ("a", {"max_new_tokens": 0}, "max_new_tokens: expected at least 1, found 0"),
+        ("a", {"max_new_tokens": 0}, "max_new_tokens: expected a whole number of at least 1, found 0"),
+        ("a", {"max_new_tokens": 2.5}, r"max_new_tokens: expected a whole number of at least 1, found 2\.5"),
         ("a", {"temperature": -0.5}, r"temperature: expected at least 0, found -0\.5"),
-        ("a", {"top_k": 0}, "top_k: expected at least 1, found 0"),
+        ("a", {"top_k": 0}, "top_k: expected a whole number of at least 1, found 0"),
         ("a", {"top_p": 1.5}, r"top_p: expected more than 0 and at most 1, found 1\.5"),
         ("a", {"repetition_penalty": 0.0}, r"repetition_penalty: expected more than 0, found 0\.0"),
         ("a", {"stop": ("x", "")}, "stop: expected texts that are not empty"),
         ("a", {"kv_cache": "int4"}, "kv_cache: expected one of fp32, bf16, int8, found 'int4'"),
         ("a", {"stop": "END"}, "stop: expected texts that are not empty, found 'END'"),
+        ("a", {"stop": None}, "stop: expected texts that are not empty, found None"),
+        ("a", {"stop": (3,)}, r"stop: expected texts that are not empty, found \(3,\)"),
+        ("a", {"seed": 2**64}, "seed: expected a whole number of 64 bits, found 18446744073709551616"),
+        ("a", {"seed": "0"}, "seed: expected a whole number of 64 bits, found '0'"),
     ],
 )
 def test_refuses(prompt: str, options: dict[str, Any], message: str, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -285,8 +313,21 @@ BATCHED: dict[str, dict[str, Any]] = {
     "mamba": {"state_size": 4},
     "phi3": LONGROPE,
     "lfm2": {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]},
+    "bamba": {
+        "num_key_value_heads": 2,
+        "attn_layer_indices": [1],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_n_groups": 1,
+        "mamba_d_state": 4,
+        "mamba_chunk_size": 8,
+    },
+    "minimax": {"num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 2},
+    "roberta": {"is_decoder": True},
+    "rwkv": {"attention_hidden_size": 32},
+    "openai-gpt": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
 }
-ALONE = ("mamba", "lfm2")
+ALONE = ("mamba", "lfm2", "bamba", "minimax", "roberta", "rwkv", "openai-gpt")
 
 
 @pytest.mark.parametrize("family", BATCHED)
@@ -300,6 +341,40 @@ def test_a_batch_is_what_its_prompts_are_alone(family: str, tokenizer: PreTraine
     assert can_batch(model) == (family not in ALONE)
     for one, other in zip(alone, together, strict=True):
         assert (other.token_ids, other.text, other.prompt_tokens) == (one.token_ids, one.text, one.prompt_tokens)
+
+
+@pytest.mark.parametrize("family", BATCHED)
+def test_every_step_sees_what_came_before_it(family: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Its logits are those of the model on all tokens so far, without a cache."""
+    model = tiny(tokenizer, family, **BATCHED[family])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(0.3)  # roundings would grow
+        ids = ids_of(tokenizer, "duck swam away. The naïve café")[:, :18]
+        prompt, *others = ids[0, :8].tolist(), *ids[0, 8:].tolist()
+        forward = make_step(model, [prompt], [len(others)], None)
+        found = [forward([prompt])[0], *(forward([[token]])[0] for token in others)]
+        for end, logits in enumerate(found, len(prompt)):
+            expected = model(ids[:, :end], use_cache=False).logits[0, -1]
+            assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_models_without_a_cache(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    for family, what in (("openai-gpt", "; a openai-gpt keeps nothing: every new token"), ("rwkv", None)):
+        tiny(tokenizer, family, **BATCHED[family]).save_pretrained(tmp_path / family)
+        model = bittern.load(tmp_path / family, device="cpu")
+        kernels = vars(model)["kernels"]
+        assert what in kernels if what is not None else "keeps nothing" not in kernels
+        for kept in ("bf16", "int8"):
+            with pytest.raises(BitternError, match=f"^kv_cache: expected a model with .* in {kept}, found {family}$"):
+                run(model, tokenizer, kv_cache=kept)
+        assert run(model, tokenizer, kv_cache="fp32").token_ids == run(model, tokenizer).token_ids
+
+
+def test_minimax_writes_text_of_its_own(tokenizer: PreTrainedTokenizerFast) -> None:
+    written = write_on(tiny(tokenizer, "minimax", **BATCHED["minimax"]), [ids_of(tokenizer, "The brown")], 20, 0)
+    assert written.shape == (1, 20)
 
 
 def test_the_head_gets_last_positions_that_lie_side_by_side(
@@ -443,6 +518,8 @@ def test_refuses_another_models_tokenizer_and_nan(tokenizer: PreTrainedTokenizer
     two = ids_of(tokenizer, "The brown").expand(2, -1)
     with pytest.raises(BitternError, match="input_ids: expected one prompt, found shape"):
         generate(tiny(tokenizer), tokenizer, two, GenerationOptions(max_new_tokens=1), print)
+    with pytest.raises(BitternError, match="input_ids: expected one prompt, found shape"):
+        generate_batch(tiny(tokenizer), tokenizer, [two], GenerationOptions(max_new_tokens=1))
     with pytest.raises(BitternError, match="kv_cache: fp32 is for a model that computes in fp32"):
         run(tiny(tokenizer).bfloat16(), tokenizer, kv_cache="fp32")
 
@@ -465,8 +542,12 @@ def test_chat_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
         ids = chat_prompt(tokenizer, messages)
         assert tokenizer.decode(ids[0].tolist()) == "<s>user: hi</s><s>assistant: yes</s><s>assistant:"
         assert ids.shape[0] == 1
-        with pytest.raises(BitternError, match="its chat template refuses these messages: no system"):
+        with pytest.raises(BitternError, match="its chat template refuses these messages: TemplateError: no system"):
             chat_prompt(tokenizer, [{"role": "system", "content": "x"}])
+        for wrong, what in (("messages[0].content + 1", "TypeError"), ("1 / 0", "ZeroDivisionError")):
+            tokenizer.chat_template = "{{ " + wrong + " }}"
+            with pytest.raises(BitternError, match=f"its chat template refuses these messages: {what}: "):
+                chat_prompt(tokenizer, messages)
     finally:
         tokenizer.chat_template = None
 

@@ -240,6 +240,12 @@ def test_loads_plain_checkpoints(tmp_path: Path) -> None:
     assert (tmp_path / "again" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("dtype", ["float16", torch.int8])
+def test_refuses_a_dtype_that_is_none_or_that_nothing_computes_in(dtype: Any, tmp_path: Path) -> None:
+    with pytest.raises(BitternError, match=r"^dtype: expected one of torch.float32, .*, found .*(float16'|int8)$"):
+        bittern.load(tmp_path, device="cpu", dtype=dtype)
+
+
 def test_artifacts_in_bfloat16(tmp_path: Path) -> None:
     made = make(tmp_path)
     model = bittern.load(made.artifact, device="cpu", dtype=torch.bfloat16)

@@ -160,6 +160,41 @@ def test_padding_and_batches_change_no_likelihood(adds_bos: bool) -> None:
             assert (found.greedy, found.truncated) == (greedy, False)
 
 
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+def test_longrope_turns_no_short_request_by_the_angles_of_a_long_one(batch_size: int, tokenizer: Fast) -> None:
+    turn = 12
+    torch.manual_seed(0)
+    rope: Row = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": turn}
+    factors = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 5.0, 9.0, 17.0]}
+    config: Row = {
+        "vocab_size": 60,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.4,
+        "original_max_position_embeddings": turn,
+        "rope_parameters": {**rope, **factors},
+    }
+    model = LlamaForCausalLM(LlamaConfig(**config))
+    pairs = [(context, choice) for context, choices in questions() for choice in choices]
+    lengths = [len(ids(context + choice)) for context, choice in pairs]
+    assert {turn, turn + 1} <= set(lengths)
+    steps: list[tuple[int, int]] = []
+    found = loglikelihoods(
+        model, tokenizer, pairs, batch_size=batch_size, on_progress=lambda done, total: steps.append((done, total))
+    )
+    assert steps[-1] == (len(pairs), len(pairs)) and steps == sorted(set(steps))
+    for (context, choice), score in zip(pairs, found, strict=True):
+        whole = [0, *ids(context), *ids(choice)]
+        with torch.no_grad():
+            logp = model(input_ids=torch.tensor([whole[:-1]]), use_cache=False).logits[0].log_softmax(-1)
+        count = len(ids(choice))
+        expected = sum(float(logp[-count + i, token]) for i, token in enumerate(whole[-count:]))
+        assert score.logp == pytest.approx(expected, abs=1e-4)
+
+
 def test_an_empty_context_begins_with_bos(model: PreTrainedModel) -> None:
     (found,) = loglikelihoods(model, tiny_tokenizer(adds_bos=False), [("", "w5 w6")])
     assert found.logp == pytest.approx(oracle(model, [0], [5, 6])[0], abs=1e-4)
@@ -211,6 +246,16 @@ def test_limit_takes_the_first_questions_whole(tmp_path: Path) -> None:
             r"t.jsonl: expected questions with choices or last words, found both",
         ),
         (json.dumps({**request(0, 0, 0, "a", " b"), "task_name": None}), r"line 1: expected a task_name of text"),
+        (
+            json.dumps(request(0, 0, 0, "a\ud800", " b")),
+            r"line 1: expected UTF-8 text, found other bytes at character 1",
+        ),
+        (
+            json.dumps(request(0, 0, 0, "a", " \udcff")),
+            r"line 1: expected UTF-8 text, found other bytes at character 1",
+        ),
+        ("[" * 100_000, r"t.jsonl, line 1: expected JSON, found maximum recursion"),
+        ('{"doc_id": ' + "1" * 5000 + "}", r"t.jsonl, line 1: expected JSON, found Exceeds the limit"),
     ],
 )
 def test_what_is_refused(content: str, message: str, tmp_path: Path) -> None:

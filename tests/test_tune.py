@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import bittern
@@ -23,8 +23,9 @@ from bittern.model import blocks, build, get_weight, load_dense, matrices, weigh
 from bittern.quantize import tune
 from bittern.quantize.effort import EFFORTS
 from bittern.quantize.plan import Plan, make_plan
+from bittern.training.state import read_story
 from bittern.training.text import Windows
-from bittern.weight import round_to_nearest
+from bittern.weight import QuantSpec, round_to_nearest
 from tests import tiny
 
 OPTIONS = {"bits": 3, "group_size": 32, "nsamples": 24, "seqlen": 32, "batch_size": 4}
@@ -55,9 +56,9 @@ class Blocks:
         return {}
 
 
-@pytest.mark.parametrize("kind", ["llama", "phi3", "gpt2", "mixtral"])
+@pytest.mark.parametrize("kind", ["llama", "phi3", "gpt2", "mixtral", "gemma2"])
 def test_gradients_of_factors_are_those_of_torch(kind: str, tmp_path: Path) -> None:
-    extra = {"num_local_experts": 4, "num_experts_per_tok": 2} if kind == "mixtral" else {}
+    extra = {"mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2}, "gemma2": {"head_dim": 16}}.get(kind, {})
     folder = tiny.save(tiny.random_model(kind, **extra), tmp_path / "source")
     ids = torch.randint(4, 200, (2, 16), generator=torch.Generator().manual_seed(1))
     with open_checkpoint(folder) as checkpoint:
@@ -67,7 +68,9 @@ def test_gradients_of_factors_are_those_of_torch(kind: str, tmp_path: Path) -> N
         prefix, found = blocks(student)
         plan = make_plan([matrices(student, f"{prefix}.{i}", sources) for i in range(len(found))], 3, 32, True)
         work: Any = Blocks(teacher, plan)
-        pieces = tune._pieces(teacher, student, sources, plan, work, torch.device("cpu"))
+        added = tune._added_to_norms(teacher, ids[:1])
+        assert set(added.values()) == {1.0 if kind == "gemma2" else 0.0}
+        pieces = tune._pieces(teacher, student, sources, plan, work, added, torch.device("cpu"))
         tune._follow(student, pieces)
     factors = {name: piece.factor for inside in pieces.values() for name, piece in inside.items()}
     assert any("norm" in name or "ln" in name for name in factors)
@@ -78,7 +81,7 @@ def test_gradients_of_factors_are_those_of_torch(kind: str, tmp_path: Path) -> N
         whole = student.get_parameter(name).detach().clone()
         for piece in inside.values():
             if isinstance(piece, tune._Norm):
-                whole = piece.weight * (1 + piece.factor)
+                whole = (piece.weight + piece.added) * (1 + piece.factor) - piece.added
             else:
                 values = piece.steps * (piece.scales * (1 + piece.factor)).unsqueeze(2)
                 piece.matrix.view(whole)[piece.rows] = values.flatten(1)
@@ -211,6 +214,41 @@ def test_a_kill_during_training_changes_no_byte(source: Path, text: Path, tmp_pa
     assert len(steps) > 2 and points == steps[1:] and out["tuning"] == whole["tuning"]
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("damage", ["empty", "torn", "zeroed", "other"])
+def test_damaged_windows_are_written_again(source: Path, text: Path, tmp_path: Path, damage: str) -> None:
+    """After a loss of power; and where they are others than the state was trained on, training begins again."""
+    options: dict[str, Any] = {"effort": "best", "tune_tokens": 4_000}
+    whole = quantize(source, tmp_path / "whole", text, **options)
+
+    def killed(point: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, tmp_path / "out", text, on_point=killed, **options)
+    (windows,) = tmp_path.glob(".out.quantizing/*/windows-*.safetensors")
+    content = windows.read_bytes()
+    if damage == "other":
+        (path,) = tmp_path.glob(".out.quantizing/*/tuned.safetensors")
+        story = {**read_story(path), "windows": "0"}
+        save_file(load_file(path), path, {"bittern": json.dumps(story)})
+    else:
+        zeroed = content[:200] + bytes(len(content) - 200)
+        windows.write_bytes({"empty": b"", "torn": content[:-64], "zeroed": zeroed}[damage])
+    points: list[int] = []
+    out = quantize(source, tmp_path / "out", text, on_point=lambda point: points.append(point["step"]), **options)
+    steps = [point["step"] for point in whole["tuning"]["curve"]]
+    assert points == (steps if damage == "other" else steps[1:]) and out["tuning"] == whole["tuning"]
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_scales_that_training_makes_too_large_name_their_layer(tmp_path: Path) -> None:
+    path, weight = tmp_path / "tuned.safetensors", round_to_nearest(torch.ones(2, 32), QuantSpec(4, 32))
+    save_file({"up_proj": torch.full((2, 1), 1e9)}, path)
+    with pytest.raises(BitternError, match=r"^up_proj: scales: fp16 holds at most 65504"):
+        tune.Tuned({}, 0.0, path, {}).layer("up_proj", weight)
 
 
 @pytest.mark.parametrize(("bits", "rate"), [(2, 6e-3), (3, 2e-3), (4, 7e-4)])

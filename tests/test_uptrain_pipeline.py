@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -235,7 +236,13 @@ def test_what_is_called_degraded(perplexity: dict[str, Any], tokens: int, reason
         ({"tokens": -1}, "tokens: expected at least 0"),
         ({"sampled": 5}, "sampled: expected at most 0"),
         ({"kl_weight": 2.0}, "kl_weight"),
-        ({"hidden_weight": -1.0}, "hidden_weight: expected at least 0, found -1.0"),
+        ({"kl_weight": math.nan}, "kl_weight"),
+        ({"lr": math.nan}, "kl_weight, lr: expected a share and more than 0, found 0.9, nan"),
+        ({"lr": math.inf}, "kl_weight, lr: expected a share and more than 0, found 0.9, inf"),
+        ({"hidden_weight": -1.0}, "hidden_weight: expected a number of at least 0, found -1.0"),
+        ({"hidden_weight": math.nan}, "hidden_weight: expected a number of at least 0, found nan"),
+        ({"weight_decay": math.nan}, "weight_decay: expected a number of at least 0, found nan"),
+        ({"weight_decay": math.inf}, "weight_decay: expected a number of at least 0, found inf"),
         ({"dtype": "int8"}, "expected bf16, fp16 or fp32"),
         ({"dataset": "missing.txt"}, "missing.txt"),
         ({"text": "missing.txt"}, "missing.txt"),
@@ -250,6 +257,17 @@ def test_bad_input_is_refused_and_nothing_is_left(
     with pytest.raises(BitternError, match=r"expected a folder for safetensors, found the name of a \.gguf file"):
         run(source, tmp_path / "out.gguf", text)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_the_folder_that_one_stands_in_is_an_output(
+    tmp_path: Path, text: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, here = make(tmp_path / "source", tokenizer), tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    run(source, Path(), text, overwrite=True)
+    assert (here / "model.safetensors").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "source"]
 
 
 def test_the_command_shows_blocks_points_and_the_label(

@@ -20,9 +20,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedTokenizerFast
 
 from bittern.errors import BitternError
+from bittern.tokenizer import encode
 from bittern.training import state, train
 from bittern.training.loss import distillation_loss, hidden_error
-from bittern.training.text import Windows, kept_apart, read_windows, write_windows
+from bittern.training.shortlist import commonest
+from bittern.training.text import Windows, find_windows, kept_apart, read_windows, write_windows
 from bittern.training.train import Training, learning_rate
 from bittern.uptrain.pipeline import uptrain
 from tests import tiny
@@ -133,22 +135,22 @@ def test_windows_of_a_short_text_are_its_tokens(tmp_path: Path, tokenizer: PreTr
     text = tiny.write_text(tmp_path / "short.txt", words=60)
     ids = tokenizer(text.read_text(), add_special_tokens=False)["input_ids"]
     whole = len(ids) // 8
-    count = write_windows(tmp_path / "w.npy", str(text), tokenizer, seqlen=8, count=1000, vocab_size=256)
+    count = write_windows(tmp_path / "w.safetensors", str(text), tokenizer, seqlen=8, count=1000, vocab_size=256)
     assert count == whole > 2
-    assert read_windows(tmp_path / "w.npy", 0).ids.tolist() == np.reshape(ids[: 8 * whole], (whole, 8)).tolist()
+    assert read_windows(tmp_path / "w.safetensors", 0).ids.tolist() == np.reshape(ids[: 8 * whole], (whole, 8)).tolist()
 
 
 def test_one_window_of_a_text_whose_tokens_are_long(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """More bytes a token than are read at first: the file is read on."""
     text = tmp_path / "text.txt"
     text.write_text(" lantern harbour" * 200)
-    assert write_windows(tmp_path / "w.npy", str(text), tokenizer, seqlen=32, count=1, vocab_size=256) == 1
+    assert write_windows(tmp_path / "w.safetensors", str(text), tokenizer, seqlen=32, count=1, vocab_size=256) == 1
 
 
 def test_the_source_goes_on_with_a_part_of_the_windows(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     text, path, model = (
         tiny.write_text(tmp_path / "short.txt", words=60),
-        tmp_path / "w.npy",
+        tmp_path / "w.safetensors",
         tiny.random_model("llama"),
     )
 
@@ -181,20 +183,22 @@ def test_several_texts_give_the_same_share_of_the_windows(tmp_path: Path, tokeni
     options: dict[str, Any] = {"seqlen": 8, "vocab_size": 256}
     parts = []
     for text, count in zip(texts, (6, 5), strict=True):
-        write_windows(tmp_path / "w.npy", text, tokenizer, count=count, **options)
-        parts.append(read_windows(tmp_path / "w.npy", 0).ids.tolist())
+        write_windows(tmp_path / "w.safetensors", text, tokenizer, count=count, **options)
+        parts.append(read_windows(tmp_path / "w.safetensors", 0).ids.tolist())
     assert [len(part) for part in parts] == [6, 5]  # however many bytes its tokens take
-    assert write_windows(tmp_path / "w.npy", texts, tokenizer, count=11, **options) == 11
-    assert read_windows(tmp_path / "w.npy", 0).ids.tolist() == parts[0] + parts[1]
+    assert write_windows(tmp_path / "w.safetensors", texts, tokenizer, count=11, **options) == 11
+    assert read_windows(tmp_path / "w.safetensors", 0).ids.tolist() == parts[0] + parts[1]
     model = tiny.random_model("llama")
-    assert write_windows(tmp_path / "w.npy", [texts[0], "self"], tokenizer, count=11, model=model, **options) == 11
-    mixed = read_windows(tmp_path / "w.npy", 0).ids
+    assert (
+        write_windows(tmp_path / "w.safetensors", [texts[0], "self"], tokenizer, count=11, model=model, **options) == 11
+    )
+    mixed = read_windows(tmp_path / "w.safetensors", 0).ids
     assert mixed[:6].tolist() == parts[0] and mixed[6, 0] == tokenizer.bos_token_id
 
 
 def test_every_second_window_begins_with_bos(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer(adds_bos=True)
-    path, text = tmp_path / "w.npy", tiny.write_text(tmp_path / "text.txt", words=60)
+    path, text = tmp_path / "w.safetensors", tiny.write_text(tmp_path / "text.txt", words=60)
     stream = tokenizer(text.read_text(), add_special_tokens=False)["input_ids"]
     bos, seqlen = tokenizer.bos_token_id, 8
     write_windows(path, str(text), tokenizer, seqlen=seqlen, count=1000, vocab_size=300)
@@ -242,17 +246,130 @@ def test_a_state_comes_back_and_a_foreign_file_is_refused(tmp_path: Path) -> Non
     state.save_state(path, {"w": parameter}, optimizer, {"step": 1, "word": "grüß"})
     fresh = torch.nn.Parameter(torch.zeros(3, 4))
     again = torch.optim.AdamW([fresh], lr=0.1)
-    state.load_state(path, {"w": fresh}, again, 1)
+    state.load_state(path, {"w": fresh}, again)
     assert state.read_story(path) == {"step": 1, "word": "grüß"} and torch.equal(fresh, parameter)
     for moment in state.MOMENTS:
         assert torch.equal(again.state[fresh][moment], optimizer.state[parameter][moment])
     idle = torch.nn.Parameter(torch.ones(2))  # of a tower that text does not reach
     state.save_state(path, {"w": parameter, "idle": idle}, optimizer, {"step": 1})
-    state.load_state(path, {"w": fresh, "idle": idle}, again, 1)
+    state.load_state(path, {"w": fresh, "idle": idle}, again)
     assert idle not in again.state and fresh in again.state
     path.write_bytes(b"no state")
     with pytest.raises(BitternError, match="--no-resume"):
         state.read_story(path)
+
+
+def test_steps_are_those_of_each_parameter(tmp_path: Path) -> None:
+    """An expert that no token reaches in a step is not updated in it, and so far from its last mean."""
+
+    def step(parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, *reached: str) -> None:
+        for name in reached:
+            parameters[name].grad = parameters[name].detach() + 1
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def fresh() -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer]:
+        parameters = {name: torch.nn.Parameter(torch.ones(3)) for name in ("often", "seldom")}
+        return parameters, torch.optim.AdamW(parameters.values(), lr=0.1)
+
+    parameters, optimizer = fresh()
+    for _ in range(5):
+        step(parameters, optimizer, "often")
+    step(parameters, optimizer, "often", "seldom")
+    path = tmp_path / "state.safetensors"
+    state.save_state(path, parameters, optimizer, {"step": 6})
+    again, other = fresh()
+    state.load_state(path, again, other)
+    for each in ((parameters, optimizer), (again, other)):
+        step(*each, "often", "seldom")
+    assert other.state[again["seldom"]]["step"] == 2 and other.state[again["often"]]["step"] == 7
+    assert all(torch.equal(again[name], parameters[name]) for name in again)
+
+
+class Plain(torch.nn.Module):
+    """A model that takes no ``logits_to_keep``, as xLSTM's."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def get_output_embeddings(self) -> Any:
+        return self.model.get_output_embeddings()
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool, output_hidden_states: bool) -> Any:
+        return self.model(input_ids=input_ids, use_cache=use_cache, output_hidden_states=output_hidden_states)
+
+
+@pytest.mark.parametrize("shortlist", [0, 32])
+def test_a_model_that_computes_all_logits_learns_the_same(shortlist: int) -> None:
+    windows = Windows(np.arange(96, dtype=np.int32).reshape(6, 16), seed=0)
+    options = Training(1, 1e-3, batch_size=6, micro_batch=2, shortlist=shortlist)
+    found = []
+    for wrapped in (False, True):
+        models: list[Any] = [tiny.random_model("llama", seed=seed).requires_grad_(True) for seed in (0, 1)]
+        parameters = dict(models[0].named_parameters())
+        if wrapped:
+            models = [Plain(model) for model in models]
+        student, teacher = models
+        run = train.Run(student, teacher, parameters, windows, 0, torch.zeros((1, 16)).long(), Path("none"), {})
+        common = commonest(windows.ids, 256, shortlist) if shortlist else None
+        found.append((train._step(run, options, 0, common), [each.grad for each in parameters.values()]))
+    torch.testing.assert_close(*found)
+
+
+def damage(path: Path, how: str) -> None:
+    """As a loss of power may leave a file."""
+    content = path.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    zeroed = content[:header] + bytes(len(content) - header)
+    path.write_bytes(
+        {"empty": b"", "torn": content[: header + 40], "zeroed": zeroed, "zeros": bytes(len(content))}[how]
+    )
+
+
+@pytest.mark.parametrize("how", ["empty", "torn", "zeroed", "zeros"])
+def test_windows_that_are_not_what_was_written_are_told(
+    how: str, tmp_path: Path, text: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = tmp_path / "w.safetensors"
+    assert find_windows(path, 0) is None
+    write_windows(path, str(text), tokenizer, seqlen=8, count=20, vocab_size=256)
+    assert find_windows(path, 0) is not None
+    damage(path, how)
+    assert find_windows(path, 0) is None
+    with pytest.raises(BitternError, match=r"w\.safetensors: expected ") as caught:
+        read_windows(path, 0)
+    assert "\n" not in str(caught.value)
+
+
+def test_windows_are_durable_before_they_have_their_name(
+    tmp_path: Path, text: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, synced = tmp_path / "w.safetensors", list[tuple[str, bool]]()
+    monkeypatch.setattr(state, "fsync", lambda each: synced.append((each.name, path.exists())))
+    write_windows(path, str(text), tokenizer, seqlen=8, count=20, vocab_size=256)
+    assert synced == [("w.partial", False), (tmp_path.name, True)]
+
+
+def test_windows_of_a_long_row_are_encoded_in_pieces_and_no_further(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bittern.calibration._ROWS_AT_ONCE", 1000)
+    row = tiny.write_text(tmp_path / "words.txt", words=4000).read_text()
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": row}))
+    encoded: list[str] = []
+
+    def watched(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+        encoded.append(text)
+        return encode(tokenizer, text)
+
+    monkeypatch.setattr("bittern.training.text.encode", watched)
+    assert write_windows(tmp_path / "w", str(path), tokenizer, seqlen=8, count=40, vocab_size=256) == 40
+    assert encoded == [row[start : start + 1000] for start in range(0, 1000 * len(encoded), 1000)]
+    assert len("".join(encoded)) < len(row) / 2
+    stream = [token for text in encoded for token in encode(tokenizer, text)]
+    assert read_windows(tmp_path / "w", 0).ids.flatten().tolist() == stream[: 40 * 8]
 
 
 @pytest.fixture(scope="module")
@@ -308,12 +425,91 @@ def test_a_killed_run_goes_on_to_the_same_bytes_and_curve(
     assert not (tmp_path / ".out.training").exists()
 
 
+def stop(_: dict[str, Any]) -> None:
+    raise KeyboardInterrupt
+
+
+def test_damaged_windows_are_written_again_where_they_are_the_same(
+    source: Path, text: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    copy, windows = tmp_path / "text.txt", tmp_path / ".out.training" / "windows.safetensors"
+    shutil.copy(text, copy)
+    points: list[int] = []
+
+    def note(point: dict[str, Any]) -> None:
+        points.append(point["step"])
+
+    def go(on_progress: Any) -> None:
+        run(source, tmp_path / "out", copy, tokens=4 * 16 * 30, eval_every=3, on_progress=on_progress)
+
+    with pytest.raises(KeyboardInterrupt):
+        go(stop)
+    damage(windows, "zeroed")
+    copy.write_text(" ".join(reversed(text.read_text().split())))
+    for _ in range(2):  # the other windows are whole the second time
+        with pytest.raises(
+            BitternError, match=r"windows\.safetensors: expected the windows .* found others; --no-resume"
+        ):
+            go(note)
+    shutil.copy(text, copy)
+    damage(windows, "torn")
+    go(note)
+    assert points == list(range(6, 31, 3))
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (whole[0] / "model.safetensors").read_bytes()
+
+
+def test_a_state_without_windows_is_none(source: Path, text: Path, tmp_path: Path) -> None:
+    points: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        run(source, tmp_path / "out", text, tokens=640, eval_every=5, on_progress=stop)
+    (tmp_path / ".out.training" / "windows.safetensors").unlink()
+    run(
+        source, tmp_path / "out", text, tokens=640, eval_every=5, on_progress=lambda point: points.append(point["step"])
+    )
+    assert points == [5, 10]
+
+
+def test_a_kill_at_the_end_leaves_no_state(
+    source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    removed = shutil.rmtree
+
+    def killed(path: Any, *args: Any, **options: Any) -> None:
+        if str(path).endswith(".training"):
+            raise KeyboardInterrupt
+        removed(path, *args, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        run(source, tmp_path / "out", text, tokens=640)
+    assert (tmp_path / "out" / "config.json").exists()
+    left = {path.name for path in (tmp_path / ".out.training").iterdir()}
+    assert "windows.safetensors" in left and "state.safetensors" not in left
+    assert run(source, tmp_path / "out", text, tokens=640, overwrite=True)["training"]["steps"] == 10
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "told"),
+    [
+        ("bittern", "__version__", "bittern"),
+        ("torch", "__version__", "torch"),
+        ("bittern.quantize.resume", "_kernels", "native kernels"),
+    ],
+)
+def test_other_programs_are_not_gone_on_with(
+    module: str, name: str, told: str, source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(source, tmp_path / "out", text, tokens=640, on_progress=stop)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[module], name, "0.0.1" if name == "__version__" else lambda: "none such")
+        with pytest.raises(BitternError, match=rf"differs \({told} .*--no-resume starts over"):
+            run(source, tmp_path / "out", text, tokens=640)
+    run(source, tmp_path / "out", text, tokens=640)
+
+
 def test_other_options_are_not_gone_on_with(source: Path, text: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-
-    def stop(_: dict[str, Any]) -> None:
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
         run(source, output, text, tokens=640, on_progress=stop)
     with pytest.raises(BitternError, match=r"lr 0\.001, now 0\.002.*--no-resume"):
@@ -332,10 +528,6 @@ def test_another_source_or_text_in_the_same_place_is_not_gone_on_with(
     copy, held = tmp_path / "copy", tmp_path / "held.txt"
     shutil.copytree(source, copy)
     held.write_text(text.read_text()[:2000])
-
-    def stop(_: dict[str, Any]) -> None:
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
         uptrain(copy, tmp_path / "out", dataset=str(text), text=held, tokens=640, on_progress=stop, **OPTIONS)
     if change == "weights":
@@ -354,9 +546,6 @@ def test_another_source_or_text_in_the_same_place_is_not_gone_on_with(
 
 
 def test_seconds_of_a_killed_run_count(source: Path, text: Path, tmp_path: Path) -> None:
-    def stop(_: dict[str, Any]) -> None:
-        raise KeyboardInterrupt
-
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             run(source, tmp_path / "out", text, tokens=640, on_progress=stop)

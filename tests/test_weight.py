@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bittern.errors import BitternError
-from bittern.weight import BITS, QuantSpec, QuantWeight
+from bittern.weight import BITS, QuantSpec, QuantWeight, naming, round_to_nearest
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -43,3 +43,9 @@ def test_a_weight_needs_scales_of_its_groups() -> None:
         QuantWeight(codes, torch.ones(2, 3), torch.zeros(2, 4, dtype=torch.uint8), spec)
     with pytest.raises(BitternError, match=r"^zeros: expected uint8, found torch.int32$"):
         QuantWeight(codes, torch.ones(2, 4), torch.zeros(2, 4, dtype=torch.int32), spec)
+
+
+def test_an_error_of_values_names_their_layer() -> None:
+    message = r"^model\.layers\.0\.mlp\.up_proj: scales: fp16 holds at most 65504, found 1\.333e\+06$"
+    with pytest.raises(BitternError, match=message), naming("model.layers.0.mlp.up_proj"):
+        round_to_nearest(torch.full((1, 16), 1e7), QuantSpec(4, 16))

@@ -102,9 +102,10 @@ def write_artifact(
     solver, packing = order.job.solver, order.job.packing
     blocks = len(solver.plan.blocks)
     changed = {
-        solver.sources[name][0].name: values
+        piece.name: values[piece.start : piece.stop]
         for position in range(blocks)
         for name, values in work.changed(position).items()
+        for piece in solver.sources[name]
     }
     with CheckpointWriter(
         order.folder,
@@ -141,7 +142,7 @@ def _write_kept(
             values = checkpoint.read(stored).float() if values is None else values
             if tuned is not None and info.name in trained:
                 values = tuned.norm(info.name, values)
-            writer.write(info.name, cast_values(values, info.dtype, info.name)[0])
+            writer.write(info.name, cast_values(values.flatten(), info.dtype, info.name)[0].view(info.shape))
 
 
 def _write_layers(

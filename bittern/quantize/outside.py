@@ -20,7 +20,7 @@ from bittern.formats.packing import Packing
 from bittern.model import Matrix, Piece
 from bittern.quantize.plan import Plan
 from bittern.quantize.solve import layers_of
-from bittern.weight import QuantSpec, QuantWeight, round_to_nearest
+from bittern.weight import QuantSpec, QuantWeight, naming, round_to_nearest
 from bittern.writer import CheckpointWriter
 
 if TYPE_CHECKING:
@@ -88,7 +88,8 @@ def write_outside(
         shape = (matrix.out_features, matrix.in_features)
         values = live.read_tensor(checkpoint, sources[matrix.parameter], shape, torch.float32)
         pieces = torch.split(values, max(1, _AT_ONCE // matrix.in_features))
-        parts = [round_to_nearest(rows, spec) for rows in pieces]
+        with naming(matrix.label):
+            parts = [round_to_nearest(rows, spec) for rows in pieces]
         del values, pieces
         outcome = {"method": "rtn", "damp": None, "tokens": 0, "fallback": None, "rescaled": False}
         whole = _joined(parts, spec)

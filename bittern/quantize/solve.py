@@ -37,7 +37,7 @@ from bittern.quantize.shape import Shaper, rounds_before
 from bittern.quantize.stages import Stage, Walks, exact_stages
 from bittern.quantize.windows import OwnWindows, guiding_windows
 from bittern.replay import BlockCall, advance, capture_all, sixteen_bits
-from bittern.weight import QuantSpec, QuantWeight, min_max_grid, round_to_nearest
+from bittern.weight import QuantSpec, QuantWeight, min_max_grid, naming, round_to_nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -128,7 +128,8 @@ class Solver:
             else:
                 balanced = Balanced()
                 if stages is not None and before is not None:
-                    balanced = balancer.balance(block, stages, entries, before, block_calls[0])
+                    kept = [matrix for matrix in live.matrices(self.model, name, self.sources) if matrix not in entries]
+                    balanced = balancer.balance(block, stages, entries, before, block_calls[0], kept)
                 rescaled = {part: left for matrix, left in balanced.matrices.items() for part, _, _ in matrix.parts}
                 curvatures = partial(self._curvatures, position, work, balanced.rows)
                 solved = []
@@ -269,7 +270,8 @@ class Solver:
         outcome = {"method": "rtn", "damp": None, "tokens": 0, "fallback": None}
         for matrix, spec in entries.items():
             began = time.monotonic()
-            weight = round_to_nearest(live.get_weight(self.model, matrix), spec)
+            with naming(matrix.label):
+                weight = round_to_nearest(live.get_weight(self.model, matrix), spec)
             yield from layers_of(matrix, weight, None, outcome, time.monotonic() - began)
 
     def _solve_together(
@@ -325,18 +327,20 @@ class Solver:
             began = time.monotonic()
             members = [matrix for matrix in inputs.matrices if specs[matrix] == spec]
             stacked = torch.cat([live.get_weight(self.model, matrix) for matrix in members])
-            if factor is None:
-                weight, losses = round_to_nearest(stacked, spec), None
-            else:
-                searched = self.effort.search
-                grid = search_grid(stacked, spec, factor.diagonal) if searched else min_max_grid(stacked, spec)
-                target = wanted if len(members) == len(targets) else torch.cat([targets[matrix] for matrix in members])
-                solution = gptq(target, factor, spec, grid=grid)
-                weight, loss = solution.weight, solution.loss
-                if damped is not None and self.effort.polish:
-                    rounds = rounds_before(all(matrix in curvatures for matrix in members))
-                    weight, loss = polish(target, damped, weight, rounds)
-                losses = torch.stack((loss, solution.norm, solution.loss, loss))
+            with naming(*(matrix.label for matrix in members)):
+                if factor is None:
+                    weight, losses = round_to_nearest(stacked, spec), None
+                else:
+                    search = self.effort.search
+                    grid = search_grid(stacked, spec, factor.diagonal) if search else min_max_grid(stacked, spec)
+                    whole = len(members) == len(targets)
+                    target = wanted if whole else torch.cat([targets[matrix] for matrix in members])
+                    solution = gptq(target, factor, spec, grid=grid)
+                    weight, loss = solution.weight, solution.loss
+                    if damped is not None and self.effort.polish:
+                        rounds = rounds_before(all(matrix in curvatures for matrix in members))
+                        weight, loss = polish(target, damped, weight, rounds)
+                    losses = torch.stack((loss, solution.norm, solution.loss, loss))
             of_row, start = shared + (time.monotonic() - began) / len(stacked), 0
             for matrix in members:
                 began, rows = time.monotonic(), slice(start, start + matrix.out_features)

@@ -180,7 +180,7 @@ def _watch(
                 reads.arrive(sys._getframe())
 
     with (
-        _before(model, matrices, note),
+        reading(model, matrices, note),
         _after_norms(model, block, norms),
         _after(model, matrices if reads is not None else [], outputs),
         torch.no_grad(),
@@ -216,7 +216,7 @@ def _confirm_dead(
             elements = named[local].untyped_storage()
             torch.empty(0, dtype=torch.uint8, device=state.device).set_(elements).fill_(0xFF)  # NaN in any width
 
-    with _before(model, list(waiting), spoil), torch.no_grad(), sixteen_bits(state.device, rough), reads:
+    with reading(model, list(waiting), spoil), torch.no_grad(), sixteen_bits(state.device, rough), reads:
         again = call.run(block, state)
     if not float((again - output).norm()) <= _ADDED * float(output.norm()):
         for stage in stages:
@@ -270,7 +270,7 @@ class Walks:
     ) -> None:
         self._hidden, self._rough = hidden, rough
         self._leaders = {stage.matrices[0] for stage in stages}
-        self._hooks = _before(model, sorted(self._leaders, key=lambda m: m.label), self._stop)
+        self._hooks = reading(model, sorted(self._leaders, key=lambda m: m.label), self._stop)
         self._streams = _streams_seen(model, stages, hidden)
         self._walks = [
             greenlet(lambda state=state, call=call: call.run(block, state))
@@ -349,7 +349,7 @@ class Walks:
 
 
 @contextmanager
-def _removed(hooks: Sequence[RemovableHandle]) -> Iterator[None]:
+def removed(hooks: Sequence[RemovableHandle]) -> Iterator[None]:
     """Remove hooks at the end."""
     try:
         yield
@@ -359,14 +359,14 @@ def _removed(hooks: Sequence[RemovableHandle]) -> Iterator[None]:
 
 
 @contextmanager
-def _before(model: nn.Module, matrices: Sequence[Matrix], call: Any) -> Iterator[None]:
+def reading(model: nn.Module, matrices: Sequence[Matrix], call: Any) -> Iterator[None]:
     """Call ``call(matrix, x)`` before a matrix is multiplied with x."""
 
     def hook(matrix: Matrix) -> Any:
         return lambda _, args: call(matrix, args[0])
 
     handles = [model.get_submodule(m.module).register_forward_pre_hook(hook(m)) for m in matrices]
-    with _removed(handles):
+    with removed(handles):
         yield
 
 
@@ -385,7 +385,7 @@ def _streams_seen(model: nn.Module, stages: Sequence[Stage], hidden: Sequence[Te
                 note(None, (state,))
         elif stage.stream is not None:
             handles.append(model.get_submodule(stage.stream).register_forward_pre_hook(note))
-    with _removed(handles):
+    with removed(handles):
         yield
 
 
@@ -397,7 +397,7 @@ def _after(model: nn.Module, matrices: Sequence[Matrix], outputs: dict[Matrix, T
         return lambda _, __, output: outputs.update({matrix: output.detach()})
 
     handles = [model.get_submodule(m.module).register_forward_hook(hook(m)) for m in matrices]
-    with _removed(handles):
+    with removed(handles):
         yield
 
 
@@ -414,5 +414,5 @@ def _after_norms(model: nn.Module, block: nn.Module, found: list[tuple[str, Tens
                 found.append((name, args[0], output))
 
             handles.append(module.register_forward_hook(note))
-    with _removed(handles):
+    with removed(handles):
         yield

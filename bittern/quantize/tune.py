@@ -1,14 +1,14 @@
 """Train scales and norms end to end, towards the logits of the full-precision model; the codes stay.
 
 The cheapest large gain after the grid (Chen et al. 2024, EfficientQAT, whose second phase this is): a scale is a
-handful of bits that the artifact has anyway. What is trained is a factor of each scale and of each norm
-weight, less one, so one learning rate fits them all. The gradient of a scale is read off the gradient of
+handful of bits that the artifact has anyway. What is trained is a factor of each scale and of what each norm
+multiplies with, less one, so one learning rate fits them all. The gradient of a scale is read off the gradient of
 its dense weights, which is freed as soon as it is there; no layer needs to know that it is quantized.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,12 +22,14 @@ from bittern.checkpoint import Checkpoint
 from bittern.errors import BitternError
 from bittern.evaluate import evaluate
 from bittern.model import Matrix, Piece
+from bittern.quantize.balance import added_to_weight
 from bittern.quantize.plan import Plan
+from bittern.quantize.stages import removed
 from bittern.sampling import Sampled
 from bittern.training.state import read_story, read_tensor
-from bittern.training.text import Windows, read_windows, write_windows
+from bittern.training.text import Windows, find_windows, read_windows, write_windows
 from bittern.training.train import Diverged, Run, Training, train
-from bittern.weight import QuantWeight, round_scale
+from bittern.weight import QuantWeight, naming, round_scale
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,17 +82,21 @@ class _Scaled:
 class _Norm:
     """The weight of a norm in training."""
 
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight.detach().clone()
+    def __init__(self, weight: Tensor, added: float) -> None:
+        self.weight, self.added = weight.detach().clone(), added
         self.factor = nn.Parameter(torch.zeros_like(self.weight))
 
     def write(self, parameter: Tensor) -> None:
         """As of :class:`_Scaled`."""
-        parameter.copy_(self.weight * (1 + self.factor))
+        parameter.copy_(_scaled_norm(self.weight, self.added, self.factor))
 
     def read(self, gradient: Tensor) -> None:
         """As of :class:`_Scaled`."""
-        _add_gradient(self.factor, gradient * self.weight)
+        _add_gradient(self.factor, gradient * (self.weight + self.added))
+
+
+def _scaled_norm(weight: Tensor, added: float, factor: Tensor) -> Tensor:
+    return weight + (weight + added) * factor
 
 
 def _add_gradient(factor: nn.Parameter, found: Tensor) -> None:
@@ -105,13 +111,13 @@ class Tuned:
         record: for the manifest.
         seconds: that earlier processes have trained, of a run that went on.
         path: of the trained factors; None where everything stays as it was solved.
-        norms: checkpoint names of the norms that were trained; none without a path.
+        norms: checkpoint names of the norms that were trained, with what they add to their weight; none without a path.
     """
 
     record: dict[str, Any]
     seconds: float
     path: Path | None
-    norms: tuple[str, ...]
+    norms: Mapping[str, float]
 
     @property
     def notes(self) -> list[str]:
@@ -124,12 +130,13 @@ class Tuned:
         if self.path is None:
             return weight
         scales = weight.scales.float() * (1 + read_tensor(self.path, name))
-        return replace(weight, scales=round_scale(scales).to(weight.scales.dtype))
+        with naming(name):
+            return replace(weight, scales=round_scale(scales).to(weight.scales.dtype))
 
     def norm(self, name: str, weight: Tensor) -> Tensor:
         """The weight of one of :attr:`norms`, trained; fp32."""
         assert self.path is not None
-        return weight.float() * (1 + read_tensor(self.path, name))
+        return _scaled_norm(weight.float(), self.norms[name], read_tensor(self.path, name))
 
 
 def tune(
@@ -161,16 +168,19 @@ def tune(
         on_progress: called with each point of the curve.
     """
     batch, steps = _shape(tokens, seqlen)
-    held_out, windows = _split(read_windows(_text_path(work, batch * steps), seed))
+    text = read_windows(_text_path(work, batch * steps), seed)
+    held_out, windows = _split(text)
     teacher = live.load_dense(checkpoint, device=device)
     student = live.build(checkpoint.config)
-    pieces = _pieces(teacher, student, sources, plan, work, device)
+    added = _added_to_norms(teacher, held_out[:1, :8].to(device))
+    pieces = _pieces(teacher, student, sources, plan, work, added, device)
     factors = {name: piece.factor for found in pieces.values() for name, piece in found.items()}
     _follow(student, pieces)
     path = work.folder / _STATE
-    story: dict[str, Any] = {"step": 0, "curve": [], "perplexity": {}, "steps": steps}
-    if path.exists() and read_story(path)["steps"] == steps:
-        story = read_story(path)
+    story: dict[str, Any] = {"step": 0, "curve": [], "perplexity": {}, "steps": steps, "windows": text.sha256}
+    kept = read_story(path) if path.exists() else {}
+    if (kept.get("steps"), kept.get("windows")) == (steps, text.sha256):
+        story = kept
     else:
         path.unlink(missing_ok=True)
     run = Run(student, teacher, factors, windows, 0, held_out, path, story)
@@ -204,8 +214,8 @@ def tune(
         "refused": why,
     }
     if why is not None:
-        return Tuned(record, earlier, None, ())
-    norms = tuple(name for found in pieces.values() for name, piece in found.items() if isinstance(piece, _Norm))
+        return Tuned(record, earlier, None, {})
+    norms = {n: piece.added for found in pieces.values() for n, piece in found.items() if isinstance(piece, _Norm)}
     return Tuned(record, earlier, path, norms)
 
 
@@ -238,7 +248,7 @@ def write_text(
     """
     batch, steps = _shape(tokens, seqlen)
     path, wanted = _text_path(work, batch * steps), batch * steps + HELD_OUT
-    if not path.exists():
+    if find_windows(path, seed) is None:
         write_windows(
             path,
             dataset,
@@ -270,7 +280,7 @@ def _shape(tokens: int, seqlen: int) -> tuple[int, int]:
 
 
 def _text_path(work: WorkFolder, count: int) -> Path:
-    return work.folder / f"windows-{count}.npy"
+    return work.folder / f"windows-{count}.safetensors"
 
 
 def _split(windows: Windows) -> tuple[Tensor, Windows]:
@@ -282,12 +292,36 @@ def _split(windows: Windows) -> tuple[Tensor, Windows]:
     return torch.from_numpy(windows.ids[held]).long(), Windows(windows.ids[others], windows.seed)
 
 
+def _added_to_norms(model: PreTrainedModel, ids: Tensor) -> dict[str, float]:
+    """What norms add to their weights, by the names of these; of those that a few tokens come by."""
+    found: dict[str, float] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda norm, args, kwargs, _: found.update({name: added_to_weight(norm, args, kwargs)})
+
+    handles = [
+        model.get_submodule(name.removesuffix(".weight")).register_forward_hook(note(name), with_kwargs=True)
+        for name in model.state_dict()
+        if _is_norm(model, name)
+    ]
+    with removed(handles), torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    return found
+
+
+def _is_norm(model: PreTrainedModel, name: str) -> bool:
+    """Whether a parameter is the weight of a norm."""
+    owner, _, leaf = name.rpartition(".")
+    return leaf == "weight" and "norm" in type(model.get_submodule(owner)).__name__.lower()
+
+
 def _pieces(
     teacher: PreTrainedModel,
     student: PreTrainedModel,
     sources: dict[str, tuple[Piece, ...]],
     plan: Plan,
     work: WorkFolder,
+    added: Mapping[str, float],
     device: torch.device,
 ) -> dict[str, dict[str, _Scaled | _Norm]]:
     """Fill the student; by its parameter, what is trained in it, by layer or by the norm's name in the checkpoint.
@@ -305,9 +339,8 @@ def _pieces(
     for position in range(len(plan.blocks)):
         own |= {name: values.to(device) for name, values in work.changed(position).items()}
     for name in sources:
-        owner = student.get_submodule(name.rpartition(".")[0])
-        if "norm" in type(owner).__name__.lower() and name.endswith(".weight") and len(sources[name]) == 1:
-            pieces[name] = {sources[name][0].name: _Norm(own[name])}
+        if _is_norm(student, name) and len(sources[name]) == 1:
+            pieces[name] = {sources[name][0].name: _Norm(own[name], added.get(name, 0.0))}
         live.set_tensor(student, name, torch.empty_like(own[name]) if name in pieces else own[name])
     student.tie_weights()
     live.move_buffers(student, device)

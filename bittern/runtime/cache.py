@@ -96,12 +96,22 @@ def _expand(compact: Tensor, stored: str, dtype: torch.dtype) -> Tensor:
     return (compact[..., :-4] * scale).to(dtype)
 
 
+def _empty_cache(config: PreTrainedConfig) -> DynamicCache:
+    """transformers' cache for a model, or the only one that the model takes, whose layers come as they are used."""
+    if config.get_text_config(decoder=True).model_type != "minimax":
+        return DynamicCache(config=config)
+    from transformers.models.minimax.modeling_minimax import MiniMaxCache
+
+    return MiniMaxCache()  # type: ignore[no-untyped-call]
+
+
 def new_cache(
     config: PreTrainedConfig, capacity: int, stored: str | None = None, kept: torch.dtype | None = None
 ) -> DynamicCache:
     """An empty cache for a model, its full-attention layers preallocated.
 
-    Sliding windows and recurrent layers keep transformers' own layers, which are small already.
+    Sliding windows and recurrent layers keep transformers' own layers, which are small already. MiniMax takes no cache
+    but its own.
 
     Args:
         config: the model's.
@@ -110,12 +120,17 @@ def new_cache(
         kept: without ``stored``, what these layers keep and hand out keys and values in, whatever they come in.
 
     Raises:
-        BitternError: for another way to store them.
+        BitternError: for another way to store them, and for layers that cannot be stored so.
     """
     if stored is not None and stored not in TYPES:
         raise BitternError(f"kv_cache: expected one of {', '.join(TYPES)}, found {stored!r}")
     compact = stored in ("bf16", "int8")
-    cache = DynamicCache(config=config)
+    cache = _empty_cache(config)
+    if compact and type(cache) is not DynamicCache:
+        raise BitternError(
+            f"kv_cache: expected a model that takes transformers' cache, to store in {stored}, found "
+            f"{config.model_type}, which takes none but its own"
+        )
     for index, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
             made = CompactLayer(capacity, str(stored)) if compact else PreallocatedLayer(capacity, kept)

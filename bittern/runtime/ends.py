@@ -18,7 +18,7 @@ from bittern.errors import BitternError
 from bittern.model import read_tensor
 from bittern.runtime.linear import NativeMatrix, QuantLinear, StoredEmbedding, StoredLinear
 from bittern.runtime.packed import PackedMatrix
-from bittern.weight import QuantSpec, QuantWeight, is_finite, round_to_nearest
+from bittern.weight import QuantSpec, QuantWeight, is_finite, naming, round_to_nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -165,6 +165,7 @@ def _pack_rows(
             rows = checkpoint.read_rows(piece.source, start - piece.start, stop - piece.start).float()
             if not is_finite(rows):
                 raise BitternError(f"{piece.source}: holds NaN or infinite weights")
-            rounded = round_to_nearest(rows, spec)
+            with naming(piece.source):
+                rounded = round_to_nearest(rows, spec)
             codes[start:stop], scales[start:stop] = rounded.codes, rounded.scales
     return QuantWeight(codes, scales, torch.full_like(scales, spec.mid_code, dtype=torch.uint8), spec)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 
 from bittern.errors import BitternError
+from bittern.rope import longrope_turn
 from bittern.runtime.cache import TYPES
-from bittern.runtime.step import can_batch, longrope_turn, make_step, native_decoder
+from bittern.runtime.step import can_batch, make_step, native_decoder
 from bittern.runtime.stream import TextStream
-from bittern.tokenizer import check_vocabulary, context_length
+from bittern.tokenizer import check_vocabulary, context_length, rendering
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,7 +42,7 @@ class GenerationOptions:
             the dtype that the model computes in.
 
     Raises:
-        BitternError: naming the option that is out of range.
+        BitternError: naming the option that is out of range or of another type.
     """
 
     max_new_tokens: int | None = None
@@ -55,12 +57,14 @@ class GenerationOptions:
 
     def __post_init__(self) -> None:
         checks = {
-            "max_new_tokens: expected at least 1": self.max_new_tokens is None or self.max_new_tokens >= 1,
+            "max_new_tokens: expected a whole number of at least 1": _is_count(self.max_new_tokens),
             "temperature: expected at least 0": 0 <= self.temperature < float("inf"),
-            "top_k: expected at least 1": self.top_k is None or self.top_k >= 1,
+            "top_k: expected a whole number of at least 1": _is_count(self.top_k),
             "top_p: expected more than 0 and at most 1": self.top_p is None or 0 < self.top_p <= 1,
             "repetition_penalty: expected more than 0": 0 < self.repetition_penalty < float("inf"),
-            "stop: expected texts that are not empty": not isinstance(self.stop, str) and all(self.stop),
+            "stop: expected texts that are not empty": _are_texts(self.stop),
+            "seed: expected a whole number of 64 bits": isinstance(self.seed, Integral)
+            and -(2**63) <= self.seed < 2**64,
             f"kv_cache: expected one of {', '.join(TYPES)}": self.kv_cache in (None, *TYPES),
         }
         for message, holds in checks.items():
@@ -69,6 +73,16 @@ class GenerationOptions:
         for name in ("top_k", "top_p"):
             if getattr(self, name) is not None and not self.temperature:
                 raise BitternError(f"{name}: needs a temperature above 0; at 0 the likeliest token is taken")
+
+
+def _is_count(value: object) -> bool:
+    return value is None or (isinstance(value, Integral) and int(value) >= 1)
+
+
+def _are_texts(values: object) -> bool:
+    if not isinstance(values, Collection) or isinstance(values, str):
+        return False
+    return all(isinstance(value, str) and value for value in values)
 
 
 @dataclass(frozen=True)
@@ -116,11 +130,7 @@ def generate(
         BitternError: for an empty prompt, one that leaves no room in the model's context, tokens
             that the model does not have, or logits that are NaN.
     """
-    if input_ids.ndim not in (1, 2) or (input_ids.ndim == 2 and len(input_ids) != 1):
-        raise BitternError(
-            f"input_ids: expected one prompt, found shape {tuple(input_ids.shape)}; generate_batch takes several"
-        )
-    return _generate(model, tokenizer, [input_ids.reshape(-1).tolist()], options, on_text)[0]
+    return _generate(model, tokenizer, [_one_prompt(input_ids)], options, on_text)[0]
 
 
 @torch.no_grad()
@@ -142,16 +152,26 @@ def generate_batch(
     Raises:
         BitternError: as :func:`generate`.
     """
-    ids = [prompt.reshape(-1).tolist() for prompt in prompts]
+    ids = [_one_prompt(prompt) for prompt in prompts]
     rooms = [_room(model, tokenizer, prompt, options) for prompt in ids]
     limit = None if native_decoder(model) is not None else context_length(model.config)
     # Shorter prompts are filled up to the longest one, and go on as long as the one with most room.
     longest = max(map(len, ids)) + max(rooms) if ids else 0
     fits = bool(ids) and (limit is None or longest <= limit)
-    turn = longrope_turn(model)  # one that is longer has all of them turned as it needs it
+    turn = longrope_turn(model.config)  # one that is longer has all of them turned as it needs it
     fits = fits and (turn is None or longest <= turn or len(ids) == 1)
     together = [ids] if fits and can_batch(model) else [[prompt] for prompt in ids]
     return [result for some in together for result in _generate(model, tokenizer, some, options, _unheard)]
+
+
+def _one_prompt(input_ids: Tensor) -> list[int]:
+    """The tokens of a tensor that holds one prompt."""
+    if input_ids.ndim not in (1, 2) or (input_ids.ndim == 2 and len(input_ids) != 1):
+        raise BitternError(
+            f"input_ids: expected one prompt, found shape {tuple(input_ids.shape)}; generate_batch takes a list of them"
+        )
+    ids: list[int] = input_ids.reshape(-1).tolist()
+    return ids
 
 
 def _unheard(text: str) -> None:
@@ -224,6 +244,8 @@ class _Sequence:
         if self.reason is not None:
             self._ended = perf_counter()
             self._show(self._stream.finish())
+            if self._stream.stopped:  # before a character that was never whole
+                self.reason = "stop"
 
     def result(self, started: float, decoding: float) -> GenerationResult:
         """What came of it, from the times when the prompts began and when their first tokens were there."""
@@ -254,19 +276,15 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[s
     Raises:
         BitternError: when the tokenizer has no chat template, or when that refuses the messages.
     """
-    from jinja2 import TemplateError
-
     if tokenizer.chat_template is None:
         raise BitternError(f"{tokenizer.name_or_path}: the tokenizer has no chat template")
-    try:
+    with rendering(f"{tokenizer.name_or_path}: its chat template refuses these messages"):
         encoded: Any = tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             add_generation_prompt=True,
             return_tensors="pt",
             return_dict=True,
         )
-    except TemplateError as error:
-        raise BitternError(f"{tokenizer.name_or_path}: its chat template refuses these messages: {error}") from error
     ids: Tensor = encoded["input_ids"]
     return ids
 

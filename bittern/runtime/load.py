@@ -30,6 +30,7 @@ from bittern.runtime import attention, native
 from bittern.runtime.ends import place_ends, plan_ends
 from bittern.runtime.linear import NativeMatrix, PackedExperts, QuantLinear, share_inputs
 from bittern.runtime.packed import PackedMatrix
+from bittern.runtime.step import keeps_nothing
 from bittern.ties import refuse_untied
 from bittern.weight import QuantWeight
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 # How far the native decoder's logits may be from the model's, relative to the largest. With inputs of 16 bits they are
 # 1e-4 apart, from digits that are rounded to the other side, and 3e-3 in a 2-bit model that hardly works.
 TOLERANCE = 1e-2
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,8 @@ def load(
     Args:
         path: a folder, a GGUF file or a Hub id.
         device: "cpu", "cuda" or "auto" (CUDA where there is one).
-        dtype: of what is not packed, and of the arithmetic. Default: float32 on a CPU, what config.json
-            says on CUDA.
+        dtype: of what is not packed, and of the arithmetic: float32, bfloat16, float16 or float64. Default: float32 on
+            a CPU, what config.json says on CUDA.
         revision: of a Hub id.
         threads: of the native kernels; None for ``torch.get_num_threads()`` at the time of a call. Torch's own
             operations keep torch's number.
@@ -94,6 +96,8 @@ def load(
         BitternError: for an unknown architecture or format, an argument out of range, native kernels that are not
             there, and naming any tensor that is missing, unexpected or of the wrong shape.
     """
+    if dtype not in (None, *_DTYPES):
+        raise BitternError(f"dtype: expected one of {', '.join(map(str, _DTYPES))}, found {dtype!r}")
     target = pick_device(device)
     settings = _native_settings(target, kernels, native.Settings(activations, threads))
     with open_checkpoint(path, revision) as checkpoint:
@@ -164,6 +168,8 @@ def _choose_tier(model: PreTrainedModel, settings: native.Settings | None, decod
     else:
         whole = "whole model" if attached is not None else f"layer by layer ({reason})"
         description = f"native {native.instructions()}, activations {settings.activations}, {whole}"
+    if keeps_nothing(model):
+        description += f"; a {model.config.model_type} keeps nothing: every new token computes the whole text anew"
     vars(model).update(kernels=description)
 
 

@@ -134,7 +134,6 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         "bt_has": (integer, [integer]),
         "bt_best": (integer, []),
         "bt_open": (integer, [integer, integer, pointer]),
-        "bt_close": (None, [pointer]),
         "bt_packed_bytes": (ctypes.c_int64, [integer] * 4),
         "bt_pack": (integer, [pointer, *[integer] * 4, pointer, size, size, pointer]),
         "bt_dequantize": (integer, [pointer, pointer, integer, integer, pointer]),

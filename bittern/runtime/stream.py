@@ -39,20 +39,25 @@ class TextStream:
         """The text that has become certain with this token."""
         self._ids.append(token)
         # Tokenizers join words by what stands before them, so new tokens are decoded behind old ones.
-        before = self._decode(self._ids[: self._read]).rstrip("\ufffd")
         now = self._decode(self._ids)
         if now.endswith("\ufffd"):  # the first bytes of a character
             return ""
-        new = now[len(before) :]
+        new = now[len(self._before()) :]
         if new:
             self._ids = self._ids[self._read :]
         self._read = len(self._ids)
         return self._certain(new)
 
     def finish(self) -> str:
-        """What was held back because a stop text could have begun there."""
-        rest, self._held = self._held, ""
+        """What was held back: before a character that was never whole, and because a stop text could have begun."""
+        new = self._decode(self._ids).rstrip("\ufffd")[len(self._before()) :]
+        certain = self._certain(new)
+        rest, self._held = certain + self._held, ""
         return rest
+
+    def _before(self) -> str:
+        """The text that is already out, of the tokens that are still looked at."""
+        return self._decode(self._ids[: self._read]).rstrip("\ufffd")
 
     def _decode(self, ids: list[int]) -> str:
         text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

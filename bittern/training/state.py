@@ -1,7 +1,8 @@
 """The state of a training run in one safetensors file, from which it goes on as if nothing had happened.
 
-The tensors are the trained parameters and Adam's two moments of each; everything else (step, curve, what was measured
-before) is JSON in the header. The file is replaced as a whole, so a kill at any moment leaves the older or the newer.
+The tensors are the trained parameters, Adam's two moments of each and how many steps these have seen; everything else
+(step, curve, what was measured before) is JSON in the header. The file is replaced as a whole, so a kill at any moment
+leaves the older or the newer. Windows to train on are in such a file, too.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from bittern.errors import BitternError, first_line
 from bittern.writer import explained, fsync
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_STEP = "step"  # a parameter that has no gradient in some steps is not updated in these
 _STORY = "bittern"  # key in the header
 
 
 def save_state(
     path: Path,
-    parameters: Mapping[str, nn.Parameter],
+    parameters: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer | None,
     story: dict[str, Any],
     write: bool = True,
@@ -35,7 +37,7 @@ def save_state(
 
     Args:
         path: the file.
-        parameters: those that are trained, by name; whole, or shards of them.
+        parameters: what is trained, by name; whole, or shards of them.
         optimizer: Adam with these parameters; None before the first step.
         story: what is to be known besides, as JSON holds it.
         write: False on the processes that only help to put shards together.
@@ -48,7 +50,7 @@ def save_state(
         state = {} if optimizer is None else optimizer.state[parameter]
         for key, tensor in (
             ("", parameter.detach()),
-            *((moment, state[moment]) for moment in MOMENTS if moment in state),
+            *((key, state[key]) for key in (_STEP, *MOMENTS) if key in state),
         ):
             found = whole(tensor)
             if write:
@@ -60,7 +62,7 @@ def save_state(
         try:
             save_file(tensors, partial, metadata={_STORY: json.dumps(story)})
         except SafetensorError as error:
-            raise BitternError(f"{path}: the training state cannot be written: {first_line(error)}") from error
+            raise BitternError(f"{path}: cannot be written: {first_line(error)}") from error
         fsync(partial)
         partial.rename(path)
         fsync(path.parent)
@@ -70,22 +72,22 @@ def read_story(path: Path) -> dict[str, Any]:
     """What :func:`save_state` was told to keep besides tensors.
 
     Raises:
-        BitternError: for a file that is no training state.
+        BitternError: for a file that it has not written.
     """
     try:
         with safe_open(path, framework="pt") as file:
             story: dict[str, Any] = json.loads(file.metadata()[_STORY])
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise BitternError(
-            f"{path}: expected a training state, --no-resume starts over: {first_line(error)}"
+            f"{path}: expected what training has kept, --no-resume starts over: {first_line(error)}"
         ) from error
     return story
 
 
 def load_state(
-    path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer | None, steps: int
+    path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer | None = None
 ) -> None:
-    """Put a state into parameters and, after the first step, into the optimizer.
+    """Put a state into parameters and, of those that had a gradient, into the optimizer.
 
     Raises:
         BitternError: when the file lacks one of them.
@@ -97,16 +99,16 @@ def load_state(
             raise BitternError(f"{path}: expected parameter {min(missing)}, found none; --no-resume starts over")
         for name, parameter in parameters.items():
             _fill(parameter, file.get_tensor(name))
-            if optimizer is None or not steps or f"{name}:{MOMENTS[0]}" not in stored:  # it had no gradient yet
+            if optimizer is None or f"{name}:{_STEP}" not in stored:  # it had no gradient yet
                 continue
             moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
             for moment, tensor in moments.items():
                 _fill(tensor, file.get_tensor(f"{name}:{moment}"))
-            optimizer.state[parameter] = {"step": torch.tensor(float(steps)), **moments}
+            optimizer.state[parameter] = {_STEP: file.get_tensor(f"{name}:{_STEP}"), **moments}
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
-    """One parameter of a state, fp32."""
+    """One tensor of a state, mapped."""
     with safe_open(path, framework="pt") as file:
         tensor: Tensor = file.get_tensor(name)
     return tensor

@@ -1,8 +1,11 @@
-"""Windows of tokens to train on, in a file: mapped, they take no memory, and a resumed run reads the same ones."""
+"""Windows of tokens to train on, in a file with their hash: a resumed run reads the same ones, or is told.
+
+They take four bytes a token: all of them in memory while they are written, and what is trained on while it is.
+"""
 
 from __future__ import annotations
 
-import sys
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +19,7 @@ from bittern.calibration import BYTES_PER_TOKEN, read_texts, shares
 from bittern.errors import BitternError
 from bittern.sampling import Sampled, beginnings, write_on, writer
 from bittern.tokenizer import check_vocabulary, encode, leading_bos
+from bittern.training.state import read_story, read_tensor, save_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
 HELD_OUT = 32
 """Windows kept for evaluation when no other text is given, and a tenth of all at most."""
 
+_IDS = "ids"  # key in the file
 _PROMPTS = (3 / 16, 6 / 16, 9 / 16)  # of a window that the source goes on from
 _SPARE = 1.25  # times the bytes that the tokens should take
 _TOGETHER = 16  # windows of a large text file that are read from one place: stories and arguments go on across windows
@@ -37,14 +42,16 @@ class Windows:
     """Windows in a file, and the order in which they are trained on.
 
     Attributes:
-        ids: int32 (windows, seqlen), mapped.
+        ids: int32 (windows, seqlen).
         seed: of the order.
         own: windows that the teacher has written itself; they are the last.
+        sha256: of ``ids``, where these are all of a file.
     """
 
     ids: Rows
     seed: int
     own: int = 0
+    sha256: str = ""
 
     def take(self, start: int, stop: int) -> Tensor:
         """Windows [start, stop) of :meth:`order`, int64 (stop - start, seqlen)."""
@@ -84,13 +91,13 @@ def write_windows(
     chat_template: bool = False,
     on_sampled: Sampled | None = None,
 ) -> int:
-    """Tokenize a dataset into ``count`` windows, streamed, and put them into a file of NumPy's format.
+    """Tokenize a dataset into ``count`` windows, streamed, and put them into a file.
 
     Where the tokenizer puts BOS before every text, every second window begins with it and the others begin wherever the
     text stands: attention that rests on BOS must not forget how to do without (docs/log.md has the figures).
 
     Args:
-        path: the file, which appears when it is whole.
+        path: the file, which appears when it is whole and durable.
         dataset: as in :func:`bittern.calibration.load_tokens`, ``self`` too; of several each gives its share.
         tokenizer: the model's own.
         seqlen: tokens in a window.
@@ -107,7 +114,7 @@ def write_windows(
         The number of windows found.
 
     Raises:
-        BitternError: as :func:`~bittern.calibration.load_tokens`.
+        BitternError: as :func:`~bittern.calibration.load_tokens`, and when the disk refuses.
     """
     written = []
     own = 0
@@ -127,10 +134,7 @@ def write_windows(
         prompts = _prompts(ids, sampled, seed)
         drawn = write_on(writer(model, False), prompts, seqlen, seed, on_sampled)
         ids = np.concatenate([ids, drawn.numpy().astype(np.int32)])
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        np.save(file, ids, allow_pickle=False)
-    partial.rename(path)
+    save_state(path, {_IDS: torch.from_numpy(ids)}, None, {"sha256": _hash(ids)})
     return len(ids)
 
 
@@ -152,8 +156,28 @@ def _prompts(rows: Rows, count: int, seed: int) -> list[Tensor]:
 
 
 def read_windows(path: Path, seed: int) -> Windows:
-    """The windows of a file of :func:`write_windows`."""
-    return Windows(np.load(path, mmap_mode="r", allow_pickle=False), seed)
+    """The windows of a file of :func:`write_windows`, mapped.
+
+    Raises:
+        BitternError: when they are not what was written.
+    """
+    expected = read_story(path).get("sha256")
+    ids: Rows = read_tensor(path, _IDS).numpy()
+    if _hash(ids) != expected:
+        raise BitternError(f"{path}: expected the windows that its header has the hash of, found others")
+    return Windows(ids, seed, sha256=expected)
+
+
+def find_windows(path: Path, seed: int) -> Windows | None:
+    """As :func:`read_windows`; None where there are none, or others than were written."""
+    try:
+        return read_windows(path, seed)
+    except BitternError:
+        return None
+
+
+def _hash(ids: Rows) -> str:
+    return hashlib.sha256(np.ascontiguousarray(ids).view(np.uint8).data).hexdigest()
 
 
 def _windows(
@@ -161,12 +185,10 @@ def _windows(
 ) -> list[Rows]:
     """Windows text by text; of a text file as much is read as they take, from places all over it."""
     path = Path(dataset)
-    if path.suffix != ".txt":  # rows come one by one
-        return list(_cut(dataset, tokenizer, seqlen, count, chat_template, sys.maxsize))
     budget = round(_SPARE * BYTES_PER_TOKEN * count * seqlen)
     while True:
         found = list(_cut(dataset, tokenizer, seqlen, count, chat_template, budget))
-        if sum(map(len, found)) == count or budget >= path.stat().st_size:
+        if sum(map(len, found)) == count or path.suffix != ".txt" or budget >= path.stat().st_size:
             return found
         budget *= 2  # a token of many a script takes more bytes
 
@@ -174,7 +196,7 @@ def _windows(
 def _cut(
     dataset: str, tokenizer: PreTrainedTokenizerBase, seqlen: int, count: int, chat_template: bool, budget: int
 ) -> Iterator[Rows]:
-    """At most ``count`` windows of at least ``budget`` bytes, text by text."""
+    """At most ``count`` windows, text by text: of ``budget`` bytes of a text file or more, of what rows they take."""
     bos = leading_bos(tokenizer)
     rows = 1 if bos is None else 2  # that share a BOS
     width = rows * seqlen - (bos is not None)
@@ -187,7 +209,7 @@ def _cut(
         return (array if bos is None else np.insert(array, 0, bos, axis=1)).reshape(-1, seqlen)
 
     template = tokenizer if chat_template else None
-    for text in read_texts(dataset, budget=budget, pieces=pieces, tokenizer=template):
+    for text in read_texts(dataset, budget=budget, pieces=pieces, tokenizer=template, all_rows=True):
         rest += encode(tokenizer, text)
         whole = min(len(rest) // width, -(-(count - found) // rows))
         if whole:

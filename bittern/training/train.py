@@ -7,6 +7,7 @@ on from its last state to the same bytes.
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -133,7 +134,7 @@ def train(run: Run, options: Training, on_progress: Callable[[dict[str, Any]], N
     story = run.story
     optimizer = torch.optim.AdamW(_decayed(run.parameters, options.weight_decay), lr=options.lr, betas=_BETAS)
     if run.path.exists():
-        load_state(run.path, run.parameters, optimizer, story["step"])
+        load_state(run.path, run.parameters, optimizer)
     if options.recompute:
         for block in live.blocks(run.student)[1]:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -211,7 +212,10 @@ def _step(run: Run, options: Training, step: int, common: Tensor | None = None) 
     device = next(iter(run.parameters.values())).device
     targets = windows[:, 1:].to(device)
     kl_weight = torch.where(own[rank::processes, None], 1.0, options.kl_weight).to(device).expand(targets.shape)
-    before = torch.arange(targets.shape[1], device=device)  # of the last position nothing is known
+    known = targets.shape[1]  # of the last position nothing is
+    kept = {}
+    if "logits_to_keep" in inspect.signature(run.student.forward).parameters:  # others compute all, as xLSTM
+        kept["logits_to_keep"] = torch.arange(known, device=device)
     words, offsets = None, None
     if common is not None:  # of the whole batch: however many processes there are, they learn from the same words
         seed = run.windows.seed + step
@@ -225,7 +229,7 @@ def _step(run: Run, options: Training, step: int, common: Tensor | None = None) 
         call = {
             "input_ids": ids,
             "use_cache": False,
-            "logits_to_keep": before,
+            **kept,
             "output_hidden_states": options.hidden_weight > 0,
         }
         with replay.sixteen_bits(device):  # weights and their updates stay fp32
@@ -233,7 +237,7 @@ def _step(run: Run, options: Training, step: int, common: Tensor | None = None) 
                 teacher = run.teacher(**call)
             with only(run.student, words):
                 student = run.student(**call)
-            logits = student.logits.flatten(0, 1), teacher.logits.flatten(0, 1)
+            logits = student.logits[:, :known].flatten(0, 1), teacher.logits[:, :known].flatten(0, 1)
             loss, kl, nll = distillation_loss(*logits, wanted.flatten(), kl_share.flatten(), offsets)
             hidden = loss.new_zeros(())
             if options.hidden_weight:  # the first are the embeddings

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
+import math
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,18 +23,18 @@ from bittern.evaluate import check_fit, evaluate, text_windows
 from bittern.formats.packing import check_name
 from bittern.processes import together, world
 from bittern.quantize.pipeline import DEFAULT_DATASET
-from bittern.quantize.resume import change, source_hashes
 from bittern.runtime import attention
 from bittern.sampling import Sampled
 from bittern.ties import refuse_untied
 from bittern.tokenizer import check_length, wants_bos
 from bittern.training.state import load_state, read_story, save_state
-from bittern.training.text import HELD_OUT, Windows, kept_apart, read_windows, write_windows
+from bittern.training.text import HELD_OUT, Windows, find_windows, kept_apart, read_windows, write_windows
 from bittern.training.train import Diverged, Run, Training, shard
 from bittern.training.train import train as run_training
 from bittern.uptrain.heads import Counts, attention_prefixes
 from bittern.uptrain.output import check_dtype, make_manifest, write_output
 from bittern.uptrain.regroup import Recipe, regroup
+from bittern.uptrain.resume import STATE, WINDOWS, check_resumable, settings_of, training_folder
 from bittern.uptrain.student import head_counts, make_student, trained_parameters
 from bittern.writer import MAX_SHARD_SIZE, check_output
 
@@ -46,7 +44,6 @@ if TYPE_CHECKING:
 Report = Callable[[dict[str, Any]], None]
 
 
-_STATE, _WINDOWS, _LOCK = "state.safetensors", "windows.npy", ".lock"
 _LR, _LR_POOLED = 5e-5, 3e-4  # docs/log.md has what others gave
 
 
@@ -143,9 +140,9 @@ def uptrain(
         held_out = _held_out(text, checkpoint, model, seqlen)
         checkpoint.fetch()
         refuse_untied(checkpoint)
-        with _training_folder(Path(output), rank) as folder:
-            settings = _settings(given, checkpoint, held_out)
-            state = folder / _STATE
+        with training_folder(Path(output), rank) as folder:
+            settings = settings_of(given, checkpoint, held_out, place)
+            state = folder / STATE
             spent = float(read_story(state).get("seconds", 0)) if rank == 0 and resume and state.exists() else 0.0
             run = _prepare(
                 folder,
@@ -168,7 +165,7 @@ def uptrain(
                 return None
             manifest = make_manifest(run.story, checkpoint, counts, kv_heads, given, spent + time.monotonic() - started)
             write_output(state, checkpoint, run, Path(output), manifest, dtype, max_shard_size, overwrite)
-            shutil.rmtree(folder)
+            state.unlink()  # nothing to go on from: the folder goes
     return manifest
 
 
@@ -206,13 +203,13 @@ def _training(given: dict[str, Any]) -> Training:
             raise BitternError(f"{name}: expected at least {least}, found {given[name]}")
     if given["train"] not in ("blocks", "all", "attention"):
         raise BitternError(f"train: expected blocks, all or attention, found {given['train']!r}")
-    if not 0 <= given["kl_weight"] <= 1 or not given["lr"] > 0:
+    if not 0 <= given["kl_weight"] <= 1 or not 0 < given["lr"] < math.inf:
         raise BitternError(
             f"kl_weight, lr: expected a share and more than 0, found {given['kl_weight']}, {given['lr']}"
         )
     for name in ("hidden_weight", "weight_decay"):
-        if given[name] < 0:
-            raise BitternError(f"{name}: expected at least 0, found {given[name]}")
+        if not 0 <= given[name] < math.inf:
+            raise BitternError(f"{name}: expected a number of at least 0, found {given[name]}")
     if given["sampled"] > given["tokens"]:
         raise BitternError(
             f"sampled: expected at most {given['tokens']}, the tokens to train on, found {given['sampled']}"
@@ -238,38 +235,6 @@ def _training(given: dict[str, Any]) -> Training:
     )
 
 
-@contextmanager
-def _training_folder(output: Path, rank: int) -> Iterator[Path]:
-    """The sibling of the output that holds windows and state until the output stands; one run at a time."""
-    folder = output.with_name(f".{output.name}.training")
-    if rank:
-        yield folder
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BitternError(f"output {output}: another bittern is training this") from None
-        try:
-            yield folder
-        finally:
-            if not (folder / _STATE).exists():  # nothing to go on from
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-def _settings(given: dict[str, Any], checkpoint: Checkpoint, text: Tensor | None) -> dict[str, Any]:
-    """What must be the same for a state to be gone on from: options, source, and the text that it is measured on."""
-    left_out = ("resume", "overwrite", "max_shard_size", "dtype", "device", "revision")
-    return {
-        **{key: str(value) for key, value in given.items() if key not in left_out},
-        "source": f"{checkpoint.path} {checkpoint.revision}",
-        **source_hashes(checkpoint),
-        "tokens of the text to measure on": "none" if text is None else tokens_hash(text),
-        "processes": str(world()[1]),
-    }
-
-
 def _prepare(
     folder: Path,
     checkpoint: Checkpoint,
@@ -287,9 +252,9 @@ def _prepare(
 ) -> Run:
     """Windows and a converted student, from the state of an earlier run or made now by the first process."""
     began = time.monotonic()
-    state = folder / _STATE
+    state = folder / STATE
     if rank == 0 and state.exists():
-        _check_resumable(state, settings, given["resume"])
+        check_resumable(state, settings, given["resume"])
     teacher = live.load_dense(checkpoint, device=place)
     student = make_student(teacher, checkpoint.config, kv_heads)
     for model in (teacher, student):
@@ -302,30 +267,17 @@ def _prepare(
         # Frozen parameters are the teacher's own tensors; what is trained gets memory of its own.
         story |= {"settings": settings, "step": 0, "curve": [], "seconds": time.monotonic() - began}
         save_state(state, parameters, None, story)
+    elif rank == 0:
+        _renew_windows(folder, checkpoint, teacher, given, text, on_sampled)
     if world()[1] > 1:
         dist.barrier()
-    windows, held_out = _split(read_windows(folder / _WINDOWS, given["seed"]), text, given)
+    windows, held_out = _split(read_windows(folder / WINDOWS, given["seed"]), text, given)
     for name, parameter in parameters.items():
         live.set_tensor(student, name, parameter.detach().clone())
     student.tie_weights()
     parameters = trained_parameters(student, options.trained if options.steps else "attention")
-    load_state(state, parameters, None, 0)
+    load_state(state, parameters)
     return Run(student, teacher, parameters, windows, given["nsamples"], held_out, state, read_story(state))
-
-
-def _check_resumable(state: Path, settings: dict[str, Any], resume: bool) -> None:
-    """Remove a state that is not to be gone on from; refuse one that belongs to other options."""
-    if not resume:
-        state.unlink()
-        (state.parent / _WINDOWS).unlink(missing_ok=True)
-        return
-    found = read_story(state).get("settings", {})
-    for key, value in settings.items():
-        if found.get(key) != value:
-            raise BitternError(
-                f"{state.parent}: holds a run that differs ({change(key, str(found.get(key)), value)}); what it was"
-                " started with goes on with it, --no-resume starts over"
-            )
 
 
 def _convert(
@@ -341,23 +293,9 @@ def _convert(
     on_sampled: Sampled | None,
 ) -> dict[str, Any]:
     """Read the text, regroup the student's heads; what is to be known of both."""
-    named = dataset_title(given["dataset"])
-    seqlen, wanted = given["seqlen"], given["nsamples"] + -(-given["tokens"] // given["seqlen"])
-    held = 0 if text is not None else HELD_OUT
-    vocabulary = teacher.config.get_text_config(decoder=True).vocab_size
-    found = write_windows(
-        folder / _WINDOWS,
-        given["dataset"],
-        checkpoint.tokenizer(),
-        seqlen=seqlen,
-        count=wanted + held,
-        vocab_size=vocabulary,
-        sampled=-(-given["sampled"] // seqlen),
-        model=teacher,
-        seed=given["seed"],
-        on_sampled=on_sampled,
-    )
-    windows, held_out = _split(read_windows(folder / _WINDOWS, given["seed"]), text, given)
+    named, seqlen, wanted = dataset_title(given["dataset"]), given["seqlen"], _wanted(given)
+    written = _write_text(folder, checkpoint, teacher, given, text, on_sampled)
+    windows, held_out = _split(written, text, given)
     calibration = windows.take(0, min(given["nsamples"], len(windows.ids)))
     notes = []
     if len(windows.ids) < wanted:
@@ -384,7 +322,7 @@ def _convert(
             "tokens_found": calibration.numel(),
             "sha256": tokens_hash(calibration),
         },
-        "windows": found,
+        "windows": written.sha256,
         "perplexity": {
             "text": Path(given["text"]).name if given["text"] is not None else f"held out of {named}",
             "tokens": held_out.shape[0] * (held_out.shape[1] - 1),
@@ -395,6 +333,56 @@ def _convert(
 
 
 _BATCH = 8  # calibration windows at a time
+
+
+def _wanted(given: dict[str, Any]) -> int:
+    """Windows to calibrate and to train on."""
+    return int(given["nsamples"]) + -(-int(given["tokens"]) // int(given["seqlen"]))
+
+
+def _write_text(
+    folder: Path,
+    checkpoint: Checkpoint,
+    teacher: PreTrainedModel,
+    given: dict[str, Any],
+    text: Tensor | None,
+    on_sampled: Sampled | None,
+) -> Windows:
+    """The windows of a run, written into its folder."""
+    write_windows(
+        folder / WINDOWS,
+        given["dataset"],
+        checkpoint.tokenizer(),
+        seqlen=given["seqlen"],
+        count=_wanted(given) + (HELD_OUT if text is None else 0),
+        vocab_size=teacher.config.get_text_config(decoder=True).vocab_size,
+        sampled=-(-given["sampled"] // given["seqlen"]),
+        model=teacher,
+        seed=given["seed"],
+        on_sampled=on_sampled,
+    )
+    return read_windows(folder / WINDOWS, given["seed"])
+
+
+def _renew_windows(
+    folder: Path,
+    checkpoint: Checkpoint,
+    teacher: PreTrainedModel,
+    given: dict[str, Any],
+    text: Tensor | None,
+    on_sampled: Sampled | None,
+) -> None:
+    """Write windows again that are not those of the state.
+
+    Raises:
+        BitternError: when the dataset gives others by now.
+    """
+    path, expected = folder / WINDOWS, read_story(folder / STATE)["windows"]
+    found = find_windows(path, given["seed"]) or _write_text(folder, checkpoint, teacher, given, text, on_sampled)
+    if found.sha256 != expected:
+        raise BitternError(
+            f"{path}: expected the windows that this run began with, found others; --no-resume starts over"
+        )
 
 
 def _held_out(
