@@ -40,6 +40,15 @@ class Format(Protocol):
 FORMATS: Mapping[str, Format] = {"gptq": gptq, "compressed-tensors": compressed_tensors, "awq": awq, "mlx": mlx}
 """quant_method -> its module."""
 
+CONFIG_KEYS = ("quantization_config", "quantization", "compression_config")
+"""Where config.json may keep a quantization config: transformers' key, MLX's, and compressed-tensors' first one."""
+
+_FILES = {"quantize_config.json": "gptq", "hf_quant_config.json": "modelopt"}
+"""Files that some quantizers keep it in alone: the oldest GPTQ artifacts, and NVIDIA ModelOpt. Name -> method."""
+
+_SCALES = ("weight_scale", "weight_scale_inv", "weight_scale_2")
+"""What the codes of a weight beside them are to be multiplied with; beside 8-bit floats ``scale`` as well."""
+
 
 class Artifact:
     """A checkpoint and what its quantization config says of it.
@@ -57,7 +66,7 @@ class Artifact:
         """Understand a checkpoint from its config and headers alone.
 
         Raises:
-            BitternError: for a quantization that bittern does not read, and for packed tensors that
+            BitternError: for a quantization that bittern does not read, and for quantized tensors that
                 contradict the config or are there without one.
         """
         self.checkpoint = checkpoint
@@ -74,7 +83,7 @@ class Artifact:
             return
         method, found = quantization_config(checkpoint)
         if method is None:
-            _refuse_unexplained(checkpoint)
+            refuse_unexplained(checkpoint)
             return
         if method not in FORMATS:
             readable = ", ".join(FORMATS)
@@ -95,6 +104,7 @@ class Artifact:
                 self.plain.pop(name, None)
         if not self.layers:
             raise BitternError(f"{checkpoint.source}: its config says {method}, but it holds no packed layer")
+        _refuse_scaled(checkpoint.source, self.plain)
 
     def read(self, layer: str) -> QuantWeight:
         """One packed layer.
@@ -118,31 +128,60 @@ class Artifact:
 
 
 def quantization_config(checkpoint: Checkpoint) -> tuple[str | None, dict[str, Any]]:
-    """The method and its config; (None, {}) for a plain checkpoint.
+    """The method and its config; (None, {}) where nothing says that a checkpoint is quantized.
 
     Raises:
         BitternError: for one that is no JSON object.
     """
-    found = checkpoint.config.get("quantization_config")
-    if found is None and isinstance(checkpoint.config.get("quantization"), dict):
-        found = checkpoint.config["quantization"]  # MLX's own key; its newer files have both
-    path = checkpoint.folder / "quantize_config.json"  # where the oldest GPTQ artifacts have it alone
-    if found is None and checkpoint.gguf is None and path.is_file():
-        found = read_json(path)
+    config, method = checkpoint.config, None
+    found = config.get("quantization_config")
+    if found is None and isinstance(config.get("quantization"), dict):
+        found = config["quantization"]  # MLX's newer files have both
+    if found is None and config.get("compression_config") is not None:
+        found, method = config["compression_config"], "compressed-tensors"  # which it did not always call itself
+    for name, theirs in _FILES.items():
+        path = checkpoint.folder / name
+        if found is None and checkpoint.gguf is None and path.is_file():
+            found, method = read_json(path), None if theirs == "gptq" else theirs
     if found is None:
         return None, {}
     if not isinstance(found, dict):
         raise BitternError(f"quantization_config: expected an object, found {type(found).__name__}")
-    if "quant_method" in found or "method" in found:
-        return str(found.get("quant_method", found.get("method"))), found
-    return ("mlx" if "quantization" in checkpoint.config else "gptq"), found
+    if method is None and ("quant_method" in found or "method" in found):
+        method = str(found.get("quant_method", found.get("method")))
+    return method or ("mlx" if "quantization" in config else "gptq"), found
 
 
-def _refuse_unexplained(checkpoint: Checkpoint) -> None:
-    """Packed layers without a config cannot be understood; integers must not pass for weights."""
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json that says nothing of a quantization."""
+    return {key: value for key, value in config.items() if key not in CONFIG_KEYS}
+
+
+def refuse_unexplained(checkpoint: Checkpoint) -> None:
+    """Refuse quantized tensors in a checkpoint that has no quantization config, from its headers alone.
+
+    Raises:
+        BitternError: naming a packed layer, a weight with scales beside it, or one of integers.
+    """
     for module in FORMATS.values():
         for layer in module.packed_layers(checkpoint.tensors):
             raise BitternError(
                 f"{checkpoint.source}: holds packed layers ({layer}), but neither config.json nor quantize_config.json "
                 "has a quantization config"
             )
+    _refuse_scaled(checkpoint.source, checkpoint.tensors)
+
+
+def _refuse_scaled(source: str, plain: Mapping[str, TensorInfo]) -> None:
+    """Codes without their scales are no weights, but would be cast like some: off by thousands of times."""
+    for name, info in plain.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf != "weight":
+            continue
+        scales = (*_SCALES, "scale") if info.dtype.is_floating_point and info.dtype.itemsize == 1 else _SCALES
+        beside = next((f"{module}.{scale}" for scale in scales if f"{module}.{scale}" in plain), None)
+        if beside is not None:
+            raise BitternError(f"{source}: {name}: expected a plain weight, found {beside} beside it, unexplained")
+        if len(info.shape) > 1 and not info.dtype.is_floating_point:
+            kind = str(info.dtype).removeprefix("torch.")
+            raise BitternError(f"{source}: {name}: expected a plain weight, found {kind} without a quantization config")

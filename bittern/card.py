@@ -14,7 +14,7 @@ from typing import Any
 
 from bittern.card_text import FILE_SUFFIXES, Facts, card_text, degraded_block
 from bittern.errors import BitternError, first_line
-from bittern.origin import HUB_ID, lineage, split_card
+from bittern.origin import HUB_ID, lineage, since_base, split_card
 from bittern.story import conditions
 
 EVALUATIONS = ".eval_results"
@@ -84,7 +84,8 @@ def card_metadata(facts: Facts) -> dict[str, Any]:
     """The metadata block, in the order in which people read it."""
     quantized_by = facts.repo_id.split("/")[0] if _run(facts, "quantize") else None
     results = evaluation_results(facts)
-    relation = "finetune" if _run(facts, "uptrain") else "quantized"
+    merged = any(each.get("kind") == "uptrain" for each in since_base(dict(facts.manifest)))
+    relation = "finetune" if merged else "quantized"
     fields = {
         **facts.licence,
         "base_model": facts.base_id,

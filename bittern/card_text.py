@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from bittern.licence import files_among
-from bittern.origin import lineage
+from bittern.origin import lineage, since_base
 from bittern.report import layer_records
 from bittern.story import conditions
 
@@ -86,7 +86,7 @@ def _opening(facts: Facts) -> str:
     version = runs[0].get("versions", {}).get("bittern")
     tool = f"bittern {version}" if version else "bittern"
     quantization = facts.found.get("quantization")
-    uptrained = any(run.get("kind") == "uptrain" for run in runs)
+    uptrained = any(run.get("kind") == "uptrain" for run in since_base(dict(facts.manifest)))
     if uptrained:
         what = "with its attention heads merged into groups"
         what += f" and quantized to {_bits(facts)} bits" if quantization else ""

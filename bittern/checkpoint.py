@@ -23,6 +23,7 @@ from torch import Tensor
 from bittern.errors import BitternError
 from bittern.formats.gguf_tokenizer import mend_tokenizer
 from bittern.formats.legacy_bin import BinFiles, read_bin
+from bittern.hub import download, fetch_headers, file_names
 from bittern.shards import SafetensorsFiles, Stored, TensorInfo, read_header
 from bittern.writer import CheckpointWriter, explained
 
@@ -58,6 +59,7 @@ _MAX_JSON_BYTES = 100_000_000  # the index of a model with 400,000 tensors takes
 _MAX_NAME = 1000  # characters of a tensor's name
 _MAX_COUNT = 1024  # of what transformers builds so many of as config.json says, where there are fewer tensors
 _COUNTS = re.compile(r"(num|n)_(\w*_)?(layer|block|expert|label)s?|(en|de)coder_layers")
+_WEIGHTS = "model.safetensors, its shards and index, or pytorch_model.bin"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -249,15 +251,11 @@ def open_checkpoint(
         raise BitternError(f"{name}: no such folder or .gguf file, and not a Hub id (org/name)")
     if headers_only and (found := _open_headers(name, revision)) is not None:
         return found
-    from bittern.hub import download
-
     folder, commit = download(name, revision)
     return _open_folder(name, folder, commit)
 
 
 def _open_headers(repo_id: str, revision: str | None) -> Checkpoint | None:
-    from bittern.hub import fetch_headers
-
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="bittern-"))) / repo_id  # errors name it
         folder.mkdir(parents=True)
@@ -334,8 +332,13 @@ def _line(error: BaseException) -> str:
 
 def _open_folder(source: str, folder: Path, revision: str | None) -> Checkpoint:
     _refuse_special_files(folder)
-    config = read_json(contained(folder, "config.json"))
+    path = contained(folder, "config.json")
+    if not path.exists():
+        raise _no_model(source, folder, revision, "config.json")
+    config = read_json(path)
     weights = _weight_file(folder)
+    if weights is None:
+        raise _no_model(source, folder, revision, _WEIGHTS)
     where = _read_index(folder, weights) if weights.suffix == ".json" else None
     files = [weights] if where is None else list(dict.fromkeys(where.values()))
     read = read_bin if files and files[0].suffix == ".bin" else read_header
@@ -360,7 +363,8 @@ def _open_folder(source: str, folder: Path, revision: str | None) -> Checkpoint:
 
 def _refuse_special_files(folder: Path) -> None:
     """Pipes and devices never end or keep their reader waiting, and libraries open what they find in a folder."""
-    for path in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")):
+    found = folder.iterdir() if folder.exists() else ()  # of a repository with nothing to fetch the cache has none
+    for path in (*found, *folder.glob("additional_chat_templates/*")):
         if path.exists() and not path.is_file() and not path.is_dir():
             raise BitternError(f"{path}: expected a file, found a pipe, a socket or a device")
 
@@ -378,15 +382,31 @@ def _check_counts(path: Path, config: dict[str, Any], tensors: int) -> None:
 
 
 def _open_gguf(source: str, path: Path) -> Checkpoint:
+    from bittern.formats.gguf import need_packages
     from bittern.formats.gguf_file import open_gguf
     from bittern.formats.gguf_header import check
 
+    need_packages()
     check(path)  # before the gguf package believes what the file says
     config, tensors, storage = open_gguf(path)
     return Checkpoint(source, path.parent, config, tensors, storage, gguf=storage)
 
 
-def _weight_file(folder: Path) -> Path:
+def _no_model(source: str, folder: Path, revision: str | None, expected: str) -> BitternError:
+    """What a folder, or a repository at a commit, is instead of a checkpoint."""
+    names = {path.name for path in folder.glob("*")} | set(file_names(source, revision) if revision else ())
+    files = sorted(name for name in names if name.endswith(".gguf"))
+    reason = f"expected {expected}; found none"
+    if "adapter_config.json" in names:
+        reason += ": it is an adapter, without the model that it adapts"
+    elif files and revision is None:
+        reason += f", but GGUF; name the file: {Path(source) / files[0]}"
+    elif files:
+        reason = f"holds GGUF files alone: download one (`hf download {source} FILE.gguf`) and name it"
+    return BitternError(f"{source}: {reason}")
+
+
+def _weight_file(folder: Path) -> Path | None:
     """The file or index that holds a folder's weights, in the order in which transformers looks for them."""
     usual = ("model.safetensors", "model.safetensors.index.json")
     legacy = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -395,21 +415,14 @@ def _weight_file(folder: Path) -> Path:
         path.name for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_")
     ]
     names = [name for name in (*usual, *(own if len(own) == 1 else ()), *legacy) if (folder / name).is_file()]
-    if not names:
-        found = f"{len(own)} files of safetensors and no index" if own else "none"
-        raise BitternError(
-            f"{folder}: expected model.safetensors, its shards and index, or pytorch_model.bin; found {found}"
-        )
-    return contained(folder, names[0])
+    if own and not names:
+        raise BitternError(f"{folder}: expected {_WEIGHTS}; found {len(own)} files of safetensors and no index")
+    return contained(folder, names[0]) if names else None
 
 
 def _read_index(folder: Path, path: Path) -> dict[str, Path]:
     weight_map = read_json(path).get("weight_map")
-    if (
-        not isinstance(weight_map, dict)
-        or not weight_map
-        or not all(isinstance(file, str) for file in weight_map.values())
-    ):
+    if not (weight_map and isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values())):
         raise BitternError(f"{path}: expected a weight_map from tensor names to file names")
     suffix = path.name.removesuffix(".index.json").rpartition(".")[2]
     for name, file in weight_map.items():

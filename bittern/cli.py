@@ -103,7 +103,7 @@ def commands() -> None:
 
 @_command
 @click.argument("source")
-@output_options
+@output_options("Folder to write, or .gguf file.")
 @format_option(FORMATS, "safetensors, plain floats")
 @target_option
 @click.option("--dtype", type=DTYPE, help="Of floats.  [default: bf16 of a plain source and of GGUF, else as they are]")
@@ -125,7 +125,7 @@ def convert(source: str, as_json: bool, **options: Any) -> None:
 
 @_command
 @click.argument("source")
-@output_options
+@output_options("Folder to write, or .gguf file.")
 @quantize_options
 @device_option
 @json_option
@@ -157,7 +157,7 @@ def quantize(source: str, output: Path, as_json: bool, **options: Any) -> None:
 
 @_command
 @click.argument("source")
-@output_options
+@output_options("Folder to write.")
 @uptrain_options
 @device_option
 def uptrain(source: str, output: Path, **options: Any) -> None:
@@ -374,7 +374,7 @@ def inspect(path: str, revision: str | None, as_json: bool) -> None:
 @_command
 @click.argument("path")
 @click.option("--against", metavar="SRC", help="What it was made of: also compare names, values and logits with it.")
-@click.option("--revision", help="Branch, tag or commit of a Hub id given to --against.")
+@click.option("--revision", help="Branch, tag or commit of a Hub id: SRC, without it PATH.")
 @click.option("--logits/--no-logits", default=True, show_default=True, help="Run the models, each whole in fp32.")
 @click.option("--text", help="Run them on this instead of three short prompts.")
 @click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads.  [default: those of torch]")

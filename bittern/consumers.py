@@ -122,7 +122,9 @@ def asks_dequantize(target: str | None, layout: Layout) -> bool:
 
 
 def cannot_hold(name: str, layout: Layout) -> str | None:
-    """Why a format cannot hold the grids of a layout without loss, None when it can."""
+    """Why a format cannot hold a layout without loss, None when it can; of GGUF also by the model and its shapes."""
+    if name == "gguf" and (reason := gguf.refuse_model(layout.model_type)) is not None:
+        return reason
     if name == V1 and not layout.sym:
         return f"asymmetric: {V1!r} has no zero of 0 that all its readers agree on"
     if name in (V1, V2):
@@ -137,7 +139,10 @@ def cannot_hold(name: str, layout: Layout) -> str | None:
         "mlx": lambda spec: mlx.refuse(spec, mlx.exact_dtype(spec.sym)),
         "gguf": gguf.refuse,
     }
-    return next((reason for reason in map(refuse[name], set(layout.packed.values())) if reason is not None), None)
+    reasons = [*map(refuse[name], set(layout.packed.values()))]
+    if name == "gguf":
+        reasons += [gguf.refuse_columns(layout.shapes[layer][1]) for layer in layout.packed if layer in layout.shapes]
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def _formats(target: str) -> tuple[str, ...]:
@@ -364,7 +369,7 @@ def _auto_gptq(layout: Layout) -> tuple[bool, str]:
 def _llama_cpp(layout: Layout) -> tuple[bool, str]:
     if layout.format == "gguf":
         return True, "of an architecture that it has"
-    return False, "needs GGUF: bittern convert --format gguf makes it"
+    return False, f"needs GGUF: {cannot_hold('gguf', layout) or 'bittern convert --format gguf makes it'}"
 
 
 def _mlx(layout: Layout) -> tuple[bool, str]:

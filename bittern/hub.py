@@ -287,6 +287,17 @@ def model_card(repo_id: str, revision: str | None = None) -> dict[str, Any] | No
     return {**found, "gated": True} if info.gated else found
 
 
+def file_names(repo_id: str, revision: str | None = None) -> tuple[str, ...]:
+    """The names of a repository's files, for an error that tells what it is; none where the Hub does not say."""
+    from huggingface_hub import HfApi
+
+    with guarded():
+        try:
+            return tuple(_listing(HfApi(), repo_id, revision))
+        except Exception:  # the error is told without them
+            return ()
+
+
 def read_text(repo_id: str, name: str, revision: str | None = None) -> str | None:
     """A text file of a repository as it is there now; None when it, its revision or the repository is not there.
 
@@ -385,7 +396,7 @@ def _commit(
     return made.oid, str(made.pr_url or made.commit_url), sent, deleted
 
 
-def _listing(api: HfApi, repo_id: str, revision: str) -> dict[str, _Stored]:
+def _listing(api: HfApi, repo_id: str, revision: str | None) -> dict[str, _Stored]:
     from huggingface_hub.hf_api import RepoFile
 
     held = {}

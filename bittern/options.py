@@ -109,25 +109,27 @@ def dataset_option(what: str) -> Callable[[Command], Command]:
     )
 
 
-def output_options(function: Command) -> Command:
-    """The options of the commands that write a checkpoint."""
-    for option in (
-        click.option("--revision", help="Branch, tag or commit of a Hub id."),
-        click.option("--overwrite", is_flag=True, help="Replace an existing output."),
-        click.option(
-            "--max-shard-size",
-            type=byte_size,
-            metavar="SIZE",
-            default="5GB",
-            show_default=True,
-            help="Largest weight file.",
-        ),
-        click.option(
-            "-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write, or .gguf file."
-        ),
-    ):
-        function = option(function)
-    return function
+def output_options(what: str) -> Callable[[Command], Command]:
+    """The options of a command that writes a checkpoint, and in words what it writes."""
+
+    def add(function: Command) -> Command:
+        for option in (
+            click.option("--revision", help="Branch, tag or commit of a Hub id."),
+            click.option("--overwrite", is_flag=True, help="Replace an existing output."),
+            click.option(
+                "--max-shard-size",
+                type=byte_size,
+                metavar="SIZE",
+                default="5GB",
+                show_default=True,
+                help="Largest weight file.",
+            ),
+            click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help=what),
+        ):
+            function = option(function)
+        return function
+
+    return add
 
 
 def quantize_options(function: Command) -> Command:

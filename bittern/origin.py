@@ -24,7 +24,8 @@ CARD_KEYS = (*LICENCE_KEYS, "language", "pipeline_tag")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 _METADATA = re.compile(r"\A\s*---[ \t]*\r?\n(?:(.*?)\r?\n)??---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
-_SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/([0-9a-f]{40})/?\Z")  # a folder of the Hub's cache
+_MODEL_ID = re.compile(rf"{HUB_ID.pattern}|[A-Za-z0-9][\w.-]*")
+_SNAPSHOT = re.compile(r"models--([^/]+)/snapshots/([0-9a-f]{40})/?\Z")  # a folder of the Hub's cache
 _MAX_BYTES = 2_000_000  # of a card
 _MAX_ITEMS, _MAX_CHARACTERS = 200, 500  # of a value that is kept
 
@@ -135,14 +136,29 @@ def lineage(manifest: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def base_model(manifest: dict[str, Any]) -> tuple[str | None, str | None]:
-    """The Hub id of the model that everything began with and its commit; (None, None) where that is not known."""
-    source = lineage(manifest)[-1].get("source")
+    """The Hub id of the model that everything began with and its commit; (None, None) where that is not known.
+
+    What the Hub has may have been made elsewhere of what it has not: then that on the Hub is the base.
+    """
+    return _on_hub(since_base(manifest)[-1]) or (None, None)
+
+
+def since_base(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """The manifests of what was done to :func:`base_model`, the newest first; all where that is not known."""
+    whole = lineage(manifest)
+    known = [position for position, each in enumerate(whole) if _on_hub(each) is not None]
+    return whole[: known[-1] + 1] if known else whole
+
+
+def _on_hub(manifest: dict[str, Any]) -> tuple[str, str] | None:
+    """Hub id and commit of what a run has read, where it came from there; of old models the id has no owner."""
+    source = manifest.get("source")
     source = source if isinstance(source, dict) else {}
     name, revision = str(source.get("name")), source.get("revision")
-    if isinstance(revision, str) and HUB_ID.fullmatch(name):
+    if isinstance(revision, str) and _MODEL_ID.fullmatch(name):
         return name, revision
     match = _SNAPSHOT.search(name)
-    return (f"{match[1]}/{match[2]}", match[3]) if match else (None, None)
+    return (match[1].replace("--", "/"), match[2]) if match else None
 
 
 def base_card(manifest: dict[str, Any]) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from bittern.artifact import Artifact
 from bittern.card import EVALUATIONS, evaluation_files, is_ours, make_card, own_card, update_card
 from bittern.card_text import Facts
 from bittern.checkpoint import contained, open_checkpoint, read_json
-from bittern.consumers import choose_format
+from bittern.consumers import cannot_hold
 from bittern.errors import BitternError
 from bittern.hub import Published, Upload, model_card, publish, read_text
 from bittern.hub_errors import secret
@@ -117,9 +117,10 @@ def push(
     own = _chosen_card(contents.folder, card)
     if own is None and not dry_run:
         own = read_text(repo_id, origin.CARD_FILE, revision)
-    if own is not None and is_ours(own):  # nobody's words are lost when it is made anew
-        own = None
-    facts, notes = _facts(contents, repo_id, revision, license, own, ask=not dry_run)
+    metadata = {} if own is None else own_card(own)[0]
+    if own is not None and is_ours(own):  # nobody's words are lost when it is made anew, but a licence that was stated
+        own, metadata = None, {key: metadata[key] for key in origin.LICENCE_KEYS if key in metadata}
+    facts, notes = _facts(contents, repo_id, revision, license, metadata, ask=not dry_run)
     text = make_card(facts) if own is None else update_card(own, facts)
     uploads = [*files, *_texts({origin.CARD_FILE: text, **evaluation_files(contents.manifest)})]
     published = None
@@ -161,10 +162,6 @@ def _contents(folder: Path, on_step: Callable[[int, int], None] | None) -> _Cont
     with open_checkpoint(folder) as checkpoint:
         layout = layout_of(Artifact(checkpoint))
         config = checkpoint.config
-    try:
-        gguf = choose_format("llama.cpp", layout) == "gguf"
-    except BitternError:
-        gguf = False
     listed = [*manifest["files"], MANIFEST_FILE]
     beside = {
         path.relative_to(folder).as_posix() for pattern in _BESIDE for path in folder.glob(pattern) if path.is_file()
@@ -173,7 +170,7 @@ def _contents(folder: Path, on_step: Callable[[int, int], None] | None) -> _Cont
     inside = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     shown = {path.as_posix() for path in inside if not any(part.startswith(".") for part in path.parts)}
     left_out = sorted(shown - {*names, origin.CARD_FILE})
-    return _Contents(folder, manifest, config, inspect(folder), gguf, names, left_out)
+    return _Contents(folder, manifest, config, inspect(folder), cannot_hold("gguf", layout) is None, names, left_out)
 
 
 def _chosen_card(folder: Path, card: str | os.PathLike[str] | None) -> str | None:
@@ -190,10 +187,16 @@ def _chosen_card(folder: Path, card: str | os.PathLike[str] | None) -> str | Non
 
 
 def _facts(
-    contents: _Contents, repo_id: str, revision: str | None, stated: str | None, own: str | None, ask: bool
+    contents: _Contents, repo_id: str, revision: str | None, stated: str | None, metadata: Mapping[str, Any], ask: bool
 ) -> tuple[Facts, list[str]]:
-    """What the card is made of, and what must be said; ``ask``: the Hub, for a licence that is not on record."""
-    metadata = {} if own is None else own_card(own)[0]
+    """What the card is made of, and what must be said.
+
+    Args:
+        contents, repo_id, revision: what is published, and where.
+        stated: a licence, as of :func:`push`.
+        metadata: of the card that was there before, as far as they count.
+        ask: the Hub, for a licence that is not on record.
+    """
     recorded, base_revision = origin.base_model(contents.manifest)
     known = origin.base_card(contents.manifest)
     notes: list[str] = []
@@ -202,8 +205,7 @@ def _facts(
         if asked is not None:
             gated = {"gated": True} if asked.get("gated") else {}
             known = {**(known or {}), **origin.inherited_fields(asked), **gated}
-    stated_base = metadata.get("base_model")
-    base_id = recorded or (stated_base if isinstance(stated_base, str) else None)
+    base_id = recorded or _first_text(metadata.get("base_model"))
     licence: dict[str, Any] = {}
     try:
         licence, notes = settle(stated, metadata, known, base_id, contents.names, recorded or "the base")
@@ -230,6 +232,11 @@ def _facts(
         gguf=contents.gguf,
     )
     return facts, notes
+
+
+def _first_text(value: Any) -> str | None:
+    """What a card states once, or first of several."""
+    return next((text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)), None)
 
 
 def _uploads(contents: _Contents) -> list[Upload]:

@@ -152,15 +152,23 @@ def with_origin(manifest: dict[str, Any], origin: dict[str, Any] | None) -> dict
     return {**manifest, "origin": before, "measured": {**manifest["measured"], "origin": origin.get("measured")}}
 
 
-def changed_names(manifest: Any) -> set[str]:
-    """The tensors and packed layers that a manifest, or one in its chain of origins, says were changed on purpose."""
-    found: set[str] = set()
-    while isinstance(manifest, dict):
-        found |= {str(name) for name in manifest.get("changed") or ()}
-        layers = [layer for layer in manifest.get("layers") or () if isinstance(layer, dict)]
-        found |= {str(layer["layer"]) for layer in layers if layer.get("rescaled")}
-        manifest = manifest.get("origin")
-    return found
+def changed_names(manifest: Any, since: Any = None) -> set[str]:
+    """The tensors and packed layers that a manifest, or one in its chain of origins, says were changed on purpose.
+
+    Args:
+        manifest: of the last run.
+        since: the manifest of what an earlier run has made: its changes, and those before, are left out.
+    """
+    chains: list[list[set[str]]] = []
+    for last in (manifest, since):
+        chains.append([])
+        while isinstance(last, dict):
+            layers = [layer for layer in last.get("layers") or () if isinstance(layer, dict)]
+            rescaled = {str(layer["layer"]) for layer in layers if layer.get("rescaled")}
+            chains[-1].append(rescaled | {str(name) for name in last.get("changed") or ()})
+            last = last.get("origin")
+    every, before = chains
+    return set().union(*every[: max(0, len(every) - len(before))])
 
 
 def runs(manifest: dict[str, Any]) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bittern.artifact import CONFIG_KEYS
 from bittern.checkpoint import Checkpoint, contained, open_checkpoint, read_json
 from bittern.compare import Comparison, View
 from bittern.errors import BitternError, first_line
@@ -43,7 +44,7 @@ _PIECE = 2**21  # elements of plain tensors that are looked at at once
 _NAMED = 5  # names in a message
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
 # What may differ between the configurations of an artifact and of its source.
-_NO_ARCHITECTURE = {"architectures", "dtype", "quantization", "quantization_config", "transformers_version"}
+_NO_ARCHITECTURE = {"architectures", "dtype", *CONFIG_KEYS, "transformers_version"}
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def verify(
         logits: whether to run the models.
         text: what tokenizers and models are given instead of :data:`PROMPTS`.
         threads: of torch; None for its own choice.
-        revision: of ``against`` when that is a Hub id.
+        revision: of ``against`` when that is a Hub id; without it, of ``output``.
         on_step: see :data:`OnStep`.
 
     Returns:
@@ -114,9 +115,10 @@ def verify(
     """
     step: OnStep = on_step or (lambda name, done, total: None)
     checks = _Checks()
+    own = revision if against is None else None
     with ExitStack() as stack:
         base = None if against is None else stack.enter_context(open_checkpoint(against, revision))
-        checkpoint = _open(output, checks)
+        checkpoint = _open(output, own, checks)
         folder = Path(output) if checkpoint is None else stack.enter_context(checkpoint).path
         with checks.guard("manifest"):
             checks.append(_manifest(folder))
@@ -135,7 +137,7 @@ def verify(
                 source = View(base)
                 checks.append(_config(view, source))
                 inexact = _allows_inexact(folder)
-                changed = _changed(view.artifact.checkpoint)
+                changed = _changed(view, source)
                 comparison = Comparison(
                     view, source, inexact, changed, lambda done, total: step("source values", done, total)
                 )
@@ -151,7 +153,7 @@ def verify(
                 checks.append(Check("logits", None, f"not run: bittern run has no place for {_named(view.unplaced)}"))
             else:
                 prompts, note = _prompts(view, text)
-                found = _run(output, None, prompts, lambda done, total: step("logits", done, total))
+                found = _run(output, own, prompts, lambda done, total: step("logits", done, total))
                 expected = None if against is None else _run(against, revision, prompts, lambda *_: None)
                 checks.append(_logits(found, expected, note, comparison))
     return Verification(os.fspath(output), None if against is None else os.fspath(against), tuple(checks))
@@ -171,10 +173,10 @@ class _Checks(list[Check]):
             self.append(Check(name, False, f"{type(error).__name__}: {first_line(error)}"))
 
 
-def _open(output: str | os.PathLike[str], checks: _Checks) -> Checkpoint | None:
+def _open(output: str | os.PathLike[str], revision: str | None, checks: _Checks) -> Checkpoint | None:
     """The artifact; None with a failed check when it is there but cannot be opened."""
-    if not Path(output).exists():
-        return open_checkpoint(output)
+    if not Path(output).exists() or revision is not None:
+        return open_checkpoint(output, revision)
     with checks.guard("tensors"):
         return open_checkpoint(output)
     return None
@@ -300,12 +302,14 @@ def _allows_inexact(folder: Path) -> bool:
     return isinstance(options, dict) and options.get("allow_inexact") is True
 
 
-def _changed(checkpoint: Checkpoint) -> set[str]:
-    """What was changed on purpose: a GGUF file says so itself, of other artifacts the manifest does."""
-    if checkpoint.gguf is not None:
-        return set(checkpoint.gguf.changed)
-    path = checkpoint.path / MANIFEST_FILE
-    return changed_names(read_json(path)) if path.is_file() else set()
+def _changed(view: View, source: View) -> set[str]:
+    """What was changed on purpose since: a GGUF file says so itself, of other artifacts the manifest does."""
+    if source.artifact.layers:  # of what is quantized already, nothing is made that is not to be the same
+        return set()
+    if view.artifact.checkpoint.gguf is not None:
+        return set(view.artifact.checkpoint.gguf.changed)
+    paths = [side.artifact.checkpoint.path / MANIFEST_FILE for side in (view, source)]
+    return changed_names(*(read_json(path) if path.is_file() else None for path in paths))
 
 
 def _source_tensors(comparison: Comparison) -> Check:
@@ -416,6 +420,9 @@ def _logits(found: Tensor, expected: Tensor | None, note: str, comparison: Compa
     exact = not comparison.rounded or bool(comparison.wrong)
     if exact and relative > LOGIT_TOLERANCE:
         return Check("logits", False, f"{detail}; expected {LOGIT_TOLERANCE:g} at most on {note}")
+    ignorant = math.log(found.shape[1]) + float((target.exp() * target).sum(1).double().mean())
+    if comparison.changed and kl >= ignorant:  # what was rescaled or trained is told by nothing else
+        return Check("logits", False, f"{detail}; a model that knows nothing has {ignorant:.3g} on {note}")
     return Check("logits", True, f"{detail} on {note}")
 
 

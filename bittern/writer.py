@@ -15,6 +15,7 @@ import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,6 +32,27 @@ MAX_SHARD_SIZE = 5 * 10**9  # bytes
 INDEX_FILE = "model.safetensors.index.json"
 _LOCK = ".lock"
 _BESIDE = (MANIFEST_FILE, "README.md", ".gitattributes", _LOCK)  # that a manifest does not list
+_NAMES = (  # of files that are part of a checkpoint where no manifest says so; notes.txt and train.py are a user's
+    "*.json",
+    "*.safetensors",
+    "pytorch_model*.bin",
+    "training_args.bin",
+    "*.gguf",
+    "tokenizer*",
+    "vocab*",
+    "merges*",
+    "*.model",
+    "*.tiktoken",
+    "*.jinja",
+    "configuration_*.py",
+    "modeling_*.py",
+    "tokenization_*.py",
+    "*processing_*.py",
+    "LICEN[CS]E*",
+    "NOTICE*",
+    "COPYING*",
+    "USE_POLICY*",
+)
 _FOLDERS = ("additional_chat_templates", ".cache")  # that a checkpoint may have; the latter is the Hub client's
 _REASONS = {
     errno.ENOSPC: "the disk is full",
@@ -71,16 +93,21 @@ def check_output(out: Path, source: Path | None, overwrite: bool) -> None:
 
 
 def _foreign(folder: Path) -> str | None:
-    """What a user has put into a checkpoint's folder: a folder, or beside a manifest a file that it does not list."""
+    """What a user has put into a checkpoint's folder: a folder, or a file that the manifest does not list.
+
+    Without a manifest, a file whose name is none of a checkpoint's.
+    """
     try:
-        known = {*json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["files"], *_BESIDE}
+        listed = set(json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["files"])
     except (OSError, ValueError, KeyError, TypeError):
-        known = None
+        listed = None
     for path in sorted(folder.iterdir()):
         if path.is_dir() and not path.is_symlink():
             if path.name not in _FOLDERS:
                 return f"the folder {path.name}"
-        elif known is not None and path.name not in known and path.suffix != ".partial":
+            continue
+        named = any(fnmatchcase(path.name, pattern) for pattern in _NAMES) if listed is None else path.name in listed
+        if not named and path.name not in _BESIDE and path.suffix != ".partial":
             return path.name
     return None
 

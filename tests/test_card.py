@@ -185,6 +185,19 @@ def test_a_command_for_every_loader_that_opens_it_and_a_reason_for_the_others(
     assert data_of(text)["library_name"] in (libraries or {"bittern"})
 
 
+def test_no_conversion_is_offered_that_would_be_refused(
+    source: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    bittern.quantize(source, tmp_path / "packed", bits=8, group_size=32, sym=False, method="rtn")
+    text = card_of(tmp_path / "packed")
+    assert "bittern convert" not in text.split("## How to load it")[1].split("\n## ")[0]
+    assert "- llama.cpp: needs GGUF: GGUF has no type for 8-bit asymmetric codes" in text
+    gpt2 = tiny.save(tiny.random_model("gpt2", n_embd=64, n_head=4, n_layer=2), tmp_path / "gpt2", tokenizer)
+    bittern.convert(gpt2, tmp_path / "floats", dtype="bf16")
+    text = card_of(tmp_path / "floats", license="mit")
+    assert "--target llama.cpp" not in text and re.search("^- llama.cpp: needs GGUF: .*, found gpt2$", text, re.M)
+
+
 def test_three_bits_have_no_way_into_the_loaders_that_refuse_them(source: Path, tmp_path: Path) -> None:
     bittern.quantize(source, tmp_path / "packed", bits=2, group_size=32, sym=False, method="rtn")
     text = card_of(tmp_path / "packed")
@@ -301,6 +314,34 @@ def test_a_publisher_s_card_keeps_its_text_to_the_byte(artifact: Path, tmp_path:
     assert data["model-index"][0]["name"] == "tiny-4bit" and len(data["model-index"][0]["results"]) == 4
     own.write_text(card, encoding="utf-8")
     assert card_of(artifact, card=own) == card  # what was completed once is complete
+
+
+def test_of_several_bases_on_a_publisher_s_card_the_first_is_the_base(artifact: Path, tmp_path: Path) -> None:
+    own = tmp_path / "card.md"
+    own.write_text("---\nbase_model:\n- org/one\n- org/two\n---\n# Merged\n", encoding="utf-8")
+    data = data_of(card_of(artifact, card=own))
+    assert (data["base_model"], data["base_model_relation"]) == (["org/one", "org/two"], "quantized")
+
+
+def test_what_was_done_before_the_base_is_no_relation_to_it(artifact: Path) -> None:
+    heads = {"source_kv_heads": 4, "num_key_value_heads": 2}
+    merged = {"kind": "uptrain", "source": {"name": "/home/me/fp32", "revision": None}, "heads": heads}
+    change(artifact, source={"name": "me/merged", "revision": COMMIT}, origin=merged)
+    text = card_of(artifact)
+    assert (data_of(text)["base_model"], data_of(text)["base_model_relation"]) == ("me/merged", "quantized")
+    assert "[me/merged](https://huggingface.co/me/merged) (commit `0123456789ab`), quantized to 4 and 8 bits" in text
+    merged["source"] = {"name": "org/base", "revision": COMMIT}
+    change(artifact, origin=merged)
+    text = card_of(artifact)
+    assert (data_of(text)["base_model"], data_of(text)["base_model_relation"]) == ("org/base", "finetune")
+
+
+def test_a_licence_on_a_card_of_ours_counts_as_the_publisher_s(artifact: Path, tmp_path: Path) -> None:
+    change(artifact, source={"card": None})
+    own = tmp_path / "card.md"
+    own.write_text(card_of(artifact, license="mit"), encoding="utf-8")
+    assert card_of(artifact, card=own) == own.read_text(encoding="utf-8")
+    assert "`mit`, as its publisher states." in own.read_text(encoding="utf-8")
 
 
 def test_a_card_of_ours_is_made_anew_and_an_edited_one_is_kept(artifact: Path, tmp_path: Path) -> None:

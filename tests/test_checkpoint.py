@@ -198,6 +198,26 @@ def test_refuses_folders_that_are_no_checkpoint(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2)}, folder / "model-00001-of-00002.safetensors")
     save_file({"b": torch.zeros(2)}, folder / "model-00002-of-00002.safetensors")
     refused(folder, "2 files of safetensors and no index")
+
+
+def test_says_what_a_folder_is_that_is_no_checkpoint(tmp_path: Path) -> None:
+    def message(folder: Path) -> str:
+        with pytest.raises(BitternError) as error:
+            open_checkpoint(folder)
+        return str(error.value)
+
+    folder = tmp_path / "gg"
+    folder.mkdir()
+    assert message(folder) == f"{folder}: expected config.json; found none"
+    (folder / "q8.gguf").touch()
+    (folder / "q4.gguf").touch()
+    named = f", but GGUF; name the file: {folder}/q4.gguf"
+    assert message(folder) == f"{folder}: expected config.json; found none{named}"
+    (folder / "config.json").write_text("{}")
+    weights = "model.safetensors, its shards and index, or pytorch_model.bin"
+    assert message(folder) == f"{folder}: expected {weights}; found none{named}"
+    (folder / "adapter_config.json").write_text("{}")
+    assert message(folder).endswith("; found none: it is an adapter, without the model that it adapts")
     (folder / "config.json").write_text("[]")
     refused(folder, "expected a JSON object, found list")
     refused(folder / "config.json", "expected a folder or a .gguf file")

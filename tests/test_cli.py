@@ -649,6 +649,12 @@ def test_help_and_version(run: Bittern) -> None:
         assert shown.code == 0 and "--verbose" in shown.out
 
 
+def test_the_help_says_what_an_output_may_be(run: Bittern) -> None:
+    for command in ("convert", "quantize"):
+        assert "Folder to write, or .gguf file." in run(command, "--help").out
+    assert "Folder to write." in run("uptrain", "--help").out and ".gguf" not in run("uptrain", "--help").out
+
+
 def test_the_default_dataset_in_the_help_is_the_real_one(run: Bittern) -> None:
     from bittern.quantize.pipeline import DEFAULT_DATASET
 

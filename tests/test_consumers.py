@@ -178,7 +178,11 @@ def test_other_formats(made: Layout, expected: set[str]) -> None:
         (layout("gptq", shapes={DOWN: (250, 256)}), "GPTQModel", f"{DOWN} is 250 x 256"),
         (layout("gptq"), "mlx", "takes no g_idx"),
         (layout("gptq", has_g_idx=False), "mlx", "takes no GPTQ"),
-        (layout("gptq"), "llama.cpp", "needs GGUF"),
+        (layout("gptq"), "llama.cpp", "needs GGUF: bittern convert --format gguf makes it"),
+        (layout("gptq", model_type="gpt2"), "llama.cpp", "needs GGUF: model_type: GGUF is written for llama, mistral,"),
+        (Layout(format=None, model_type="gpt2"), "llama.cpp", "gemma3_text, found gpt2"),
+        (layout("gptq_v2", QuantSpec(8, 64, False)), "llama.cpp", "needs GGUF: GGUF has no type for 8-bit asymmetric"),
+        (layout("gptq", shapes={DOWN: (64, 80)}, packed={DOWN: FOUR}), "llama.cpp", "32 columns, found 80 columns"),
         (layout("compressed-tensors", ASYM), "transformers", "`dequantize: true`"),
         (
             layout("compressed-tensors", packed=grids(o_proj=QuantSpec(8, 128)), dequantize=True),
@@ -234,7 +238,7 @@ REFUSED = None
         (layout(None, **experts()), (CT, "gptq", "gptq", "gptq", "gguf", "mlx")),
         (layout(None, **experts(ASYM)), (REFUSED, CT, CT, "gptq_v2", "gguf", "mlx")),
         (layout(None, desc_act=True), ("gptq", REFUSED, "gptq", "gptq", REFUSED, REFUSED)),
-        (layout(None, model_type="gpt2"), (REFUSED, "gptq", "gptq", "gptq", "gguf", REFUSED)),
+        (layout(None, model_type="gpt2"), (REFUSED, "gptq", "gptq", "gptq", REFUSED, REFUSED)),
         (layout(None, **fused_experts()), (REFUSED, REFUSED, REFUSED, REFUSED, "gguf", REFUSED)),
         (Layout(format=None), ("safetensors", "safetensors", "safetensors", "safetensors", "gguf", "safetensors")),
     ],
@@ -278,6 +282,7 @@ def test_a_refusal_names_the_reasons_and_the_other_targets() -> None:
             "--target mlx: compressed-tensors: takes no compressed-tensors; mlx would do",
         ),
         ("llama.cpp", layout("gptq", QuantSpec(4, 64)), "bittern convert --format gguf makes it; gguf would do"),
+        ("llama.cpp", layout("gptq", model_type="gpt2"), "found gpt2$"),
         ("llama.cpp", Layout(format="safetensors"), "--target llama.cpp: safetensors: needs GGUF"),
         ("transformers", layout("gptq", **experts(ASYM)), "packed experts, which it has fused$"),
     ],
@@ -320,6 +325,8 @@ def test_transformers_dequantizes_what_is_asymmetric() -> None:
         ("awq", layout(None, packed=grids(o_proj=QuantSpec(4, 64))), "different grids"),
         ("mlx", layout(None, ASYM), None),
         ("gguf", layout(None, packed=grids(o_proj=QuantSpec(8, 64, False))), "8-bit asymmetric"),
+        ("gguf", layout(None, model_type="gpt2"), "found gpt2"),
+        ("gguf", layout(None, shapes={DOWN: (80, 64)}, packed={DOWN: FOUR}), None),
     ],
 )
 def test_what_a_format_cannot_hold(name: str, made: Layout, reason: str | None) -> None:

@@ -169,10 +169,10 @@ def test_what_convert_refuses(tmp_path: Path) -> None:
     with pytest.raises(BitternError, match="exists already"):
         convert(folder, tmp_path / "out")
     quantized = make(tmp_path / "quantized", weights(), quantization_config={"quant_method": "gptq"})
-    with pytest.raises(BitternError, match="found a quantized model"):
+    with pytest.raises(BitternError, match=r"found a quantized model \(gptq\)"):
         convert(quantized, tmp_path / "new")
     packed = make(tmp_path / "packed", {"model.layers.0.mlp.up_proj.qweight": torch.zeros(4, 4, dtype=torch.int32)})
-    with pytest.raises(BitternError, match=r"found quantized ones \(model\.layers\.0\.mlp\.up_proj\.qweight\)"):
+    with pytest.raises(BitternError, match=r"holds packed layers \(model\.layers\.0\.mlp\.up_proj\)"):
         convert(packed, tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "packed", "quantized"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -390,7 +391,7 @@ def test_chat_template_ends_and_origin(folder: Path, tokenizer: PreTrainedTokeni
     saved = tiny.save(tiny.random_model(), tmp_path / "m", tokenizer)
     (saved / "chat_template.jinja").write_text("{{ messages }}")
     (saved / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 3]}))
-    manifest = {"source": {"name": "org/base", "revision": "abc"}}
+    manifest: dict[str, Any] = {"source": {"name": "org/base", "revision": "abc"}}
     (saved / MANIFEST_FILE).write_text(json.dumps(manifest))
     write(saved, tmp_path / "a.gguf")
     found = fields(tmp_path / "a.gguf")
@@ -398,6 +399,29 @@ def test_chat_template_ends_and_origin(folder: Path, tokenizer: PreTrainedTokeni
     assert (found["tokenizer.ggml.eos_token_id"], found["tokenizer.ggml.eot_token_id"]) == (1, 3)
     assert found["general.base_model.0.name"] == "base"
     assert found["general.base_model.0.repo_url"] == "https://huggingface.co/org/base"
+    manifest = {"source": {"name": "gpt2", "revision": "abc"}, "origin": {"source": {"name": "/home/me/fp32"}}}
+    (saved / MANIFEST_FILE).write_text(json.dumps(manifest))
+    write(saved, tmp_path / "a.gguf", overwrite=True)
+    found = fields(tmp_path / "a.gguf")
+    assert found["general.name"] == found["general.base_model.0.name"] == "gpt2"
+    assert found["general.base_model.0.repo_url"] == "https://huggingface.co/gpt2"
+    assert "general.base_model.0.organization" not in found
+
+
+@pytest.mark.parametrize("missing", ["gguf", "sentencepiece"])
+def test_says_which_packages_gguf_needs(
+    missing: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "there.gguf").touch()
+    monkeypatch.setitem(sys.modules, missing, None)
+    words = r"^GGUF needs the packages gguf and sentencepiece: pip install 'bittern\[gguf\]' \("
+    with pytest.raises(BitternError, match=words):
+        open_checkpoint(tmp_path / "there.gguf")
+    with pytest.raises(BitternError, match=words):
+        bittern.convert(folder, tmp_path / "a.gguf")
+    with pytest.raises(BitternError, match=words):
+        bittern.quantize(folder, tmp_path / "a.gguf", bits=4, group_size=32, method="rtn")
+    assert [path.name for path in tmp_path.iterdir()] == ["there.gguf"]
 
 
 @pytest.mark.parametrize(
@@ -573,6 +597,54 @@ def test_biases_of_zeros_that_no_model_has_are_dropped(artifacts: Any, tmp_path:
     save_file(tensors | added, other / "model.safetensors", {"format": "pt"})
     summary = write(other, tmp_path / "a.gguf")
     assert not [tensor.name for tensor in summary.tensors if tensor.name.endswith("bias")]
+
+
+def edited(source: Path, out: Path, without: str | None = None, **config: Any) -> Path:
+    """A copy that lacks what begins with a name, or says something else of itself."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, out)
+    stored = load_file(out / "model.safetensors")
+    kept = {name: tensor for name, tensor in stored.items() if without is None or not name.startswith(without)}
+    assert without is None or len(kept) < len(stored)
+    save_file(kept, out / "model.safetensors", {"format": "pt"})
+    stated = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(stated | config))
+    return out
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_is_not_whole_is_refused(packed: bool, folder: Path, artifacts: Any, tmp_path: Path) -> None:
+    source, lost = artifacts(4) if packed else folder, "model.layers.1.mlp.down_proj"
+    part = edited(source, tmp_path / "part", lost)
+    refused(part, tmp_path / "a.gguf", lost, "the checkpoint has no such tensor")
+    norm = edited(source, tmp_path / "norm", "model.norm")
+    refused(norm, tmp_path / "a.gguf", "model.norm.weight", "the checkpoint has no such tensor")
+    for key, value, name in (
+        ("num_key_value_heads", 4, "layers.0.self_attn.k_proj"),  # whose rows would be turned wrongly
+        ("intermediate_size", 128, "layers.0.mlp.gate_proj"),
+        ("vocab_size", 250, "model.embed_tokens.weight"),  # transformers takes no more rows than that
+        ("num_hidden_layers", 3, "layers.2."),
+    ):
+        other = edited(source, tmp_path / key, None, **{key: value})
+        words = ("no such tensor",) if key == "num_hidden_layers" else ("config.json asks for shape", "found (")
+        refused(other, tmp_path / "a.gguf", name, *words)
+        if not packed:
+            with open_checkpoint(other) as checkpoint, pytest.raises(BitternError, match=name):
+                check_gguf(checkpoint, {}, tmp_path / "a.gguf", False)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_missing_expert_is_refused(packed: bool, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    model = tiny.random_model("mixtral", num_local_experts=4, sliding_window=None)
+    source = tiny.save(model, tmp_path / "m", tokenizer)
+    if packed:
+        bittern.quantize(source, tmp_path / "q", bits=4, group_size=32, method="rtn")
+        source = tmp_path / "q"
+    for number, leaf in ((3, "w2"), (1, "w1")):
+        lost = f"model.layers.1.block_sparse_moe.experts.{number}.{leaf}"
+        part = edited(source, tmp_path / leaf, lost)
+        refused(part, tmp_path / "a.gguf", f"{lost}.weight: the checkpoint has no such tensor")
 
 
 def test_values_that_do_not_fit(folder: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -336,6 +336,17 @@ def test_read_config_refuses(path: str, value: Any, message: str) -> None:
         ct.read_config(found)
 
 
+@pytest.mark.parametrize("size", [[1, 128], {"of": 128}, "128"])
+def test_a_size_that_is_no_number_is_refused_without_a_strategy_too(size: Any) -> None:
+    found = llmcompressor()
+    weights = found["config_groups"]["group_0"]["weights"]
+    del weights["strategy"]
+    assert ct.read_config(found).default == QuantSpec(4, 128)
+    weights["group_size"] = size
+    with pytest.raises(BitternError, match=re.escape("expected 'group' with a size, or 'channel', found \"'group' of")):
+        ct.read_config(found)
+
+
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize(("bits", "group"), [(2, 32), (3, 32), (4, 16), (4, -1), (8, 32)])
 def test_the_library_packs_and_unpacks_the_same(bits: int, group: int, sym: bool) -> None:

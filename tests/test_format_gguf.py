@@ -251,3 +251,24 @@ def test_a_file_that_lies_about_its_grids(quantized: Path, tmp_path: Path, monke
             artifact.read(next(iter(artifact.layers)))
     with pytest.raises(BitternError, match=r"b.gguf: bittern.grids: .*bits: expected one of 2, 3, 4, 8, found 5"):
         open_checkpoint(tmp_path / "b.gguf")
+
+
+@pytest.mark.parametrize("empty_first", [False, True])
+def test_a_part_of_a_split_file_says_so(empty_first: bool, tmp_path: Path) -> None:
+    """As llama-gguf-split makes them: the first part has all metadata, and few tensors or none."""
+    options = {"split_max_tensors": 1, "small_first_shard": empty_first}
+    writer = library.GGUFWriter(tmp_path / "a.gguf", "llama", **options)
+    writer.add_block_count(9)
+    for number in range(3):
+        writer.add_tensor(f"blk.{number}.attn_q.weight", np.zeros((32, 32), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    parts = sorted(tmp_path.glob("a-*.gguf"))
+    assert len(parts) == 3 + empty_first
+    for number, part in enumerate(parts, 1):
+        with pytest.raises(BitternError) as caught:
+            open_checkpoint(part)
+        told = f"found part {number} of {len(parts)}; llama-gguf-split --merge joins them"
+        assert str(caught.value) == f"{part}: expected a whole GGUF file, {told}"

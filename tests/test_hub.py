@@ -41,6 +41,11 @@ def repositories(folder: Path) -> dict[str, dict[str, bytes]]:
             "onnx/model.onnx": b"not wanted",
             "original/model.safetensors": b"not wanted",
         },
+        "org/gguf": {"README.md": b"# Q4", "q4.gguf": b"not wanted", "q8/q8.gguf": b"not wanted"},
+        "org/bare": {"q4.gguf": b"not wanted"},
+        "org/configured": {"config.json": CONFIG, "q4.gguf": b"not wanted"},
+        "org/adapter": {"adapter_config.json": b"{}", "adapter_model.safetensors": weights},
+        "org/words": {"README.md": b"# Words"},
         "org/legacy": {"config.json": CONFIG, "pytorch_model.bin": legacy(folder), "training_args.bin": b"not wanted"},
     }
 
@@ -120,7 +125,7 @@ from bittern.checkpoint import open_checkpoint
 from bittern.errors import BitternError
 for source, revision in json.loads(sys.argv[1]):
     try:
-        with open_checkpoint(source, revision) as checkpoint:
+        with open_checkpoint(source, revision, headers_only=sys.argv[2] == "headers") as checkpoint:
             value = [checkpoint.read("a").tolist(), checkpoint.revision, str(checkpoint.folder)]
     except BitternError as error:
         value = str(error)
@@ -128,12 +133,14 @@ for source, revision in json.loads(sys.argv[1]):
 """
 
 
-def opened(cache: Path, sources: list[tuple[str, str | None]], **environment: str) -> list[Any]:
-    """What open_checkpoint gives for each source, in a process with this environment."""
+def opened(
+    cache: Path, sources: list[tuple[str, str | None]], *, what: str = "values", **environment: str
+) -> list[Any]:
+    """What open_checkpoint gives for each source, in a process with this environment; ``what``: values, or headers."""
     usual = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     environment |= {"HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", OPEN, json.dumps(sources)],
+        [sys.executable, "-c", OPEN, json.dumps(sources), what],
         cwd=ROOT,
         env=usual | environment | {"no_proxy": "127.0.0.1"},
         capture_output=True,
@@ -171,6 +178,21 @@ def test_says_why_a_repository_cannot_be_had(hub: Hub, tmp_path: Path) -> None:
     assert gated.startswith("org/gated: gated, its owner must grant access")
     assert revision == "org/good: the repository has no revision v9"
     assert no_id.startswith("no//id: no such folder")
+
+
+@pytest.mark.parametrize("what", ["values", "headers"])
+def test_says_what_a_repository_is_that_is_no_checkpoint(hub: Hub, tmp_path: Path, what: str) -> None:
+    names = ["org/gguf", "org/bare", "org/configured", "org/adapter", "org/words"]
+    found = opened(tmp_path / "cache", [(name, None) for name in names], what=what, HF_ENDPOINT=hub.endpoint)
+    for name, message in zip(names[:3], found[:3], strict=True):
+        assert message == (f"{name}: holds GGUF files alone: download one (`hf download {name} FILE.gguf`) and name it")
+    assert found[3] == (
+        "org/adapter: expected config.json; found none: it is an adapter, without the model that it adapts"
+    )
+    assert found[4] == "org/words: expected config.json; found none"
+    assert not any(name.endswith(".gguf") for name in hub.fetched)
+    offline = opened(tmp_path / "cache", [("org/gguf", None)], what=what, HF_HUB_OFFLINE="1")
+    assert offline == ["org/gguf: expected config.json; found none"]
 
 
 def test_says_that_there_is_no_network(tmp_path: Path) -> None:

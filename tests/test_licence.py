@@ -194,6 +194,19 @@ def test_the_base_is_what_everything_began_with(tmp_path: Path) -> None:
     cached = f"/home/me/.cache/huggingface/hub/models--org--base/snapshots/{COMMIT}"
     assert origin.base_model({"source": {"name": cached, "revision": None}}) == ("org/base", COMMIT)
     assert origin.base_model({"source": "nonsense"}) == (None, None)
+    pushed = {
+        "source": {"name": "me/fp32", "revision": COMMIT},
+        "origin": {"source": {"name": "fp32", "revision": None}},
+    }
+    again = {"source": {"name": "/somewhere/packed"}, "origin": pushed}
+    assert origin.base_model(again) == ("me/fp32", COMMIT)  # that on the Hub was made of a folder
+    assert origin.since_base(again) == [again, pushed]
+    assert origin.since_base(third) == [third, second, first]
+    local = {"source": {"name": "fp32", "revision": None}}
+    assert origin.base_model(local) == (None, None) and origin.since_base(local) == [local]
+    assert origin.base_model({"source": {"name": "gpt2", "revision": COMMIT}}) == ("gpt2", COMMIT)  # old, without owner
+    cached = f"/home/me/.cache/huggingface/hub/models--gpt2/snapshots/{COMMIT}"
+    assert origin.base_model({"source": {"name": cached, "revision": None}}) == ("gpt2", COMMIT)
 
 
 @pytest.mark.parametrize(

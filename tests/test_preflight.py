@@ -352,7 +352,8 @@ def test_the_command_tells_it(source: Path, text: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bittern", "quantize", str(source), "-o", str(tmp_path / "out"), "--bits", "3"]
     command += ["--dataset", str(text), "--group-size", "32", "--nsamples", "6", "--seqlen", "32"]
     dry = subprocess.run([*command, "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for said in ("(within 25%)", "(within 15%)", "(within 1%)", "GPTQModel            will load it", "grids and codes"):
+    assert "(within 25%)" in dry or "other programs held it up" in dry.splitlines()[0]  # the machine may be busy
+    for said in ("(within 15%)", "(within 1%)", "GPTQModel            will load it", "grids and codes"):
         assert said in dry
     assert list(tmp_path.iterdir()) == []
     done = subprocess.run([*command, "--json"], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -505,6 +505,24 @@ def test_the_licence_is_asked_from_the_hub_where_it_is_not_on_record(hub: Hub, c
     assert card.data["base_model_relation"] == "quantized"
 
 
+def test_a_licence_that_was_stated_holds_for_the_next_push(
+    hub: Hub, client: Client, artifact: Path, tmp_path: Path
+) -> None:
+    with_source(artifact, card=None)
+    assert "license: expected the base's, found none" in client.refused(artifact, "me/tiny")
+    client.push(artifact, "me/tiny", "--license", "mit")
+    card = hub.files("me/tiny")["README.md"].decode()
+    assert "0 files sent" in client.push(artifact, "me/tiny")
+    other = tmp_path / "other"
+    bittern.convert(artifact, other, format="safetensors")
+    client.push(other, "me/tiny")
+    made = hub.files("me/tiny")["README.md"].decode()
+    assert made != card and "stored as floats" in made  # the rest of a card of ours is made anew
+    assert ModelCard(made).data["license"] == "mit" and "`mit`, as its publisher states." in made
+    with_source(artifact, card={"license": "apache-2.0"})
+    assert "card: license: expected apache-2.0, as of the base, found mit" in client.refused(artifact, "me/tiny")
+
+
 def test_a_gated_base_without_a_licence_that_is_known(hub: Hub, client: Client, artifact: Path) -> None:
     head = hub.create("base/model", gated=True, README__md=b"---\nlanguage: fr\n---\n").heads["main"]
     with_source(artifact, name="base/model", revision=head, card=None)

@@ -237,6 +237,37 @@ def test_refuses(source: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("format", ["gptq_v2", "compressed-tensors", "mlx", "safetensors"])
+def test_shapes_are_those_of_the_config(format: str, source: Path, tmp_path: Path) -> None:
+    first = quantized(source, tmp_path / "first")
+    stated = json.loads((first / "config.json").read_text())
+    for key, value, name in (
+        ("num_key_value_heads", 4, r"model\.layers\.0\.self_attn\.k_proj"),
+        ("intermediate_size", 128, r"model\.layers\.0\.mlp\.gate_proj"),
+        ("vocab_size", 300, r"model\.embed_tokens\.weight"),
+    ):
+        (first / "config.json").write_text(json.dumps(stated | {key: value}))
+        with pytest.raises(BitternError, match=rf"{name}: config\.json asks for shape \(.*\), found \(.*\)$"):
+            bittern.convert(first, tmp_path / "out", format=format)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_expert_that_is_lost_is_missed(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Of those that a checkpoint keeps in one tensor, too: packed, they are on their own."""
+    model = tiny.random_model("gpt_oss", **FAMILIES["gpt_oss"])
+    first = quantized(tiny.save(model, tmp_path / "model", tokenizer), tmp_path / "first", sym=True)
+    stored = load_file(first / "model.safetensors")
+    lost = "model.layers.1.mlp.experts.down_proj.2"
+    kept = {name: tensor for name, tensor in stored.items() if not name.startswith(f"{lost}.")}
+    assert len(kept) < len(stored)
+    save_file(kept, first / "model.safetensors", {"format": "pt"})
+    for format in ("gptq_v2", "safetensors"):
+        with pytest.raises(
+            BitternError, match=rf"{lost}: the checkpoint lacks it, and \S+down_proj of the model needs"
+        ):
+            bittern.convert(first, tmp_path / "out", format=format)
+
+
 def test_packed_embeddings_of_mlx_lm(source: Path, tmp_path: Path) -> None:
     first = quantized(source, tmp_path / "first")
     bittern.convert(first, tmp_path / "mlx", format="mlx")

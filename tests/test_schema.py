@@ -97,7 +97,8 @@ def rows(rule: dict[str, Any], prefix: str = "") -> Iterator[str]:
         else:
             kinds = item["type"] if isinstance(item["type"], list) else [item["type"]]
             kind = " or ".join(kinds)
-        yield f"| `{name}` | {kind} | {note} |"
+        escaped = note.replace("|", "\\|")
+        yield f"| `{name}` | {kind} | {escaped} |"
         yield from rows(inner, f"{name}.")
         if isinstance(inner.get("additionalProperties"), dict):
             yield from rows(inner["additionalProperties"], f"{name}.*.")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 import bittern
+from bittern.checkpoint import open_checkpoint
 from bittern.convert.pipeline import convert
 from bittern.convert.repack import dequantize, repack
 from bittern.errors import BitternError
@@ -364,6 +366,50 @@ def test_a_gguf_file_says_what_was_rescaled(source: Path, text: Path, tmp_path: 
         found = verify(output, source, text=" ".join(tiny.WORDS))
         assert "rescaled or trained as the artifact says" in check(found, "source values").detail
         assert found.passed, [(each.name, each.detail) for each in found.checks]
+
+
+@pytest.mark.parametrize("kind", ["gguf", "folder"])
+def test_what_was_rescaled_before_is_not_excused_again(kind: str, source: Path, text: Path, tmp_path: Path) -> None:
+    if kind == "gguf":
+        pytest.importorskip("gguf")
+    first, out = tmp_path / "first", tmp_path / ("out.gguf" if kind == "gguf" else "out")
+    manifest = bittern.quantize(source, first, **{**SMALL, "method": "gptq", "dataset": str(text)})
+    norm = next(name for name in manifest["changed"] if name.endswith("input_layernorm.weight"))
+    convert(first, out, format="gguf" if kind == "gguf" else "compressed-tensors")
+    words = " ".join(tiny.WORDS)
+    assert verify(out, first, text=words).passed
+    if kind == "gguf":
+        with open_checkpoint(first) as checkpoint:
+            values = checkpoint.read(norm).float().numpy().tobytes()
+        data = out.read_bytes()
+        assert data.count(values) == 1
+        out.write_bytes(data.replace(values, (np.frombuffer(values, "f4") * 1.01).astype("f4").tobytes()))
+    else:
+        tensors = load_file(out / "model.safetensors")
+        save_file(tensors | {norm: tensors[norm] * 1.01}, out / "model.safetensors", {"format": "pt"})
+    found = verify(out, first, text=words)
+    assert norm in check(found, "source values").detail and check(found, "source values").passed is False
+    convert(first, tmp_path / "floats", format="safetensors")
+    bittern.quantize(tmp_path / "floats", tmp_path / "again", **SMALL)  # rounds, and rescales nothing
+    detail = check(verify(tmp_path / "again", tmp_path / "floats", text=words), "source values").detail
+    assert "rescaled or trained" not in detail
+    assert "rescaled or trained" in check(verify(tmp_path / "again", source, text=words), "source values").detail
+
+
+def test_logits_of_a_model_that_knows_nothing_any_more(source: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    manifest = bittern.quantize(source, out, **{**SMALL, "method": "gptq", "dataset": str(text)})
+    norms = [name for name in manifest["changed"] if name.endswith("layernorm.weight")]
+    tensors = load_file(out / "model.safetensors")
+    damaged = {name: -300 * tensors[name] for name in norms}
+    save_file(tensors | damaged, out / "model.safetensors", {"format": "pt"})
+    found = check(verify(out, source, text=" ".join(tiny.WORDS)), "logits")
+    assert found.passed is False and "a model that knows nothing" in found.detail
+
+
+def test_a_revision_without_a_source_is_that_of_the_artifact(packed: Path) -> None:
+    with pytest.raises(BitternError, match="only a Hub id has revisions"):
+        verify(packed, revision="main")
 
 
 def test_a_gguf_file_says_that_it_is_degraded(source: Path, tmp_path: Path) -> None:

@@ -199,18 +199,19 @@ def test_an_existing_output_needs_overwrite(tmp_path: Path) -> None:
     with refused("out", "exists already", "--overwrite"):
         write(out, {"a": torch.ones(2)})
     assert content(out) == before
-    (out / "extra").write_text("of the old one")
+    (out / "merges.txt").write_text("of the old one")
     write(out, {"a": torch.ones(2)}, overwrite=True)
     assert load_file(out / "model.safetensors")["a"].tolist() == [1, 1]
     assert listing(out) == ["config.json", "model.safetensors"]
     assert listing(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize(("name", "beside_manifest"), [("runs/log", False), (".git/HEAD", True), ("notes.txt", True)])
-def test_overwrite_spares_what_a_user_has_put_there(name: str, beside_manifest: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("manifest", ['{"files": {"config.json": {}, "model.safetensors": {}}}', '{"of": "old"}', None])
+@pytest.mark.parametrize("name", ["runs/log", ".git/HEAD", "notes.txt", "train.py", "data.bin", "eval.csv", "a.json~"])
+def test_overwrite_spares_what_a_user_has_put_there(name: str, manifest: str | None, tmp_path: Path) -> None:
     out = write(tmp_path / "out", {"a": torch.ones(2)})
-    if beside_manifest:
-        (out / "bittern_manifest.json").write_text('{"files": {"config.json": {}, "model.safetensors": {}}}')
+    if manifest is not None:
+        (out / "bittern_manifest.json").write_text(manifest)
     (out / "README.md").write_text("a card")
     check_output(out, None, overwrite=True)
     (out / name).parent.mkdir(exist_ok=True)
@@ -218,6 +219,20 @@ def test_overwrite_spares_what_a_user_has_put_there(name: str, beside_manifest: 
     with refused("out", "not overwritten", name.partition("/")[0], "no part of a checkpoint"):
         check_output(out, None, overwrite=True)
     assert (out / name).read_text() == "mine"
+
+
+def test_overwrite_replaces_checkpoints_of_others(tmp_path: Path) -> None:
+    out = write(tmp_path / "out", {"a": torch.ones(2)})
+    theirs = """.gitattributes LICENSE LICENCE.txt NOTICE README.md USE_POLICY.md added_tokens.json chat_template.jinja
+        configuration_x.py generation_config.json hf_quant_config.json image_processing_x.py merges.txt
+        model-00001-of-00002.safetensors model.safetensors.index.json modeling_x.py preprocessor_config.json
+        processing_x.py pytorch_model-00001-of-00002.bin pytorch_model.bin q.gguf qwen.tiktoken quantize_config.json
+        special_tokens_map.json spiece.model tekken.json tokenization_x.py tokenizer.json tokenizer.model
+        tokenizer_config.json training_args.bin vocab.json vocab.txt"""
+    for name in theirs.split():
+        (out / name).write_text("theirs")
+    write(out, {"a": torch.ones(2)}, overwrite=True)
+    assert listing(out) == ["config.json", "model.safetensors"]
 
 
 def test_overwrite_destroys_nothing_but_checkpoints(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from bittern.artifact import quantization_config, refuse_unexplained
 from bittern.checkpoint import Checkpoint, CheckpointWriter, TensorInfo, open_checkpoint
 from bittern.errors import BitternError
 from bittern.model import Piece, unused_tensors
@@ -344,13 +345,11 @@ def refuse_values(cast: Cast, clamp: bool | None) -> None:
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
-    """Raise BitternError for a checkpoint whose weights are already integers."""
-    for key in ("quantization_config", "quantization"):
-        if checkpoint.config.get(key) is not None:
-            raise BitternError(f"{checkpoint.source}: expected floating-point weights, found a quantized model ({key})")
-    for name in checkpoint.tensors:
-        if name.endswith(".qweight"):
-            raise BitternError(f"{checkpoint.source}: expected floating-point weights, found quantized ones ({name})")
+    """Raise BitternError for a checkpoint whose weights are quantized already, whether it says so or not."""
+    method, _ = quantization_config(checkpoint)
+    if method is not None:
+        raise BitternError(f"{checkpoint.source}: expected floating-point weights, found a quantized model ({method})")
+    refuse_unexplained(checkpoint)
 
 
 def _manifest(

@@ -23,15 +23,16 @@ import bittern
 from bittern.artifact import Artifact
 from bittern.checkpoint import Checkpoint, read_json
 from bittern.convert.cast import DTYPES
+from bittern.convert.fit import fit
 from bittern.convert.gguf_model import GgufModel, merged_name, read_model
 from bittern.convert.gguf_tensors import PlannedTensor, pieces, plan_tensors
 from bittern.convert.gguf_vocabulary import Vocabulary, read_vocabulary
 from bittern.disk import reserve
 from bittern.errors import BitternError
-from bittern.formats.gguf import BLOCK_BYTES, kind_for, refuse
+from bittern.formats.gguf import BLOCK_BYTES, kind_for, need_packages, refuse
 from bittern.formats.gguf_file import CHANGED_KEY, DEGRADED_KEY, GRIDS_KEY
 from bittern.formats.packing import check_name
-from bittern.origin import LICENCE_KEYS, checkpoint_card
+from bittern.origin import LICENCE_KEYS, base_model, checkpoint_card, lineage
 from bittern.report import MANIFEST_FILE, changed_names, degraded_notes, degraded_reason
 from bittern.shards import write_elements
 from bittern.ties import tied_tensors
@@ -122,9 +123,11 @@ def check_gguf(
         output, overwrite: as of :func:`write_gguf`.
 
     Raises:
-        BitternError: for an architecture, a tensor, a grid or a tokenizer that llama.cpp does not have, and an
-            output that may not be written.
+        BitternError: for packages that are missing, an architecture, a tensor, a grid or a tokenizer that llama.cpp
+            does not have, a checkpoint that is not whole or not what its config.json says, and an output that may not
+            be written.
     """
+    need_packages()
     _check_output(output, checkpoint.path, overwrite)
     for layer, spec in grids.items():
         reason = None if spec is None else refuse(spec)
@@ -138,7 +141,9 @@ def check_gguf(
             each = ", ".join(sorted(kind or "floats" for kind in kinds))
             raise BitternError(f"{name}: GGUF has one tensor of all experts, expected one type, found {each}")
     model = read_model(checkpoint.config)
-    plan = plan_tensors(Artifact(checkpoint), model, [], None, allow_inexact=True)
+    artifact = Artifact(checkpoint)
+    fit(artifact)
+    plan = plan_tensors(artifact, model, [], None, allow_inexact=True)
     read_vocabulary(checkpoint, _rows(checkpoint, plan))
 
 
@@ -155,7 +160,7 @@ def write_gguf(
     """Write an artifact, or a plain checkpoint, as a GGUF file.
 
     Args:
-        artifact: of an architecture of :data:`bittern.convert.gguf_model.ARCHITECTURES`.
+        artifact: of an architecture of :data:`bittern.formats.gguf.ARCHITECTURES`.
         output: a .gguf file that does not exist yet, unless ``overwrite``.
         dtype: of matrices that are not packed: "bf16", "fp16" or "fp32"; None as they are.
         allow_inexact: round what no block type holds, rather than refuse it; 8-bit asymmetric layers and groups that
@@ -166,16 +171,19 @@ def write_gguf(
         on_tensor: called after each tensor with its name, the bytes written so far and in all.
 
     Raises:
-        BitternError: for an architecture, a grid or a tokenizer that llama.cpp does not have, values that are NaN,
-            infinite or too large, and an output that may not or cannot be written. What headers tell is refused
-            before anything is written.
+        BitternError: for packages that are missing, an architecture, a grid or a tokenizer that llama.cpp does not
+            have, a checkpoint that is not whole or not what its config.json says, values that are NaN, infinite or too
+            large, and an output that may not or cannot be written. What headers tell is refused before anything is
+            written.
     """
     started = time.monotonic()
+    need_packages()
     if dtype is not None and dtype not in DTYPES:
         raise BitternError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype}")
     out, checkpoint = Path(output), artifact.checkpoint
     _check_output(out, checkpoint.path, overwrite)
     model = read_model(checkpoint.config)
+    fit(artifact)
     checkpoint.fetch()
     tied = tied_tensors(checkpoint)
     plan = plan_tensors(artifact, model, tied, dtype, allow_inexact)
@@ -276,27 +284,27 @@ def _write_origin(writer: Any, artifact: Artifact) -> None:
     quantized it."""
     checkpoint = artifact.checkpoint
     path = checkpoint.folder / MANIFEST_FILE
-    source = {"name": checkpoint.source, "revision": checkpoint.revision}
+    manifest: dict[str, Any] = {"source": {"name": checkpoint.source, "revision": checkpoint.revision}}
     if checkpoint.gguf is None and path.is_file():
-        manifest = read_json(path)
+        manifest = manifest | read_json(path)
         changed = changed_names(manifest)
         if changed:
             writer.add_array(CHANGED_KEY, sorted(changed))
-        while isinstance(manifest.get("origin"), dict):  # of what was repacked
-            manifest = manifest["origin"]
-        source = manifest.get("source") or source
     reason = degraded_reason(checkpoint.config)
     if reason is not None:
         writer.add_string(DEGRADED_KEY, reason)
-    name, revision = str(source.get("name")), source.get("revision")
+    base, revision = base_model(manifest)
+    oldest = lineage(manifest)[-1].get("source")
+    name = base or str(oldest.get("name") if isinstance(oldest, dict) else checkpoint.source)
     writer.add_name(Path(name).name.removesuffix(".gguf"))
-    if revision and name.count("/") == 1:  # of the Hub
-        organization, model = name.split("/")
+    if base is not None:
+        organization, _, model = base.rpartition("/")
         writer.add_base_model_count(1)
         writer.add_base_model_name(0, model)
-        writer.add_base_model_organization(0, organization)
+        if organization:
+            writer.add_base_model_organization(0, organization)
         writer.add_base_model_version(0, str(revision))
-        writer.add_base_model_repo_url(0, f"https://huggingface.co/{name}")
+        writer.add_base_model_repo_url(0, f"https://huggingface.co/{base}")
     card = checkpoint_card(checkpoint) or {}
     for name in LICENCE_KEYS:
         if name in card:

@@ -12,22 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from bittern.artifact import without_quantization
 from bittern.errors import BitternError
+from bittern.formats.gguf import ARCHITECTURES, refuse_model
 from bittern.formats.gguf_rope import llama3_factors, yarn_attention, yarn_default
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter, TensorNameMap
 
-# model_type -> llama.cpp's architecture
-ARCHITECTURES = {
-    "llama": "llama",
-    "mistral": "llama",
-    "mixtral": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "qwen3_moe": "qwen3moe",
-    "gemma3_text": "gemma3",
-}
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
@@ -149,10 +141,10 @@ def read_model(config: dict[str, Any]) -> GgufModel:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = str(config.get("model_type"))
-    if kind not in ARCHITECTURES:
-        raise BitternError(f"model_type: GGUF is written for {', '.join(ARCHITECTURES)}, found {kind}")
-    plain = {key: value for key, value in config.items() if key not in ("quantization_config", "quantization")}
-    model = GgufModel(ARCHITECTURES[kind], CONFIG_MAPPING[kind].from_dict(plain))
+    reason = refuse_model(kind)
+    if reason is not None:
+        raise BitternError(reason)
+    model = GgufModel(ARCHITECTURES[kind], CONFIG_MAPPING[kind].from_dict(without_quantization(config)))
     _check(model)
     context, stated = model._context(), model.config.max_position_embeddings
     if context != stated:

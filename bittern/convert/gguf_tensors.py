@@ -110,8 +110,9 @@ def _packed_kind(
         info = artifact.layers[layer]
         reason = blocks.refuse(info.spec)
         kind = blocks.kind_for(info.spec, exact=not allow_inexact)
-        if info.in_features % blocks.BLOCK:
-            reason, kind = f"GGUF has blocks of 32 columns, found {info.in_features} columns", None
+        uneven = blocks.refuse_columns(info.in_features)
+        if uneven is not None:
+            reason, kind = uneven, None
         if artifact.scheme is not None and artifact.scheme.desc_act and info.spec.group_size != -1:
             _refuse_act_order(artifact, layer)
         if reason is not None and not allow_inexact:

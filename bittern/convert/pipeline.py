@@ -12,6 +12,7 @@ from bittern.artifact import Artifact
 from bittern.checkpoint import open_checkpoint
 from bittern.convert.cast import ConvertSummary
 from bittern.convert.cast import convert as cast
+from bittern.convert.fit import fit
 from bittern.convert.repack import RepackSummary, dequantize, repack
 from bittern.errors import BitternError
 from bittern.formats.packing import FORMATS as FOLDER_FORMATS
@@ -88,6 +89,8 @@ def convert(
                 on_tensor=on_progress,
             )
         check_output(Path(output), checkpoint.path, overwrite)  # before what is on the Hub is downloaded
+        if packed and checkpoint.headers_only:
+            fit(artifact)
     if format == "safetensors" and not packed:
         return cast(
             source,

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from bittern import model as live
-from bittern.artifact import Artifact
+from bittern.artifact import Artifact, without_quantization
 from bittern.checkpoint import Checkpoint, CheckpointWriter, TensorInfo, open_checkpoint
 from bittern.consumers import asks_dequantize
 from bittern.convert.cast import DTYPES, cast_tensors, cast_values, other_matrices, target_dtype, with_dtype
+from bittern.convert.fit import fit
 from bittern.errors import BitternError
 from bittern.formats import gptq, mlx
 from bittern.formats.packing import Packing
@@ -99,8 +99,8 @@ def repack(
 
     Raises:
         BitternError: for a source without packed layers, a grid that the format cannot hold exactly
-            (without ``allow_inexact``), an architecture that transformers does not know, or an output
-            that may not or cannot be written.
+            (without ``allow_inexact``), what :func:`bittern.convert.fit.fit` refuses, or an output that
+            may not or cannot be written.
     """
     options = {"format": format, "dtype": dtype, "allow_inexact": allow_inexact, "target": target}
     started = time.monotonic()
@@ -314,9 +314,8 @@ def _contents(checkpoint: Checkpoint) -> _Contents:
     artifact = Artifact(checkpoint)
     if not artifact.layers:
         raise BitternError(f"{checkpoint.source}: expected packed layers, found none; bittern quantize makes them")
-    model = live.build(checkpoint.config)
-    sources = live.weight_map(model, artifact.plain, artifact.layers)
-    expected = {piece.source for pieces in sources.values() for piece in pieces}
+    found = fit(artifact)
+    expected = {piece.source for pieces in found.sources.values() for piece in pieces}
     kept, zeros = dict(artifact.plain), []
     for name in [f"{layer}.bias" for layer in artifact.layers]:
         # AutoGPTQ gave every layer a bias; other loaders refuse one that the model has not.
@@ -326,11 +325,11 @@ def _contents(checkpoint: Checkpoint) -> _Contents:
     origin, notes = carried(checkpoint)
     return _Contents(
         artifact=artifact,
-        shapes={name: tuple(value.shape) for name, value in model.state_dict().items()},
-        sources=sources,
-        matrices=live.stored_matrices(model, sources),
+        shapes={name: tuple(value.shape) for name, value in found.model.state_dict().items()},
+        sources=found.sources,
+        matrices=found.matrices,
         kept=kept,
-        others=other_matrices(model, sources, kept.values()),
+        others=other_matrices(found.model, found.sources, kept.values()),
         notes=[f"{len(zeros)} biases of zeros left out, which the model has no place for"] * bool(zeros) + notes,
         origin=origin,
     )
@@ -368,9 +367,7 @@ def _copy(checkpoint: Checkpoint, writer: CheckpointWriter, kept: list[tuple[Ten
 
 
 def _plain_config(checkpoint: Checkpoint, dtype: torch.dtype | None) -> dict[str, Any]:
-    config = {
-        key: value for key, value in checkpoint.config.items() if key not in ("quantization_config", "quantization")
-    }
+    config = without_quantization(checkpoint.config)
     return config if dtype is None else with_dtype(config, dtype)
 
 

@@ -292,7 +292,7 @@ def _weights(name: str, group: Mapping[str, Any]) -> tuple[QuantSpec, bool]:
     bits, size, sym = weights.get("num_bits"), weights.get("group_size"), weights.get("symmetric", True)
     if type(bits) is not int or type(sym) is not bool:
         raise _found(f"{where}.weights", "num_bits and symmetric", f"{bits!r} and {sym!r}")
-    strategy = weights.get("strategy") or {None: "tensor", -1: "channel"}.get(size, "group")
+    strategy = weights.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
     if strategy not in ("group", "channel") or (strategy == "group" and type(size) is not int):
         raise _found(f"{where}.weights.strategy", "'group' with a size, or 'channel'", f"{strategy!r} of {size}")
     try:

@@ -18,6 +18,7 @@ the gguf package has them.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,17 @@ from torch import Tensor
 from bittern.errors import BitternError
 from bittern.formats.bits import check_in_order, check_range
 from bittern.weight import QuantSpec, QuantWeight
+
+ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "mixtral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe",
+    "gemma3_text": "gemma3",
+}
+"""model_type -> llama.cpp's architecture, of the models that GGUF files are written of."""
 
 BLOCK = 32
 BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q8_0": 34}
@@ -51,6 +63,32 @@ def refuse(spec: QuantSpec) -> str | None:
     if spec.bits == 8 and not spec.sym:
         return "GGUF has no type for 8-bit asymmetric codes; 8-bit symmetric ones are exact"
     return None
+
+
+def refuse_columns(columns: int) -> str | None:
+    """Why GGUF cannot hold packed rows of so many columns, None when it can."""
+    return f"GGUF has blocks of {BLOCK} columns, found {columns} columns" if columns % BLOCK else None
+
+
+def refuse_model(model_type: str) -> str | None:
+    """Why no GGUF file is written of a model, None when one is."""
+    if model_type in ARCHITECTURES:
+        return None
+    return f"model_type: GGUF is written for {', '.join(ARCHITECTURES)}, found {model_type}"
+
+
+def need_packages() -> None:
+    """Find what GGUF files are read and written with, before anything is done that they are needed for.
+
+    Raises:
+        BitternError: when it is not installed.
+    """
+    try:
+        for name in ("gguf", "sentencepiece"):
+            import_module(name)
+    except ImportError as error:
+        packages = "the packages gguf and sentencepiece: pip install 'bittern[gguf]'"
+        raise BitternError(f"GGUF needs {packages} ({error})") from error
 
 
 def block_spec(kind: str) -> QuantSpec:

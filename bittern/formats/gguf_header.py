@@ -32,7 +32,7 @@ def check(path: Path) -> None:
         BitternError: naming what is wrong and where: the magic, a version other than 2 or 3, the
             other byte order, counts and lengths that the file is too short for, nested arrays, repeated or
             unreadable names, unknown types, sizes that overflow, offsets that are unaligned, overlap or lie
-            beyond the end, an alignment that is no power of two, more blocks than tensors.
+            beyond the end, an alignment that is no power of two, more blocks than tensors; a part of a split file.
     """
     try:
         if not path.is_file():
@@ -71,6 +71,7 @@ class _Header:
     def _metadata(self, count: int, tensors: int) -> int:
         """Walk over the metadata; the alignment that it states."""
         alignment, seen = _DEFAULT_ALIGNMENT, set[str]()
+        numbers: dict[str, int] = {}
         for position in range(count):
             key = self._name(f"metadata entry {position}")
             if key in seen:
@@ -86,7 +87,17 @@ class _Header:
                 if kind != _U32 or value.bit_count() != 1:
                     raise self._wrong(f"{key}: expected a power of two as uint32, found {value} of type {kind}")
                 alignment = value
-            if key.endswith(".block_count") and value > tensors:  # transformers would build that many
+            if key.endswith((".block_count", "split.no", "split.count")):
+                numbers[key] = value
+        parts = numbers.get("split.count", 1)
+        if parts > 1:  # before the first part, which has all metadata, is judged by what it holds
+            number = numbers.get("split.no", 0) + 1
+            raise BitternError(
+                f"{self._path}: expected a whole GGUF file, found part {number} of {parts}; "
+                "llama-gguf-split --merge joins them"
+            )
+        for key, value in numbers.items():
+            if key.endswith("block_count") and value > tensors:  # transformers would build that many
                 raise self._wrong(f"{key}: expected at most the {tensors} tensors that it holds, found {value}")
         return alignment
 
