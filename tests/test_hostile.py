@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -794,3 +795,27 @@ def test_giants_cost_neither_memory_nor_time(tmp_path: Path) -> None:
     for message, words in zip(said, expected.values(), strict=True):
         assert words in message
     assert float(seconds) < 30  # of which importing the libraries takes most
+
+
+def test_names_among_patterns_count_in_their_order_and_are_not_tried() -> None:
+    """The first override that fits counts, whether it is a name or a pattern; names are looked up."""
+    words = ["a", "b-1", "c"]
+    names = [f"model.{x}.{y}" for x in words for y in words]
+    drawn = random.Random(0)
+    for _ in range(200):
+        overrides: list[tuple[str, dict[str, Any] | None]] = []
+        for _ in range(drawn.randrange(8)):
+            name = drawn.choice(names)
+            pattern = drawn.choice([f"{re.escape(name)}$", f"^{re.escape(name)}$", f".*{name[-2:]}$", "model.a", ""])
+            overrides.append((pattern, drawn.choice([None, {"bits": drawn.choice([2, 3, 8])}])))
+        scheme = Scheme("gptq", QuantSpec(4, 32), overrides=tuple(overrides))
+        for name in names:
+            first = next((values for pattern, values in overrides if re.match(pattern, name)), {})
+            assert scheme.spec(name) == (None if first is None else QuantSpec(first.get("bits", 4), 32))
+
+
+def test_tens_of_thousands_of_named_layers_need_no_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"model.layers.{layer}.mlp.experts.{expert}.w1" for layer in range(40) for expert in range(256)]
+    scheme = Scheme("mlx", QuantSpec(4), overrides=tuple((f"{re.escape(name)}$", {"bits": 8}) for name in names))
+    monkeypatch.setattr("bittern.formats.scheme._compiled", lambda pattern: pytest.fail(pattern))
+    assert {scheme.spec(name) for name in names} == {QuantSpec(8)} and scheme.spec("lm_head") == QuantSpec(4)

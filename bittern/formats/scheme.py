@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from math import prod
 from typing import Any
 
@@ -15,6 +15,7 @@ from bittern.errors import BitternError
 from bittern.weight import QuantSpec
 
 _MAX_PATTERN = 10_000  # characters of a pattern, and product of its repetition counts: either costs memory
+_NAME = re.compile(r"\^?((?:\w|\\[.-])+)\$")  # a pattern that is one escaped name, as most are
 _SECONDS = 1.0  # for one match; patterns that backtrack for ever are as short as any
 
 
@@ -52,8 +53,10 @@ class Scheme:
     quantizer: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        _, patterns = self._places
+        for position in patterns:
+            _compiled(self.overrides[position][0])
         for pattern, values in self.overrides:
-            _compiled(pattern)
             if values is not None and not isinstance(values, Mapping):
                 raise BitternError(f"quantization_config: {pattern!r}: expected an object, found {values!r}")
 
@@ -63,19 +66,43 @@ class Scheme:
         Raises:
             BitternError: for bits or a group size that bittern does not have, and for a pattern that takes too long.
         """
-        for pattern, values in self.overrides:
+        names, patterns = self._places
+        place = names.get(layer)
+        for position in patterns:
+            if place is not None and place < position:
+                break
+            pattern = self.overrides[position][0]
             try:
                 matches = _compiled(pattern).match(layer, timeout=_SECONDS)
             except TimeoutError as error:
                 raise BitternError(f"quantization_config: matching {pattern!r} with {layer} does not end") from error
             if matches:
-                if values is None:
-                    return None
-                own = self.default
-                return QuantSpec(
-                    values.get("bits", own.bits), values.get("group_size", own.group_size), values.get("sym", own.sym)
-                )
-        return self.default
+                place = position
+                break
+        if place is None:
+            return self.default
+        values, own = self.overrides[place][1], self.default
+        if values is None:
+            return None
+        return QuantSpec(
+            values.get("bits", own.bits), values.get("group_size", own.group_size), values.get("sym", own.sym)
+        )
+
+    @cached_property
+    def _places(self) -> tuple[dict[str, int], list[int]]:
+        """Positions among the overrides: of names, and of patterns, which alone have to be tried one by one.
+
+        Models of many experts have tens of thousands of layers, and configs that name hundreds of them.
+        """
+        names: dict[str, int] = {}
+        patterns = []
+        for position, (pattern, _) in enumerate(self.overrides):
+            found = _NAME.fullmatch(pattern)
+            if found is None:
+                patterns.append(position)
+            else:
+                names.setdefault(re.sub(r"\\(.)", r"\1", found[1]), position)
+        return names, patterns
 
 
 @cache
