@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from bittern.card_text import FILE_SUFFIXES, Facts, card_text, degraded_block
+from bittern.card_text import FILE_SUFFIXES, Facts, card_text, degraded_block, uptrained_since_base
 from bittern.errors import BitternError, first_line
-from bittern.origin import HUB_ID, lineage, since_base, split_card
+from bittern.origin import HUB_ID, lineage, split_card
 from bittern.story import conditions
 
 EVALUATIONS = ".eval_results"
@@ -84,8 +84,7 @@ def card_metadata(facts: Facts) -> dict[str, Any]:
     """The metadata block, in the order in which people read it."""
     quantized_by = facts.repo_id.split("/")[0] if _run(facts, "quantize") else None
     results = evaluation_results(facts)
-    merged = any(each.get("kind") == "uptrain" for each in since_base(dict(facts.manifest)))
-    relation = "finetune" if merged else "quantized"
+    relation = "finetune" if uptrained_since_base(facts) else "quantized"
     fields = {
         **facts.licence,
         "base_model": facts.base_id,

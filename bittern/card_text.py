@@ -78,6 +78,11 @@ def _section(title: str, text: str) -> str:
     return f"## {title}\n\n{text}" if text else ""
 
 
+def uptrained_since_base(facts: Facts) -> bool:
+    """Whether heads were merged since: the base itself may be an uptrained model."""
+    return any(run.get("kind") == "uptrain" for run in since_base(dict(facts.manifest)))
+
+
 def _opening(facts: Facts) -> str:
     """One sentence: what was made of what, by which tool."""
     runs = lineage(dict(facts.manifest))
@@ -86,8 +91,7 @@ def _opening(facts: Facts) -> str:
     version = runs[0].get("versions", {}).get("bittern")
     tool = f"bittern {version}" if version else "bittern"
     quantization = facts.found.get("quantization")
-    uptrained = any(run.get("kind") == "uptrain" for run in since_base(dict(facts.manifest)))
-    if uptrained:
+    if uptrained_since_base(facts):
         what = "with its attention heads merged into groups"
         what += f" and quantized to {_bits(facts)} bits" if quantization else ""
     elif quantization:

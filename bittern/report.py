@@ -159,16 +159,19 @@ def changed_names(manifest: Any, since: Any = None) -> set[str]:
         manifest: of the last run.
         since: the manifest of what an earlier run has made: its changes, and those before, are left out.
     """
-    chains: list[list[set[str]]] = []
-    for last in (manifest, since):
-        chains.append([])
-        while isinstance(last, dict):
-            layers = [layer for layer in last.get("layers") or () if isinstance(layer, dict)]
-            rescaled = {str(layer["layer"]) for layer in layers if layer.get("rescaled")}
-            chains[-1].append(rescaled | {str(name) for name in last.get("changed") or ()})
-            last = last.get("origin")
-    every, before = chains
+    every, before = _changes(manifest), _changes(since)
     return set().union(*every[: max(0, len(every) - len(before))])
+
+
+def _changes(manifest: Any) -> list[set[str]]:
+    """The names that each run of a chain has changed, the last run's first."""
+    found = []
+    while isinstance(manifest, dict):
+        layers = [layer for layer in manifest.get("layers") or () if isinstance(layer, dict)]
+        rescaled = {str(layer["layer"]) for layer in layers if layer.get("rescaled")}
+        found.append(rescaled | {str(name) for name in manifest.get("changed") or ()})
+        manifest = manifest.get("origin")
+    return found
 
 
 def runs(manifest: dict[str, Any]) -> list[dict[str, Any]]:

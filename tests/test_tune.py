@@ -97,6 +97,16 @@ def quantize(source: Path, out: Path, text: Path, **options: Any) -> dict[str, A
     return bittern.quantize(source, out, **{"dataset": str(text), **OPTIONS, **options})
 
 
+def kill_in_training(source: Path, out: Path, text: Path, **options: Any) -> None:
+    """Run until the first point of the curve is told."""
+
+    def killed(point: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, out, text, on_point=killed, **options)
+
+
 @pytest.fixture
 def untuned(monkeypatch: pytest.MonkeyPatch) -> str:
     """The effort whose artifact best begins its training from."""
@@ -202,12 +212,7 @@ def test_a_kill_after_training_loses_nothing_of_it(
 def test_a_kill_during_training_changes_no_byte(source: Path, text: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"effort": "best", "tune_tokens": 8_000}
     whole = quantize(source, tmp_path / "whole", text, **options)
-
-    def killed(point: dict[str, Any]) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        quantize(source, tmp_path / "out", text, on_point=killed, **options)
+    kill_in_training(source, tmp_path / "out", text, **options)
     points: list[int] = []
     out = quantize(source, tmp_path / "out", text, on_point=lambda point: points.append(point["step"]), **options)
     steps = [point["step"] for point in whole["tuning"]["curve"]]
@@ -221,12 +226,7 @@ def test_damaged_windows_are_written_again(source: Path, text: Path, tmp_path: P
     """After a loss of power; and where they are others than the state was trained on, training begins again."""
     options: dict[str, Any] = {"effort": "best", "tune_tokens": 4_000}
     whole = quantize(source, tmp_path / "whole", text, **options)
-
-    def killed(point: dict[str, Any]) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        quantize(source, tmp_path / "out", text, on_point=killed, **options)
+    kill_in_training(source, tmp_path / "out", text, **options)
     (windows,) = tmp_path.glob(".out.quantizing/*/windows-*.safetensors")
     content = windows.read_bytes()
     if damage == "other":

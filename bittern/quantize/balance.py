@@ -16,7 +16,8 @@ floats of any width are what they were but for their exponents (fp16's smallest 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,44 +132,36 @@ class Balancer:
             def even_out(some: Sequence[_Shared]) -> list[_Done]:
                 original = {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
                 done = [each for each in (self._even_out(shared, specs) for shared in some) if each is not None]
-                squares = torch.stack([(call.run(block, before) - after).norm(), size]).square_() if done else None
-                if squares is None:
-                    return done
+                if not done:
+                    return []
+                squares = torch.stack([(call.run(block, before) - after).norm(), size]).square_()
                 add_up(squares)
                 error, moved = squares.sqrt().tolist()
                 if error < _TOLERANCE * max(moved, 1e-30):
                     return done
                 for name, parameter in block.named_parameters():
                     parameter.copy_(original[name])
-                return []
+                del original
+                return [each for one in done for each in even_out([one.shared])] if len(done) > 1 else []
 
-            done = even_out(found) or [each for shared in found for each in even_out([shared])]
-            return _applied(done)
+            return _applied(even_out(found))
 
     def _look(
         self, block: nn.Module, stages: Sequence[Stage], before: Tensor, call: BlockCall, kept: Sequence[Matrix]
     ) -> tuple[list[_Shared], Tensor]:
         """What can be evened out in a block, in the order in which it comes there; and its output."""
         norms = list(dict.fromkeys(stage.norm for stage in stages if stage.norm is not None))
-        outputs: dict[str, Tensor] = {}
-        added: dict[str, float] = {}
         readers: dict[str, list[Matrix]] = {name: [] for name in norms}
+        with norms_seen(self.model, norms) as seen:
 
-        def of(name: str) -> Callable[..., None]:
-            def note(norm: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-                outputs[name], added[name] = output, added_to_weight(norm, args, kwargs)
+            def note(matrix: Matrix, x: Tensor) -> None:
+                for name in (name for name, (output, _) in seen.items() if output is x):
+                    readers[name].append(matrix)
 
-            return note
-
-        def note_reader(matrix: Matrix, x: Tensor) -> None:
-            for name in (name for name, output in outputs.items() if output is x):
-                readers[name].append(matrix)
-
-        handles = [self.model.get_submodule(n).register_forward_hook(of(n), with_kwargs=True) for n in norms]
-        with removed(handles), reading(self.model, kept, note_reader):
-            after = call.run(block, before)
+            with reading(self.model, kept, note):
+                after = call.run(block, before)
         found = [
-            _Shared([stage for stage in stages if stage.norm == name], name, None, tuple(readers[name]), added[name])
+            _Shared([stage for stage in stages if stage.norm == name], name, None, tuple(readers[name]), seen[name][1])
             for name in norms
         ]
         makers = [(stage, _maker(stage, stages)) for stage in stages if stage.norm is None]
@@ -263,13 +256,25 @@ def _applied(done: Sequence[_Done]) -> Balanced:
     return found
 
 
-def added_to_weight(norm: nn.Module, args: Any, kwargs: Any) -> float:
-    """What a norm adds to its weight before it multiplies with it: one in Gemma's, nothing in most.
+@contextmanager
+def norms_seen(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, tuple[Tensor, float]]]:
+    """Norms by their names, with what they put out within and what they add to their weight: Gemma's one, most nothing.
 
-    Args:
-        norm: its parameters are written to, and put back.
-        args, kwargs: of a call of it.
+    The latter is found by calling them once more with weights of zeros and of ones, which are put back.
     """
+    found: dict[str, tuple[Tensor, float]] = {}
+
+    def of(name: str) -> Callable[..., None]:
+        def note(norm: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+            found[name] = output, _added_to_weight(norm, args, kwargs)
+
+        return note
+
+    with removed([model.get_submodule(n).register_forward_hook(of(n), with_kwargs=True) for n in names]):
+        yield found
+
+
+def _added_to_weight(norm: nn.Module, args: Any, kwargs: Any) -> float:
     original = {name: parameter.clone() for name, parameter in norm.named_parameters()}
     outputs = []
     for value in (0.0, 1.0):

@@ -82,13 +82,20 @@ def decided_by(
         chosen["bits of the layers"] = _hash(grids)
     if options.get("tune_tokens"):  # these reach further into the text than the calibration tokens
         chosen["text to train on"] = _hash([_identity(name) for name in dataset_names(options["dataset"])])
-    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    rounding = "with" if replay.fast_in_sixteen_bits(device) else "without"
     return {
         **{name: _text(value) for name, value in options.items() if name not in WITHOUT_EFFECT},
         **source_hashes(checkpoint),
         **chosen,
         "calibration tokens": tokens or "none",
+        **computed_by(device),
+    }
+
+
+def computed_by(device: torch.device) -> dict[str, str]:
+    """The programs and the machine that decide the last bits of what is computed, in words."""
+    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    rounding = "with" if replay.fast_in_sixteen_bits(device) else "without"
+    return {
         "bittern": f"{bittern.__version__} {_code()}",
         "torch": torch.__version__,
         "transformers": version("transformers"),

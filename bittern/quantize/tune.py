@@ -22,9 +22,8 @@ from bittern.checkpoint import Checkpoint
 from bittern.errors import BitternError
 from bittern.evaluate import evaluate
 from bittern.model import Matrix, Piece
-from bittern.quantize.balance import added_to_weight
+from bittern.quantize.balance import norms_seen
 from bittern.quantize.plan import Plan
-from bittern.quantize.stages import removed
 from bittern.sampling import Sampled
 from bittern.training.state import read_story, read_tensor
 from bittern.training.text import Windows, find_windows, read_windows, write_windows
@@ -294,19 +293,10 @@ def _split(windows: Windows) -> tuple[Tensor, Windows]:
 
 def _added_to_norms(model: PreTrainedModel, ids: Tensor) -> dict[str, float]:
     """What norms add to their weights, by the names of these; of those that a few tokens come by."""
-    found: dict[str, float] = {}
-
-    def note(name: str) -> Callable[..., None]:
-        return lambda norm, args, kwargs, _: found.update({name: added_to_weight(norm, args, kwargs)})
-
-    handles = [
-        model.get_submodule(name.removesuffix(".weight")).register_forward_hook(note(name), with_kwargs=True)
-        for name in model.state_dict()
-        if _is_norm(model, name)
-    ]
-    with removed(handles), torch.no_grad():
+    names = [name.removesuffix(".weight") for name in model.state_dict() if _is_norm(model, name)]
+    with norms_seen(model, names) as seen, torch.no_grad():
         model(input_ids=ids, use_cache=False)
-    return found
+    return {f"{name}.weight": added for name, (_, added) in seen.items()}
 
 
 def _is_norm(model: PreTrainedModel, name: str) -> bool:

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -260,15 +261,16 @@ def _prepare(
     for model in (teacher, student):
         attention.use(model)
     parameters = trained_parameters(student, options.trained if options.steps else "attention")
+    write = partial(_write_text, folder, checkpoint, teacher, given, text, on_sampled)
     if rank == 0 and not state.exists():
         if given["dtype"] is not None:
             check_dtype(checkpoint, teacher, set(parameters), given["dtype"])
-        story = _convert(folder, checkpoint, teacher, student, counts, recipe, given, text, on_block, on_sampled)
+        story = _convert(write, teacher, student, counts, recipe, given, text, on_block)
         # Frozen parameters are the teacher's own tensors; what is trained gets memory of its own.
         story |= {"settings": settings, "step": 0, "curve": [], "seconds": time.monotonic() - began}
         save_state(state, parameters, None, story)
     elif rank == 0:
-        _renew_windows(folder, checkpoint, teacher, given, text, on_sampled)
+        _renew_windows(folder, given["seed"], write)
     if world()[1] > 1:
         dist.barrier()
     windows, held_out = _split(read_windows(folder / WINDOWS, given["seed"]), text, given)
@@ -281,8 +283,7 @@ def _prepare(
 
 
 def _convert(
-    folder: Path,
-    checkpoint: Checkpoint,
+    write: Callable[[], Windows],
     teacher: PreTrainedModel,
     student: PreTrainedModel,
     counts: Counts,
@@ -290,11 +291,10 @@ def _convert(
     given: dict[str, Any],
     text: Tensor | None,
     on_block: Report | None,
-    on_sampled: Sampled | None,
 ) -> dict[str, Any]:
     """Read the text, regroup the student's heads; what is to be known of both."""
     named, seqlen, wanted = dataset_title(given["dataset"]), given["seqlen"], _wanted(given)
-    written = _write_text(folder, checkpoint, teacher, given, text, on_sampled)
+    written = write()
     windows, held_out = _split(written, text, given)
     calibration = windows.take(0, min(given["nsamples"], len(windows.ids)))
     notes = []
@@ -364,21 +364,14 @@ def _write_text(
     return read_windows(folder / WINDOWS, given["seed"])
 
 
-def _renew_windows(
-    folder: Path,
-    checkpoint: Checkpoint,
-    teacher: PreTrainedModel,
-    given: dict[str, Any],
-    text: Tensor | None,
-    on_sampled: Sampled | None,
-) -> None:
+def _renew_windows(folder: Path, seed: int, write: Callable[[], Windows]) -> None:
     """Write windows again that are not those of the state.
 
     Raises:
         BitternError: when the dataset gives others by now.
     """
     path, expected = folder / WINDOWS, read_story(folder / STATE)["windows"]
-    found = find_windows(path, given["seed"]) or _write_text(folder, checkpoint, teacher, given, text, on_sampled)
+    found = find_windows(path, seed) or write()
     if found.sha256 != expected:
         raise BitternError(
             f"{path}: expected the windows that this run began with, found others; --no-resume starts over"

@@ -15,7 +15,7 @@ from torch import Tensor
 from bittern.calibration import tokens_hash
 from bittern.checkpoint import Checkpoint
 from bittern.errors import BitternError
-from bittern.quantize.resume import change, decided_by
+from bittern.quantize.resume import change, computed_by, source_hashes
 from bittern.training.state import read_story
 from bittern.writer import explained, lock_folder
 
@@ -51,7 +51,8 @@ def settings_of(
     return {
         **{key: str(value) for key, value in given.items() if key not in left_out},
         "source": f"{checkpoint.path} {checkpoint.revision}",
-        **decided_by(checkpoint, {"bits": None}, {}, None, place),  # source and programs; nothing is quantized
+        **source_hashes(checkpoint),
+        **computed_by(place),
         "tokens of the text to measure on": "none" if text is None else tokens_hash(text),
     }
 
