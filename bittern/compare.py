@@ -18,7 +18,7 @@ from bittern import model as live
 from bittern.artifact import Artifact
 from bittern.checkpoint import Checkpoint
 from bittern.errors import BitternError
-from bittern.runtime.load import packed_matrices, unplaced_tensors
+from bittern.fit import packed_matrices, unplaced_tensors
 from bittern.weight import QuantWeight
 
 _PIECE = 2**21  # elements of plain tensors that are compared at once

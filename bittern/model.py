@@ -23,6 +23,11 @@ from bittern.weight import is_finite
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# Unless is_decoder is true, each of their tokens sees those behind it, which it should predict.
+_ENCODERS = (
+    *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert"),
+    *("rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+)
 COMPUTED = re.compile(r"rotary_emb\.inv_freq$|attn\.(masked_)?bias$|attention\.(masked_)?bias$")  # in old checkpoints
 
 
@@ -85,11 +90,11 @@ def build(config: dict[str, Any], dtype: torch.dtype = torch.float32, attention:
     Args:
         config: the parsed config.json; a ``quantization_config`` in it is ignored.
         dtype: dtype of the parameters.
-        attention: transformers attention implementation; architectures that do not have it use
-            their own ("eager").
+        attention: transformers' implementation of it; architectures that do not have that use their own ("eager").
 
     Raises:
-        BitternError: for an architecture that transformers does not know, and a config that it makes no model of.
+        BitternError: for an architecture that transformers does not know, a config that it makes no model of, and an
+            encoder, which would see what it is to predict.
     """
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -101,6 +106,8 @@ def build(config: dict[str, Any], dtype: torch.dtype = torch.float32, attention:
     make: Callable[..., PreTrainedModel] = AutoModelForCausalLM.from_config
     try:
         model_config = CONFIG_MAPPING[model_type].from_dict(plain_config(config))
+        if model_type in _ENCODERS and not model_config.is_decoder:
+            raise BitternError(f"config.json: expected a decoder, found an encoder ({model_type}, is_decoder false)")
         with _parameters_on_meta(), no_init_weights():
             try:
                 model = make(model_config, dtype=dtype, attn_implementation=attention)
@@ -125,8 +132,7 @@ def build(config: dict[str, Any], dtype: torch.dtype = torch.float32, attention:
 def _parameters_on_meta() -> Iterator[None]:
     """Move every parameter to meta as it is registered.
 
-    ``torch.device("meta")`` would take the computed buffers (rotary frequencies, ALiBi slopes)
-    along, which no checkpoint holds.
+    ``torch.device("meta")`` would take along computed buffers (rotary frequencies), which no checkpoint holds.
     """
     register = nn.Module.register_parameter
 
@@ -143,10 +149,7 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The decoder blocks and their prefix, such as ``model.layers``.
-
-    Among the lists of ``num_hidden_layers`` modules, the one with most parameters.
-    """
+    """The decoder blocks, the largest list of ``num_hidden_layers`` modules, and its prefix: ``model.layers``."""
     count = model.config.get_text_config(decoder=True).num_hidden_layers  # type: ignore[operator, union-attr]
     lists = [
         (sum(p.numel() for p in module.parameters()), name, module)
@@ -169,9 +172,8 @@ def weight_map(
 ) -> dict[str, tuple[Piece, ...]]:
     """Find every parameter and persistent buffer of a model in a checkpoint.
 
-    Transformers renames and fuses tensors when it loads (Mixtral's experts) and undoes that when it
-    saves. That undoing is run here once, on row numbers in place of weights, and so tells which
-    checkpoint tensor holds which rows, for any architecture.
+    Transformers renames and fuses tensors when it loads (Mixtral's experts) and undoes that when it saves. That undoing
+    is run here once, on row numbers in place of weights: it tells which tensor holds which rows, for any architecture.
 
     Args:
         model: a model of :func:`build`.
@@ -223,10 +225,8 @@ def _locate(pieces: list[Piece], live: str, rows: int, present: set[str], model:
     prefix = f"{model.base_model_prefix}."
 
     def stored_as(name: str) -> str | None:
-        for candidate in (name, name.removeprefix(prefix), prefix + name):
-            if candidate in present:
-                return candidate
-        return None
+        candidates = (name, name.removeprefix(prefix), prefix + name)
+        return next((candidate for candidate in candidates if candidate in present), None)
 
     located = [(piece, stored_as(piece.name)) for piece in pieces]
     missing = [piece.name for piece, source in located if source is None]
@@ -389,8 +389,7 @@ def drop_tensors(model: nn.Module, names: Iterable[str]) -> None:
     """Free tensors that :func:`load_tensors` read; they are on meta again."""
     for name in names:
         owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
-        tensor = module._parameters.get(leaf)
+        tensor = model.get_submodule(owner)._parameters.get(leaf)
         if tensor is not None:
             set_tensor(model, name, tensor.to("meta"))
 

@@ -179,7 +179,7 @@ def _draw(scores: Tensor) -> Tensor:
         sums = mass.sum(-1).cumsum(-1)
         if not bool(torch.isfinite(sums[:, -1]).all()):
             raise BitternError("text of the model's own: expected logits, found NaN or infinity")
-        point = torch.rand(len(some), 1, device=scores.device) * sums[:, -1:]
+        point = torch.rand(len(some), 1, dtype=torch.float32, device=scores.device) * sums[:, -1:]
         piece = _reached(sums, point)
         before = nn.functional.pad(sums, (1, 0)).gather(1, piece)
         inside = mass.take_along_dim(piece[..., None], 1).squeeze(1).cumsum(-1)

@@ -152,7 +152,7 @@ def round_scale(scale: Tensor) -> Tensor:
     Raises:
         BitternError: when a scale is too large for fp16.
     """
-    sign = torch.where(scale < 0, -1.0, 1.0)
+    sign = torch.where(scale < 0, -1, 1)  # of two floats it would have torch's default dtype
     rounded = sign * scale.abs().clamp_min(SMALLEST_SCALE).half().float()
     if not bool(torch.isfinite(rounded).all()):
         raise BitternError(f"scales: fp16 holds at most {LARGEST_SCALE:.0f}, found {scale.abs().max():.4g}")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from bittern import model as live
 from bittern.checkpoint import open_checkpoint
@@ -99,6 +103,70 @@ def test_unknown_architectures_are_refused() -> None:
         live.build({"model_type": "nonesuch"})
     with pytest.raises(BitternError, match="t5 is no causal language model"):
         live.build({"model_type": "t5"})
+
+
+# Of what transformers takes for causal language models, those whose config has is_decoder.
+DECODERS = (
+    *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "gpt_neox", "gpt_neox_japanese", "marian", "mbart"),
+    *("mvp", "pegasus", "plbart", "prophetnet", "trocr"),
+)
+SMALL: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "d_model": 32,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 48,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "embedding_size": 32,
+    "input_embedding_size": 32,
+    "output_embedding_size": 32,
+    "default_language": "en_XX",
+    "num_decoder_layers": 2,
+    "num_decoder_attention_heads": 4,
+    "pronunciation_vocab_size": 9,
+    "shape_vocab_size": 9,
+}
+
+
+@pytest.mark.parametrize("declared", [False, True])
+@pytest.mark.parametrize("model_type", [*live._ENCODERS, *DECODERS])
+def test_what_sees_the_tokens_behind_is_refused(model_type: str, declared: bool) -> None:
+    made: Any = CONFIG_MAPPING[model_type]
+    known = {field.name for field in dataclasses.fields(made)} | set(made.attribute_map)
+    sizes = {name: value for name, value in SMALL.items() if name in known}
+    config = made(**sizes, is_decoder=declared)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)  # so that attention is not nearly uniform
+        ids = torch.randint(5, 90, (1, 12))
+        one, other = (model(ids.index_fill(1, torch.tensor([11]), last), use_cache=False).logits for last in (7, 8))
+    looks = bool((one - other)[0, :11].abs().max() > 1e-4 * one.abs().max())
+    assert looks == (model_type in live._ENCODERS and not declared)
+    stored = {**config.to_dict(), "is_decoder": declared}
+    if looks:
+        with pytest.raises(BitternError, match=rf"expected a decoder, found an encoder \({model_type}, is_decoder f"):
+            live.build(stored)
+        with pytest.raises(BitternError, match="expected a decoder"):
+            live.build({name: value for name, value in stored.items() if name != "is_decoder"})
+    else:
+        live.build(stored)
+
+
+def test_no_family_that_may_be_an_encoder_is_overlooked() -> None:
+    declaring = {name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if hasattr(CONFIG_MAPPING[name], "is_decoder")}
+    # transformers refuses a Reformer that is none.
+    assert declaring == {*live._ENCODERS, *DECODERS, "reformer"}
 
 
 def test_cuda_is_refused_where_there_is_none() -> None:

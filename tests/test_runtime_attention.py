@@ -374,6 +374,7 @@ def test_chunks_are_no_windows() -> None:
         ("gptj", {**GPT, "rotary_dim": 4}, "eager"),
         ("falcon", {"alibi": True}, "sdpa"),
         ("deepseek_v32", {"kv_lora_rank": 16, "q_lora_rank": 16, "n_routed_experts": 2, "index_topk": 4}, "sdpa"),
+        ("inkling_text", {"num_key_value_heads": 2, "n_routed_experts": 4, "moe_intermediate_size": 16}, "sdpa"),
     ],
 )
 def test_architectures_that_keep_their_own(family: str, options: dict[str, Any], expected: str) -> None:

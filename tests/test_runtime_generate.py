@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +24,7 @@ from bittern.runtime.generate import (
     chat_prompt,
     generate,
     generate_batch,
+    not_honoured,
 )
 from bittern.runtime.step import can_batch, make_step, native_decoder
 from bittern.runtime.stream import TextStream
@@ -131,6 +133,32 @@ def test_greedy_is_what_transformers_generates(
     assert result.prefill_tokens_per_second > 0 and result.decode_tokens_per_second > 0
 
 
+@pytest.mark.parametrize("decoder", [False, True])
+def test_the_penalty_of_the_generation_config_is_the_default(
+    decoder: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tiny(tokenizer, num_key_value_heads=2).save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.7}), encoding="utf-8")
+    model, ids = bittern.load(tmp_path, device="cpu", decoder=decoder), ids_of(tokenizer, "The brown")
+    expected = model.generate(ids, do_sample=False, max_new_tokens=24, eos_token_id=None, pad_token_id=0)  # type: ignore[operator]
+    assert list(run(model, tokenizer).token_ids) == expected[0, ids.numel() :].tolist()
+    assert run(model, tokenizer, repetition_penalty=1.0).token_ids != run(model, tokenizer).token_ids
+    model.generation_config.repetition_penalty = -1.0
+    with pytest.raises(BitternError, match=r"generation config: repetition_penalty: expected more than 0, found -1\.0"):
+        run(model, tokenizer)
+
+
+def test_what_a_generation_config_asks_for_and_does_not_get(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny(tokenizer)
+    assert model.generation_config is not None and not_honoured(model) == []
+    idle = {"suppress_tokens": [], "no_repeat_ngram_size": 0, "guidance_scale": 1.0, "temperature": 0.5, "top_k": 5}
+    model.generation_config.update(**idle)  # type: ignore[no-untyped-call]
+    assert not_honoured(model) == []
+    asked = {"forced_eos_token_id": 0, "guidance_scale": 1.5, "no_repeat_ngram_size": 3, "suppress_tokens": [5]}
+    model.generation_config.update(**asked)  # type: ignore[no-untyped-call]
+    assert not_honoured(model) == sorted(asked)
+
+
 def test_ends_at_an_end_of_sequence_token(tokenizer: PreTrainedTokenizerFast) -> None:
     model = tiny(tokenizer)
     whole = run(model, tokenizer, max_new_tokens=30).token_ids
@@ -197,16 +225,24 @@ def test_stop_texts_across_token_borders(tokenizer: PreTrainedTokenizerFast) -> 
     assert run(model, tokenizer, max_new_tokens=40, stop=(whole.text[-2:] + "\0",)).text == whole.text
 
 
-@pytest.mark.parametrize("cut", range(0, 40, 3))
+def streamed(stream: TextStream, ids: list[int]) -> list[str]:
+    """The pieces of these tokens; few of them are kept."""
+    pieces = []
+    for token in ids:
+        pieces.append(stream.add(token))
+        assert len(stream._ids) < 2 * stream._CONTEXT
+    return pieces
+
+
+@pytest.mark.parametrize("cut", range(40))
 def test_stream_gives_whole_characters(cut: int, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Also the one that the prompt ends inside."""
     ids = ids_of(tokenizer, TEXT)[0].tolist()
-    while "\ufffd" in tokenizer.decode(ids[:cut]):  # a prompt ends with a whole character
-        cut += 1
     stream = TextStream(tokenizer, ids[:cut], ())
-    pieces = [stream.add(token) for token in ids[cut:]]
+    pieces = streamed(stream, ids[cut:])
     assert "" in pieces  # some characters are several tokens
     assert not any("\ufffd" in piece for piece in pieces)
-    assert "".join([str(tokenizer.decode(ids[:cut])), *pieces, stream.finish()]) == TEXT
+    assert "".join([str(tokenizer.decode(ids[:cut])).rstrip("\ufffd"), *pieces, stream.finish()]) == TEXT
 
 
 def test_stream_leaves_special_tokens_and_broken_bytes_out(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -250,16 +286,16 @@ def test_sentencepiece_spaces() -> None:
     assert [TextStream(tokenizer, [1], ()).add(3)] == ["Once"]
 
 
-@pytest.mark.parametrize("length", range(5, 12))
+@pytest.mark.parametrize("length", range(15, 34))
 def test_bytes_of_characters_without_a_token(length: int) -> None:
     """One byte too many in front, and ByteFallback makes nothing readable of those behind it."""
     byte = {f"<0x{value:02X}>": value + 3 for value in range(256)}
     backend = Tokenizer(models.BPE(vocab={"<unk>": 0, "<s>": 1, "</s>": 2, **byte}, merges=[], unk_token="<unk>"))
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     ids = [value + 3 for value in ("ភាសាខ្មែរ" * 2).encode()]
-    stream = TextStream(fast(backend), ids[: 3 * length], ())
-    pieces = [stream.add(token) for token in ids[3 * length :]]
-    assert "".join(pieces) + stream.finish() == ("ភាសាខ្មែរ" * 2)[length:]
+    stream = TextStream(fast(backend), ids[:length], ())
+    pieces = streamed(stream, ids[length:])
+    assert "".join(pieces) + stream.finish() == ("ភាសាខ្មែរ" * 2)[length // 3 :]
 
 
 def test_a_special_token_may_be_what_ends_a_text(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -277,7 +313,8 @@ def test_a_special_token_may_be_what_ends_a_text(tokenizer: PreTrainedTokenizerF
     [
         ("", {}, "prompt: expected at least one token, found none"),
         ("a b c", {"max_new_tokens": 60}, r"5 prompt tokens and 60 new ones do not fit a context of 64"),
-        ("a b c" * 20, {"max_new_tokens": None}, "prompt tokens and 1 new ones do not fit a context of 64"),
+        ("a b c" * 20, {"max_new_tokens": 5}, "prompt: 100 tokens leave no room in a context of 64"),
+        ("a" * 64, {"max_new_tokens": None}, "prompt: 64 tokens leave no room in a context of 64"),
         ("a", {"max_new_tokens": 0}, "max_new_tokens: expected a whole number of at least 1, found 0"),
         ("a", {"max_new_tokens": 2.5}, r"max_new_tokens: expected a whole number of at least 1, found 2\.5"),
         ("a", {"temperature": -0.5}, r"temperature: expected at least 0, found -0\.5"),
@@ -324,10 +361,26 @@ BATCHED: dict[str, dict[str, Any]] = {
     },
     "minimax": {"num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 2},
     "roberta": {"is_decoder": True},
+    "inkling_text": {
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "d_rel": 4,
+        "rel_extent": 16,
+        "unpadded_vocab_size": None,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 2,
+        "swa_head_dim": 8,
+        "sliding_window_size": 5,
+        "moe_intermediate_size": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "layer_types": ["hybrid_sliding", "hybrid"],
+    },
     "rwkv": {"attention_hidden_size": 32},
     "openai-gpt": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
 }
-ALONE = ("mamba", "lfm2", "bamba", "minimax", "roberta", "rwkv", "openai-gpt")
+ALONE = ("mamba", "lfm2", "bamba", "minimax", "roberta", "inkling_text", "rwkv", "openai-gpt")
 
 
 @pytest.mark.parametrize("family", BATCHED)

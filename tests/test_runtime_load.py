@@ -20,7 +20,9 @@ import bittern
 from bittern.errors import BitternError
 from bittern.formats import gptq
 from bittern.runtime import native
+from bittern.runtime.flash import flash_attention
 from bittern.runtime.linear import NativeMatrix, PackedExperts, QuantLinear
+from bittern.runtime.step import make_step, native_decoder
 from bittern.weight import QuantSpec, QuantWeight
 
 SMALL = {
@@ -430,3 +432,46 @@ def test_real_artifact_of_the_demo_size(shared: Path) -> None:
     ids = torch.randint(3, 32000, (1, 64), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, oracle(ids).logits, atol=1e-3, rtol=1e-3)
+
+
+def logits_of(model: PreTrainedModel) -> Tensor:
+    """After a prompt and two steps, keys and values in 8 bits."""
+    ids = torch.randint(3, 96, (40,), generator=torch.Generator().manual_seed(5), device="cpu").tolist()
+    step = make_step(model, [ids], [3], "int8")
+    with torch.no_grad():
+        return torch.cat([step([part]) for part in (ids, [7], [9])])
+
+
+@pytest.mark.skipif(not native.available(), reason=native.why_not())
+@pytest.mark.parametrize("head_bits", [None, 8])
+@pytest.mark.parametrize("decoder", [True, False])
+def test_torch_s_defaults_change_nothing(decoder: bool, head_bits: int | None, tmp_path: Path) -> None:
+    """The library writes fp32 to where it is told, whatever torch's tensors are like by default."""
+    artifact = make(tmp_path).artifact
+    usual = bittern.load(artifact, device="cpu", decoder=decoder, lm_head_bits=head_bits)
+    assert (native_decoder(usual) is not None) == decoder
+    expected = logits_of(usual)
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = bittern.load(artifact, device="cpu", decoder=decoder, lm_head_bits=head_bits)
+        assert vars(model)["kernels"] == vars(usual)["kernels"]
+        found = logits_of(model)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+    with torch.device("meta"):
+        found = logits_of(usual)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.skipif(not native.available(), reason=native.why_not())
+def test_torch_s_defaults_change_no_attention() -> None:
+    query = torch.randn(1, 2, 40, 16, generator=torch.Generator().manual_seed(0))
+    expected = flash_attention(query, query, query, scale=0.25)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = flash_attention(query, query, query, scale=0.25)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)

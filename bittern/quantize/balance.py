@@ -172,7 +172,7 @@ class Balancer:
         matrices = list(_all(shared.stages))
         weights = [live.get_weight(self.model, matrix) for matrix in matrices]
         squares = (x.flatten(0, -2).float().square().sum(0) for x in shared.stages[0].exact)
-        power = sum(squares, torch.zeros((), device=weights[0].device))
+        power = sum(squares, torch.zeros((), dtype=torch.float32, device=weights[0].device))
         add_up(power)
         columns = specs[matrices[0]].columns_per_group(weights[0].shape[1])
         rows: Tensor | None = None

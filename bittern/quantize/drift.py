@@ -56,7 +56,7 @@ class Drift:
         features = exact[0].shape[-1]
         self._exact, self._learned, self._rough = exact, learned, rough
         self._dtype = torch.bfloat16 if rough else torch.float32
-        self._total = torch.zeros(features, features, device=exact[0].device)
+        self._total = torch.zeros(features, features, dtype=torch.float32, device=exact[0].device)
         self._tokens = 0
         self._behind = behind
         self._missing: Tensor | None = None  # E[(h - h~) x~'], a sum
@@ -110,14 +110,14 @@ class Drift:
             return weight, [None] * len(sizes)
         add_up(self._total)
         damping = DAMPING * float(hessian.diagonal().mean()) or 1.0
-        damped = hessian + damping * torch.eye(len(hessian), device=hessian.device)
+        damped = hessian + damping * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
         wanted = weight @ (self._total / tokens)
         if self._behind is not None:
             missing = wanted.new_zeros(wanted.shape) if self._missing is None else self._missing
             add_up(missing)
             wanted += missing / tokens
         step = torch.linalg.solve(damped, wanted, left=False)
-        agree, power, whole = torch.zeros(3, len(sizes), device=weight.device)
+        agree, power, whole = torch.zeros(3, len(sizes), dtype=torch.float32, device=weight.device)
         exact, added = weight.T.to(self._dtype), step.T.to(self._dtype)
         for moved, x, behind in self._held:
             wanted, given = (moved @ exact).float(), (x @ added).float()

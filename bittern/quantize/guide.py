@@ -95,7 +95,7 @@ def find_guides(
 
 def _divide_by_mean(sizes: Tensor, matrix: Matrix, device: torch.device) -> None:
     """Their mean over all processes."""
-    total = torch.tensor([float(sizes.sum()), sizes.numel()], device=device)
+    total = torch.tensor([float(sizes.sum()), sizes.numel()], dtype=torch.float32, device=device)
     add_up(total)
     mean = float(total[0] / total[1])
     if not 0 <= mean < float("inf"):
@@ -126,7 +126,7 @@ class _Seen:
     def __init__(self, model: nn.Module, matrices: Iterable[Matrix], shape: torch.Size, device: torch.device) -> None:
         self._model = model
         members = list(matrices)
-        self.sizes = dict(zip(members, torch.zeros(len(members), *shape), strict=True))
+        self.sizes = dict(zip(members, torch.zeros(len(members), *shape, dtype=torch.float32), strict=True))
         rough = replay.fast_in_sixteen_bits(device)  # as the products that the gradients come from
         self.moments = {matrix: Accumulator(matrix.out_features, device, rough) for matrix in members}
         self.calls = dict.fromkeys(members, 0)

@@ -46,7 +46,7 @@ class Damped:
 
 def damp(hessian: Tensor, damping: float, rough: bool = False) -> Damped:
     """Add damping to the diagonal of a Hessian, fp32 (in_features, in_features); ``rough``: products in bfloat16."""
-    whole = hessian + damping * torch.eye(len(hessian), device=hessian.device)
+    whole = hessian + damping * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
     return Damped(whole, whole.bfloat16() if rough else whole)
 
 

@@ -191,7 +191,7 @@ def _rehearse_block(
                 once = measured(advance)
             walk = _rehearse_walk(model, block, entries, state, call, effort, rough, once.seconds)
             return BlockCosts(Line(0.0, 0.0), once.times(1 / samples), readers, held, traced, back, walk)
-    found = collect(model, block, matrices, [state], [call])
+    readers = [[place(m, name) for m in inputs.matrices] for inputs in collect(model, block, matrices, [state], [call])]
     one, two = (
         seconds(partial(collect, model, block, matrices, [state] * n, [call] * n), state.device) for n in (1, 2)
     )
@@ -199,7 +199,7 @@ def _rehearse_block(
     return BlockCosts(
         Line(max(one - each * samples, 0.0), each),
         once.times(1 / samples),
-        [[place(matrix, name) for matrix in inputs.matrices] for inputs in found],
+        readers,
         held,
         traced,
         back,
@@ -325,7 +325,7 @@ def rehearse_shaping(
     """Seconds for shaping a matrix."""
     height, width = (min(count, SHAPED) for count in (rows, columns))
     hessian, factor, _ = _factor(width, damp_percent, device, rough)
-    curvature = torch.eye(height, device=device).add_(_NUMBER)
+    curvature = torch.eye(height, dtype=torch.float32, device=device).add_(_NUMBER)
     weight = _random((height, width), device)
     solved = round_to_nearest(weight, replace(spec, group_size=min(spec.group_size, width)))
     took = seconds(lambda: Shaper(hessian, factor).shape(weight, curvature, solved), device)
@@ -334,7 +334,7 @@ def rehearse_shaping(
 
 
 def _factor(width: int, damp_percent: float, device: torch.device, rough: bool) -> tuple[Damped, Factor, Cost]:
-    hessian = torch.eye(width, device=device).add_(_NUMBER)
+    hessian = torch.eye(width, dtype=torch.float32, device=device).add_(_NUMBER)
     factor, cost = factorize(hessian, damp_percent), measured(lambda: factorize(hessian, damp_percent), device)
     return damp(hessian, factor.damping, rough), factor, cost
 
@@ -364,7 +364,7 @@ def _solve(
 
 def _correct(weight: Tensor, hessian: Tensor) -> None:
     """What :class:`Drift` makes of moments; what it does with the windows that it holds out is no part of it."""
-    x = torch.zeros(1, 1, len(hessian), device=hessian.device)
+    x = torch.zeros(1, 1, len(hessian), dtype=hessian.dtype, device=hessian.device)
     drift = Drift([x, x], 1)
     drift.add(x)
     drift.add(x)
@@ -397,7 +397,7 @@ def _made_up(model: nn.Module, names: Sequence[str], device: torch.device, whole
         elif whole:
             tensor = _random(target.shape, device)
         else:
-            tensor = torch.full((1,) * target.ndim, _NUMBER, device=device).expand(target.shape)
+            tensor = torch.full((1,) * target.ndim, _NUMBER, dtype=torch.float32, device=device).expand(target.shape)
         live.set_tensor(model, name, tensor)
     try:
         yield
@@ -409,5 +409,5 @@ def _random(shape: Sequence[int], device: torch.device) -> Tensor:
     """Numbers of a weight's size; a million different ones are enough."""
     count = torch.Size(shape).numel()
     generator = torch.Generator().manual_seed(0)
-    few = torch.randn(min(count, 1 << 20), generator=generator).mul_(_NUMBER)
+    few = torch.randn(min(count, 1 << 20), generator=generator, dtype=torch.float32).mul_(_NUMBER)
     return few.repeat(-(-count // few.numel()))[:count].view(torch.Size(shape)).to(device)

@@ -107,7 +107,7 @@ def read_rate(solver: Solver) -> float:
 
 def write_rate(packing: Packing, spec: QuantSpec) -> Cost:
     """What keeping a weight in the work folder and packing it from there take, but for the disk."""
-    weight = round_to_nearest(torch.linspace(-1, 1, _TRIED.numel()).view(_TRIED), spec)
+    weight = round_to_nearest(torch.linspace(-1, 1, _TRIED.numel(), dtype=torch.float32).view(_TRIED), spec)
     packed = measured(lambda: packing.pack("", weight))
     stored = sum(tensor.nbytes for tensor in packing.pack("", weight).values())
     values = bytes(_SAMPLE_BYTES)
@@ -118,7 +118,7 @@ def write_rate(packing: Packing, spec: QuantSpec) -> Cost:
 
 def rounding_rate(spec: QuantSpec) -> float:
     """Seconds for a weight that is rounded to nearest."""
-    weight = torch.linspace(-1, 1, _TRIED.numel()).view(_TRIED)
+    weight = torch.linspace(-1, 1, _TRIED.numel(), dtype=torch.float32).view(_TRIED)
     return seconds(lambda: round_to_nearest(weight, spec)) / float(_TRIED.numel())
 
 

@@ -25,16 +25,18 @@ if TYPE_CHECKING:
 NAME, TORCH_NAME = "bittern", "bittern_torch"  # the latter leaves the native library alone
 # What an architecture may ask of its attention and SDPA cannot do.
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias", "cache", "indices", "block_indices")
-# They mask what their indexers leave out for transformers' own attention alone, which they know by its name.
-_SPARSE = ("axk2", "deepseek_v32", "dots3_note", "glm_moe_dsa", "hy_v4", "minimax_m3_vl", "mistral_large4")
+# Only transformers' own attention adds biases by position (Inkling), and for it alone, which they know by its name, the
+# others mask what their indexers leave out.
+_SDPA = ("axk2", "deepseek_v32", "dots3_note", "glm_moe_dsa", "hy_v4", "inkling", "minimax_m3_vl", "mistral_large4")
 
 
 def use(model: PreTrainedModel, kernels: bool = True) -> str:
     """Give a model this attention if it can have it; the name of the implementation that it ends up with.
 
     Without ``kernels``, torch computes all of it. Architectures that compute attention themselves (GPT-J, Falcon with
-    ALiBi), ask for more than SDPA does (soft caps in Gemma 2, sinks in gpt-oss) or choose which keys a query sees
-    (DeepSeek-V3.2) keep their own code. BLOOM and MPT get that of alibi.py, where it runs.
+    ALiBi), ask for more than SDPA does (soft caps in Gemma 2, sinks in gpt-oss), add biases by position (Inkling) or
+    choose which keys a query sees (DeepSeek-V3.2) keep their own code. BLOOM and MPT get that of alibi.py, where it
+    runs.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -46,7 +48,7 @@ def use(model: PreTrainedModel, kernels: bool = True) -> str:
         return alibi.NAME
     if getattr(config, "attn_logit_softcapping", None) is not None or not model._supports_sdpa:
         implementation = "eager"
-    elif config.model_type.removesuffix("_text") in _SPARSE:
+    elif config.model_type.removesuffix("_text") in _SDPA:
         implementation = "sdpa"
     elif model._can_set_attn_implementation():
         implementation = NAME if kernels else TORCH_NAME

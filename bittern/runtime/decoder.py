@@ -123,9 +123,9 @@ class Cache:
         rows = _filled(capacity, 64)
         shape = (layers, sequences, heads, rows, _filled(head_dim, 16))
         stored = TYPES[dtype]
-        self._tensors = [torch.empty(shape, dtype=stored) for _ in range(2)]
+        self._tensors = [torch.empty(shape, dtype=stored, device="cpu") for _ in range(2)]
         if stored == torch.int8:
-            self._tensors += [torch.empty(shape[:4]) for _ in range(2)]
+            self._tensors += [native.floats(*shape[:4]) for _ in range(2)]
         self._pointers = [(ctypes.c_void_p * layers)(*[each.data_ptr() for each in whole]) for whole in self._tensors]
         addresses = [ctypes.addressof(each) for each in self._pointers]
         self.view = _CacheView(native.TYPES[stored], sequences, rows, *addresses, *[None] * (4 - len(addresses)))
@@ -225,11 +225,11 @@ class Decoder:
         flat = list(chain.from_iterable(tokens))
         active = [index for index, count in enumerate(counts) if count]
         if not active:
-            return torch.empty(len(counts), self.vocab_size)
+            return native.floats(len(counts), self.vocab_size)
         if min(flat) < 0 or max(flat) >= self.vocab_size:
             raise BitternError(f"tokens: expected ids below {self.vocab_size}, found {min(flat)} to {max(flat)}")
         first = min(cache.lengths[index] for index in active)
-        logits = torch.empty(len(active), self.vocab_size)
+        logits = native.floats(len(active), self.vocab_size)
         ropes, _held = self._ropes.tables(first, end)
         integers = ctypes.c_int32
         status = native.library().bt_forward(
@@ -246,7 +246,7 @@ class Decoder:
         cache.lengths = lengths
         if len(active) == len(counts):
             return logits
-        spread = torch.empty(len(counts), self.vocab_size)
+        spread = native.floats(len(counts), self.vocab_size)
         spread[active] = logits
         return spread
 
@@ -271,7 +271,7 @@ class Decoder:
         ids = [(index * 7919 + 11) % self.vocab_size for index in range(10)]
         if self._limit is not None and self._limit < len(ids):
             raise Unsupported(f"a context of {self._limit} tokens is too short to compare both in")
-        expected = model(torch.tensor([ids]), use_cache=False).logits[0, 7:].float()
+        expected = model(torch.tensor([ids], device="cpu"), use_cache=False).logits[0, 7:].float()
         cache = self.new_cache(1, len(ids))
         found = torch.cat([self.forward(cache, [part]) for part in (ids[:8], ids[8:9], ids[9:])])
         difference = float((found - expected).abs().max() / expected.abs().max())
@@ -363,13 +363,13 @@ class _Ropes:
             if not self._moving and self._made is not None and end <= self._end:
                 return self._made
             if self._moving:
-                ids = torch.arange(first, end)
+                ids = torch.arange(first, end, device="cpu")
             else:  # for more positions than asked, or every step would make them anew
-                ids = torch.arange(max(2 * self._end, end, 256))
+                ids = torch.arange(max(2 * self._end, end, 256), device="cpu")
                 self._end = len(ids)
             made, keep = (_Rope * len(self._kinds))(), []
             for table, kind in zip(made, self._kinds, strict=True):
-                cos, sin = (each[0].contiguous() for each in self._module(torch.empty(0), ids[None], **kind))
+                cos, sin = (each[0].contiguous() for each in self._module(native.floats(0), ids[None], **kind))
                 keep += [cos, sin]
                 table.cos, table.sin = cos.data_ptr(), sin.data_ptr()
                 table.first, table.end = int(ids[0]), int(ids[-1]) + 1

@@ -152,8 +152,8 @@ def _pack_rows(
 ) -> QuantWeight:
     """Round a stored matrix to nearest, a few rows in memory at a time."""
     spec = small_groups(bits, in_features)
-    codes = torch.empty(out_features, in_features, dtype=torch.uint8)
-    scales = torch.empty(out_features, spec.groups(in_features), dtype=torch.float16)
+    codes = torch.empty(out_features, in_features, dtype=torch.uint8, device="cpu")
+    scales = torch.empty(out_features, spec.groups(in_features), dtype=torch.float16, device="cpu")
     step = max(1, _STEP // in_features)
     for piece in pieces:
         found = checkpoint.tensors[piece.source].shape

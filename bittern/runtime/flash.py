@@ -60,7 +60,7 @@ def flash_attention(
         raise BitternError(f"slopes: expected float32 ({heads},), found {slopes.dtype} {tuple(slopes.shape)}")
     slopes = None if slopes is None else slopes.contiguous()
     query, key, value = (each if _readable(each) else each.contiguous() for each in (query, key, value))
-    out = torch.empty(batch, queries, heads, head_dim)
+    out = native.floats(batch, queries, heads, head_dim)
     call = _Call(
         *(batch, heads, kv_heads, queries, keys, head_dim, window or 0, scale, cap or 0.0),
         None if slopes is None else slopes.data_ptr(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +23,15 @@ if TYPE_CHECKING:
 
 
 Reason = Literal["eos", "stop", "length"]
+# Keys of a generation config that change logits and are not honoured, and their values that change nothing. How to
+# sample is for the options alone to say.
+_NOT_HONOURED: dict[str, Any] = {
+    **dict.fromkeys(("bad_words_ids", "begin_suppress_tokens", "exponential_decay_length_penalty")),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "sequence_bias", "suppress_tokens")),
+    **dict.fromkeys(("watermarking_config",)),
+    **dict.fromkeys(("encoder_no_repeat_ngram_size", "min_length", "min_new_tokens", "no_repeat_ngram_size"), 0),
+    **dict.fromkeys(("encoder_repetition_penalty", "guidance_scale"), 1),
+}
 
 
 @dataclass(frozen=True)
@@ -34,7 +43,8 @@ class GenerationOptions:
         temperature: 0 takes the likeliest token, above that tokens are sampled.
         top_k: sample among the K likeliest tokens.
         top_p: sample among the likeliest tokens whose probabilities first reach this sum.
-        repetition_penalty: divides the positive logits of tokens seen before, multiplies negative ones.
+        repetition_penalty: divides the positive logits of tokens seen before, multiplies negative ones. None is that of
+            the model's generation config, and 1 where it has none.
         stop: end before any of these texts.
         seed: of the sampling; the same on every device.
         ignore_eos: go on after an end-of-sequence token.
@@ -49,7 +59,7 @@ class GenerationOptions:
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None
     stop: tuple[str, ...] = ()
     seed: int = 0
     ignore_eos: bool = False
@@ -61,7 +71,8 @@ class GenerationOptions:
             "temperature: expected at least 0": 0 <= self.temperature < float("inf"),
             "top_k: expected a whole number of at least 1": _is_count(self.top_k),
             "top_p: expected more than 0 and at most 1": self.top_p is None or 0 < self.top_p <= 1,
-            "repetition_penalty: expected more than 0": 0 < self.repetition_penalty < float("inf"),
+            "repetition_penalty: expected more than 0": self.repetition_penalty is None
+            or 0 < self.repetition_penalty < float("inf"),
             "stop: expected texts that are not empty": _are_texts(self.stop),
             "seed: expected a whole number of 64 bits": isinstance(self.seed, Integral)
             and -(2**63) <= self.seed < 2**64,
@@ -186,6 +197,8 @@ def _generate(
     on_text: Callable[[str], None],
 ) -> list[GenerationResult]:
     rooms = [_room(model, tokenizer, prompt, options) for prompt in prompts]
+    if options.repetition_penalty is None:
+        options = replace(options, repetition_penalty=_stored_penalty(model))
     ends: dict[int, Reason] = {} if options.ignore_eos else dict.fromkeys(_eos_ids(model, tokenizer), "eos")
     ends |= dict.fromkeys(_special_ids(tokenizer, options.stop) - ends.keys(), "stop")
     sequences = [
@@ -301,18 +314,34 @@ def _room(
     """How many tokens to generate at most."""
     if not prompt:
         raise BitternError("prompt: expected at least one token, found none")
-    check_vocabulary(torch.tensor(prompt), tokenizer, model.config.get_text_config(decoder=True).vocab_size)
+    size = model.config.get_text_config(decoder=True).vocab_size
+    check_vocabulary(torch.tensor(prompt, device="cpu"), tokenizer, size)
     limit = context_length(model.config)
     if limit is None:
         if options.max_new_tokens is None:
             raise BitternError(f"max_new_tokens: a {model.config.model_type} model has no context limit, set a number")
         return options.max_new_tokens
-    wanted = options.max_new_tokens or max(1, limit - len(prompt))
+    if len(prompt) >= limit:
+        raise BitternError(f"prompt: {len(prompt)} tokens leave no room in a context of {limit}")
+    wanted = options.max_new_tokens or limit - len(prompt)
     if len(prompt) + wanted > limit:
         raise BitternError(
             f"max_new_tokens: {len(prompt)} prompt tokens and {wanted} new ones do not fit a context of {limit}"
         )
     return wanted
+
+
+def not_honoured(model: PreTrainedModel) -> list[str]:
+    """Keys of a model's generation config that change logits and that :func:`generate` does not honour."""
+    found = {name: getattr(model.generation_config, name, None) for name in _NOT_HONOURED}
+    return sorted(name for name, value in found.items() if value not in (None, _NOT_HONOURED[name], [], {}))
+
+
+def _stored_penalty(model: PreTrainedModel) -> float:
+    found = getattr(model.generation_config, "repetition_penalty", None)
+    if found is not None and not (isinstance(found, int | float) and 0 < found < float("inf")):
+        raise BitternError(f"generation config: repetition_penalty: expected more than 0, found {found!r}")
+    return 1.0 if found is None else float(found)
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -333,24 +362,23 @@ class _Chooser:
     """The next token from logits, fp32 (vocabulary,) on the CPU."""
 
     def __init__(self, prompt: list[int], options: GenerationOptions) -> None:
-        self._options = options
-        self._seen = torch.tensor(sorted(set(prompt)))
+        self._options, self._penalty = options, options.repetition_penalty or 1.0
+        self._seen = torch.tensor(sorted(set(prompt)), device="cpu")
         self._generator = torch.Generator().manual_seed(options.seed)
 
     def __call__(self, logits: Tensor) -> int:
-        options = self._options
-        if options.repetition_penalty != 1:
+        penalty = self._penalty
+        if penalty != 1:
             scores = logits[self._seen]
-            penalty = options.repetition_penalty
             logits = logits.index_copy(0, self._seen, torch.where(scores > 0, scores / penalty, scores * penalty))
         # NumPy's argmax is many times as fast as torch's, and stops at a NaN.
         token = int(logits.numpy().argmax())
         if not bool(logits[token].isfinite()):
             raise BitternError(f"logits: the model computed {str(float(logits[token])).replace('nan', 'NaN')}")
-        if options.temperature != 0:
+        if self._options.temperature != 0:
             token = self._sample(logits)
-        if options.repetition_penalty != 1:
-            self._seen = torch.cat([self._seen, torch.tensor([token])]).unique()  # type: ignore[no-untyped-call]
+        if penalty != 1:
+            self._seen = torch.cat([self._seen, self._seen.new_tensor([token])]).unique()  # type: ignore[no-untyped-call]
         return token
 
     def _sample(self, logits: Tensor) -> int:
@@ -366,6 +394,6 @@ class _Chooser:
             probabilities[before >= options.top_p] = 0
         # The inverse of the distribution function; torch.multinomial draws a number for every token.
         cumulative = probabilities.cumsum(dim=0, dtype=torch.float64)
-        drawn = torch.rand(1, dtype=torch.float64, generator=self._generator) * cumulative[-1]
+        drawn = torch.rand(1, dtype=torch.float64, generator=self._generator, device="cpu") * cumulative[-1]
         found = min(int(torch.searchsorted(cumulative, drawn, right=True)), len(cumulative) - 1)
         return found if tokens is None else int(tokens[found])

@@ -76,7 +76,7 @@ class NativeMatrix(nn.Module):
             ("codes", "scales", "zeros", "order"), native.pack(weight, settings.threads), strict=True
         ):
             self.register_buffer(name, buffer)
-        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
+        self.register_buffer("like", torch.empty(0, dtype=dtype, device="cpu"), persistent=False)
 
     @property
     def matrix(self) -> native.Matrix:
@@ -104,7 +104,7 @@ class NativeMatrix(nn.Module):
             out[:, start:stop] = functional.linear(x, weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        if fn(torch.empty(0, dtype=torch.uint8)).device.type != "cpu":
+        if fn(torch.empty(0, dtype=torch.uint8, device="cpu")).device.type != "cpu":
             raise BitternError(
                 "device: the layers of this model are packed for the CPU; load it for another device anew"
             )
@@ -238,7 +238,7 @@ class StoredLinear(nn.Linear):
         if not x.is_cpu or _needs_gradient(x):
             return functional.linear(x, self.weight.to(x.dtype), self.bias)
         rows = _rows(x, self.in_features)
-        y = torch.empty(len(rows), self.out_features)
+        y = native.floats(len(rows), self.out_features)
         if len(rows) < DENSE_GEMM_ROWS[native.instructions()]:
             native.linear(rows, [native.dense_matrix(self.weight)], threads=self.threads, out=[y])
         else:
@@ -276,7 +276,7 @@ class StoredEmbedding(nn.Embedding):
         super().__init__(weight.shape[0], weight.shape[1], device="meta")
         _hold(self, weight)
         self.register_buffer("scale", scale, persistent=False)
-        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
+        self.register_buffer("like", torch.empty(0, dtype=dtype, device="cpu"), persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Integer ids of any shape -> (..., features)."""
@@ -340,7 +340,7 @@ def _multiply(x: Tensor, layers: Sequence[Sequence[NativeMatrix]]) -> list[Tenso
         return [functional.linear(x, _joined([part.weight.to(x.dtype) for part in own], dim=0)) for own in layers]
     parts = [part for own in layers for part in own]
     rows = _rows(x, parts[0].in_features)
-    results = [torch.empty(len(rows), sum(part.out_features for part in own)) for own in layers]
+    results = [native.floats(len(rows), sum(part.out_features for part in own)) for own in layers]
     out = [
         piece
         for y, own in zip(results, layers, strict=True)

@@ -14,6 +14,7 @@ from torch import nn
 from bittern.artifact import Artifact
 from bittern.checkpoint import Checkpoint, open_checkpoint
 from bittern.errors import BitternError
+from bittern.fit import packed_matrices, refuse_unplaced
 from bittern.model import (
     Matrix,
     Piece,
@@ -22,8 +23,6 @@ from bittern.model import (
     pick_device,
     read_tensor,
     set_tensor,
-    stored_matrices,
-    unexpected_tensors,
     weight_map,
 )
 from bittern.runtime import attention, native
@@ -109,7 +108,7 @@ def load(
         artifact = Artifact(checkpoint)
         sources = weight_map(model, artifact.plain, artifact.layers)
         layers = packed_matrices(model, sources, artifact)
-        _check_tensors(model, sources, layers, artifact)
+        refuse_unplaced(model, sources, layers, artifact)
         for _, same in groupby(layers, key=lambda matrix: matrix.parameter):
             _replace(model, list(same), artifact, place)
         embeddings = _packed_embeddings(sources, layers, artifact)
@@ -202,18 +201,6 @@ def _stored_dtype(config: dict[str, Any]) -> torch.dtype:
     return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(str(stored), torch.float32)
 
 
-def packed_matrices(model: PreTrainedModel, sources: dict[str, tuple[Piece, ...]], artifact: Artifact) -> list[Matrix]:
-    """The matrices of the model that the checkpoint holds packed, those of one parameter side by side.
-
-    A parameter of which only some rows or experts are packed counts with all of them.
-    """
-    if not artifact.layers:
-        return []
-    found = stored_matrices(model, sources)
-    parameters = {matrix.parameter for matrix in found for layer, _, _ in matrix.parts if layer in artifact.layers}
-    return [matrix for matrix in found if matrix.parameter in parameters]
-
-
 def _packed_embeddings(
     sources: dict[str, tuple[Piece, ...]], layers: list[Matrix], artifact: Artifact
 ) -> dict[str, str]:
@@ -221,29 +208,6 @@ def _packed_embeddings(
     matrices = {matrix.parameter for matrix in layers}
     named = {name: pieces[0].source.removesuffix(".weight") for name, pieces in sources.items() if len(pieces) == 1}
     return {name: layer for name, layer in named.items() if name not in matrices and layer in artifact.layers}
-
-
-def unplaced_tensors(
-    model: PreTrainedModel, sources: dict[str, tuple[Piece, ...]], layers: list[Matrix], artifact: Artifact
-) -> list[str]:
-    """Tensors of the checkpoint that the model has no place for; what the model lacks was found by weight_map."""
-    used = {part for matrix in layers for part, _, _ in matrix.parts}
-    # Float matrices beside packed ones; and AutoGPTQ gave every layer a bias, zeros where the model has none.
-    known = {name for layer in used for name in (layer, f"{layer}.weight", f"{layer}.bias")}
-    held = [*artifact.plain, *(f"{layer}.weight" for layer in artifact.layers)]
-    return unexpected_tensors(model, sources, (name for name in held if name not in known))
-
-
-def _check_tensors(
-    model: PreTrainedModel, sources: dict[str, tuple[Piece, ...]], layers: list[Matrix], artifact: Artifact
-) -> None:
-    """Every tensor of the checkpoint has a place."""
-    unexpected = unplaced_tensors(model, sources, layers, artifact)
-    if unexpected:
-        more = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
-        raise BitternError(
-            f"{unexpected[0]}{more}: the checkpoint holds it, but a {model.config.model_type} model has no place for it"
-        )
 
 
 def _replace(model: PreTrainedModel, same: list[Matrix], artifact: Artifact, place: _Place) -> None:

@@ -225,6 +225,11 @@ def check(status: int, function: str) -> None:
         raise BitternError(f"native runtime: {function}: {reasons.get(status, status)}")
 
 
+def floats(*shape: int) -> Tensor:
+    """Room for what the library writes: float32 on the CPU, whatever torch's defaults are, of any values."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
 def pack(weight: QuantWeight, threads: int | None = None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """A weight in the order in which the kernels read it (csrc/kernels.h).
 
@@ -244,7 +249,8 @@ def pack(weight: QuantWeight, threads: int | None = None) -> tuple[Tensor, Tenso
     if weight.g_idx is not None:
         order = torch.argsort(weight.g_idx, stable=True)
         codes = codes[:, order]
-    packed = torch.empty(library().bt_packed_bytes(out_features, in_features, spec.bits, group_size), dtype=torch.uint8)
+    size = library().bt_packed_bytes(out_features, in_features, spec.bits, group_size)
+    packed = torch.empty(size, dtype=torch.uint8, device="cpu")
     status = library().bt_pack(
         context(threads),
         out_features,
@@ -309,7 +315,7 @@ def linear(
         float32 (rows, out_features) each.
     """
     rows = x.shape[0]
-    results = [torch.empty(rows, m.out_features) for m in matrices] if out is None else list(out)
+    results = [floats(rows, m.out_features) for m in matrices] if out is None else list(out)
     count = len(matrices)
     status = library().bt_linear(
         context(threads),
@@ -329,7 +335,7 @@ def linear(
 def dequantize(m: Matrix, start: int = 0, stop: int | None = None, threads: int | None = None) -> Tensor:
     """Rows [start, stop) as float32, columns in stored order."""
     stop = m.out_features if stop is None else stop
-    out = torch.empty(stop - start, m.in_features)
+    out = floats(stop - start, m.in_features)
     check(library().bt_dequantize(context(threads), ctypes.addressof(m), start, stop, out.data_ptr()), "bt_dequantize")
     return out
 
@@ -343,6 +349,7 @@ def solve_columns(tensors: Sequence[Tensor], coupling: Tensor, max_code: int) ->
         coupling: float32 (columns, columns), of any strides.
         max_code: the largest code.
     """
+    assert all(tensor.dtype in (torch.float32, torch.int64, torch.uint8) for tensor in (*tensors, coupling))
     targets, originals, *others = (tensor.data_ptr() for tensor in tensors)
     shape, strides = tensors[0].shape, coupling.stride()
     call = Columns(*shape, max_code, targets, originals, coupling.data_ptr(), *strides, *others)
@@ -362,6 +369,7 @@ def descend(hessian: Tensor, scales: Tensor, zeros: Tensor, codes: Tensor, slope
     inverse = 1 / hessian.diagonal()
     tensors = hessian, inverse, scales, zeros, codes, slopes
     assert all(tensor.is_contiguous() for tensor in tensors)
+    assert all(tensor.dtype == torch.float32 for tensor in tensors if tensor is not codes)
     rows, columns = codes.shape
     call = Descent(rows, columns, columns // scales.shape[1], max_code, *(tensor.data_ptr() for tensor in tensors))
     check(library().bt_descend(context(), ctypes.addressof(call)), "bt_descend")
@@ -379,7 +387,8 @@ def multiply_groups(pulls: Tensor, steps: Tensor) -> Tensor:
     """
     groups, rows, columns = pulls.shape
     assert pulls.is_contiguous() and steps.is_contiguous() and steps.shape == (rows, columns)
-    products = torch.empty(rows, groups, groups)
+    assert steps.dtype == torch.float32
+    products = floats(rows, groups, groups)
     tensors = (tensor.data_ptr() for tensor in (pulls, steps, products))
     call = GroupProducts(rows, columns, columns // groups, TYPES[pulls.dtype], *tensors)
     check(library().bt_multiply_groups(context(), ctypes.addressof(call)), "bt_multiply_groups")
@@ -388,7 +397,7 @@ def multiply_groups(pulls: Tensor, steps: Tensor) -> Tensor:
 
 def read_probe(megabytes: int, threads: int) -> float:
     """GB/s of reading that many megabytes with all threads: the bound of every memory-bound kernel."""
-    data = torch.ones(megabytes * 2**20, dtype=torch.uint8)
+    data = torch.ones(megabytes * 2**20, dtype=torch.uint8, device="cpu")
     rates = [library().bt_read_probe(context(threads), data.data_ptr(), data.numel()) for _ in range(3)]
     return float(max(rates)) / 1e9
 

@@ -66,7 +66,7 @@ class _ShortAttention(torch.autograd.Function):
         gradients = gradient.transpose(1, 2).bfloat16().reshape(queries.shape)
         shares = (gradients.float() * output).sum(-1, keepdim=True).bfloat16()
         found = torch.empty_like(queries)
-        key_sum, value_sum = (torch.zeros(each.shape) for each in (keys, values))
+        key_sum, value_sum = (torch.zeros_like(each, dtype=torch.float32) for each in (keys, values))
         for rows, probabilities in zip(_pieces(queries.shape[2]), kept, strict=True):
             piece, behind = gradients[:, :, rows].flatten(1, 2), slice(rows.stop)
             value_sum[:, behind] += torch.bmm(probabilities.mT, piece)

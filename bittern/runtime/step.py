@@ -123,7 +123,7 @@ def _plain_step(
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         # A slice of several sequences is not contiguous: in bfloat16, torch would multiply each of its rows with a copy
         # of the head. Indices copy the positions instead.
-        fixed["logits_to_keep"] = 1 if len(prompts) == 1 else torch.tensor([-1])
+        fixed["logits_to_keep"] = 1 if len(prompts) == 1 else torch.tensor([-1], device=model.device)
     name = _cache_name(model)
     if name is None:
         if kv_cache not in (None, "fp32"):
@@ -144,14 +144,14 @@ def _cached_step(model: PreTrainedModel, prompts: Sequence[Sequence[int]], fixed
     def step(tokens: Sequence[Sequence[int]]) -> Tensor:
         nonlocal used
         count = max(map(len, tokens))
-        ids = torch.tensor([[0] * (count - len(new)) + list(new) for new in tokens])
+        ids = torch.tensor([[0] * (count - len(new)) + list(new) for new in tokens], device=model.device)
         start, used = used, used + count
         columns, here = torch.arange(used, device=model.device), dict(fixed)
         if placed:  # of sequences alone too: Bamba, left to itself, begins at 0 in every step
             here["position_ids"] = (columns[start:] - missing).clamp_min(0)
         if padded:
             here["attention_mask"] = (columns >= missing).long()
-        return _last_logits(model(ids.to(model.device), **here))
+        return _last_logits(model(ids, **here))
 
     return step
 
@@ -162,7 +162,7 @@ def _state_step(model: PreTrainedModel, fixed: dict[str, Any]) -> Step:
 
     def step(tokens: Sequence[Sequence[int]]) -> Tensor:
         nonlocal state
-        ids = torch.tensor([new or [0] for new in tokens]).to(model.device)
+        ids = torch.tensor([new or [0] for new in tokens], device=model.device)
         found = model(ids, state=state, use_cache=True, **fixed)
         state = found.state
         return _last_logits(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,13 +25,13 @@ class TextStream:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: list[int], stop: tuple[str, ...]) -> None:
         self._tokenizer = tokenizer
-        start = max(0, len(prompt) - self._CONTEXT)
-        # Not inside a character, of up to four tokens: one stray byte makes those behind it unreadable.
-        for _ in range(3):
-            if start and self._decode(prompt[start:]).startswith("\ufffd"):
-                start -= 1
-        self._ids = prompt[start:]
-        self._read = len(self._ids)  # how many of them the text so far covers
+        last, first = len(prompt), max(0, len(prompt) - self._CONTEXT)
+        # From and up to whole characters, of up to four tokens: one stray byte makes others unreadable.
+        places = product(range(last, max(-1, last - 4), -1), range(first, max(-1, first - 4), -1))
+        end, start = next((place for place in places if self._whole(prompt, *place)), (last, first))
+        self._ids, self._read = prompt[start:], end - start  # the latter is how many of them are out
+        # A token that begins a character may begin with other text, which is out too.
+        self._out = max(self._decode(prompt[start:end]), self._decode(self._ids).rstrip("\ufffd"), key=len)
         self._stop = stop
         self._held = ""
         self.stopped = False
@@ -42,22 +43,22 @@ class TextStream:
         now = self._decode(self._ids)
         if now.endswith("\ufffd"):  # the first bytes of a character
             return ""
-        new = now[len(self._before()) :]
+        new = now[len(self._out) :]
         if new:
             self._ids = self._ids[self._read :]
-        self._read = len(self._ids)
+        self._read, self._out = len(self._ids), self._decode(self._ids)
         return self._certain(new)
 
     def finish(self) -> str:
         """What was held back: before a character that was never whole, and because a stop text could have begun."""
-        new = self._decode(self._ids).rstrip("\ufffd")[len(self._before()) :]
+        new = self._decode(self._ids).rstrip("\ufffd")[len(self._out) :]
         certain = self._certain(new)
         rest, self._held = certain + self._held, ""
         return rest
 
-    def _before(self) -> str:
-        """The text that is already out, of the tokens that are still looked at."""
-        return self._decode(self._ids[: self._read]).rstrip("\ufffd")
+    def _whole(self, prompt: list[int], end: int, start: int) -> bool:
+        text = self._decode(prompt[start:end])
+        return not text.endswith("\ufffd") and not (start and text.startswith("\ufffd"))
 
     def _decode(self, ids: list[int]) -> str:
         text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

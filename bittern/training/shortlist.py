@@ -78,7 +78,7 @@ def make_shortlist(common: Tensor, ids: Tensor, vocabulary: int, size: int, seed
     rest = (~inside).nonzero().flatten()
     drawn = rest[torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed % 2**63))[: size - len(common)]]
     inside[drawn] = True
-    offsets = torch.zeros(vocabulary)
+    offsets = torch.zeros(vocabulary, dtype=torch.float32)
     if len(drawn):
         offsets[drawn] = math.log(len(rest) / len(drawn))
     words = inside.nonzero().flatten()

@@ -211,7 +211,7 @@ def _step(run: Run, options: Training, step: int, common: Tensor | None = None) 
     windows = batch[rank::processes]
     device = next(iter(run.parameters.values())).device
     targets = windows[:, 1:].to(device)
-    kl_weight = torch.where(own[rank::processes, None], 1.0, options.kl_weight).to(device).expand(targets.shape)
+    kl_weight = own[rank::processes, None].float().clamp_min(options.kl_weight).to(device).expand(targets.shape)
     known = targets.shape[1]  # of the last position nothing is
     kept = {}
     if "logits_to_keep" in inspect.signature(run.student.forward).parameters:  # others compute all, as xLSTM

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is whole, and what its config.json says it is: from headers alone."""
+"""Whether a checkpoint is what its config.json says, no more and no less: from headers alone."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Fit:
 
 
 def fit(artifact: Artifact) -> Fit:
-    """Find every parameter of the architecture, in the shape that config.json asks for.
+    """Find every parameter of the architecture, in the shape that config.json asks for, and a place for every tensor.
 
     Shapes must be exactly those: transformers takes no others, neither a vocabulary that is padded beyond vocab_size.
 
     Raises:
         BitternError: for an architecture that transformers does not know, and naming a tensor or a packed layer that
-            is missing or of another shape.
+            is missing, of another shape, or has no place.
     """
     model = live.build(artifact.checkpoint.config)
     sources = live.weight_map(model, artifact.plain, artifact.layers)
@@ -53,7 +53,46 @@ def fit(artifact: Artifact) -> Fit:
                 _check_tensor(artifact, piece, shapes[parameter], alone=len(pieces) == 1)
             elif layer in artifact.layers and layer not in placed:  # an embedding of MLX
                 _check_layer(artifact, layer, (rows, shapes[parameter][-1]))
+    refuse_unplaced(model, sources, _packed(matrices, artifact), artifact)
     return Fit(model, sources, matrices)
+
+
+def packed_matrices(model: PreTrainedModel, sources: dict[str, tuple[Piece, ...]], artifact: Artifact) -> list[Matrix]:
+    """The matrices of the model that the checkpoint holds packed, those of one parameter side by side.
+
+    A parameter of which only some rows or experts are packed counts with all of them.
+    """
+    return _packed(live.stored_matrices(model, sources), artifact) if artifact.layers else []
+
+
+def unplaced_tensors(
+    model: PreTrainedModel, sources: dict[str, tuple[Piece, ...]], packed: list[Matrix], artifact: Artifact
+) -> list[str]:
+    """Tensors of the checkpoint that the model has no place for; what the model lacks was found by weight_map."""
+    used = {part for matrix in packed for part, _, _ in matrix.parts}
+    # Float matrices beside packed ones; and AutoGPTQ gave every layer a bias, zeros where the model has none.
+    known = {name for layer in used for name in (layer, f"{layer}.weight", f"{layer}.bias")}
+    held = [*artifact.plain, *(f"{layer}.weight" for layer in artifact.layers)]
+    return live.unexpected_tensors(model, sources, (name for name in held if name not in known))
+
+
+def refuse_unplaced(
+    model: PreTrainedModel, sources: dict[str, tuple[Piece, ...]], packed: list[Matrix], artifact: Artifact
+) -> None:
+    """Refuse what the architecture has no place for: whoever reads it elsewhere would pass over it without a word.
+
+    Raises:
+        BitternError: naming the first such tensor.
+    """
+    unplaced = unplaced_tensors(model, sources, packed, artifact)
+    if unplaced:
+        more, kind = f" and {len(unplaced) - 1} more" if len(unplaced) > 1 else "", model.config.model_type
+        raise BitternError(f"{unplaced[0]}{more}: the checkpoint holds it, but a {kind} model has no place for it")
+
+
+def _packed(matrices: list[Matrix], artifact: Artifact) -> list[Matrix]:
+    parameters = {matrix.parameter for matrix in matrices for layer, _, _ in matrix.parts if layer in artifact.layers}
+    return [matrix for matrix in matrices if matrix.parameter in parameters]
 
 
 def _check_matrices(artifact: Artifact, matrices: list[Matrix], sources: dict[str, tuple[Piece, ...]]) -> None:
