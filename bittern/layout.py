@@ -19,6 +19,15 @@ EXPERTS = re.compile(r"(^|\.)experts($|\.)|block_sparse_moe\.(in|out)put_linear$
 ROUTER = re.compile(r"(^|\.)(gate|router)(\.|$)")
 """Found in the names of what chooses experts."""
 
+_UNREAD = {
+    "gemma2": ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
+    "nemotron": ("partial_rotary_factor",),
+    "phi3": ("sliding_window", "partial_rotary_factor"),
+    "stablelm": ("rope_theta", "partial_rotary_factor"),
+    "starcoder2": ("sliding_window", "rope_theta"),
+}
+"""model_type -> what transformers' reader of GGUF files leaves at its default."""
+
 _IN_A_BLOCK = re.compile(r"\.\d+\..*\.weight$")
 _ONE_OF_A_TENSOR = re.compile(r"\.\d+$")  # what bittern.model names it
 # norms and embeddings, and routers of experts: nobody packs those
@@ -39,6 +48,7 @@ class Layout:
         has_g_idx: GPTQ: whether every packed layer stores one.
         dynamic, modules: GPTQ: whether the config has ``dynamic`` and ``modules_in_block_to_quantize``.
         dequantize: compressed-tensors: whether its config asks transformers to dequantize while it loads.
+        old_key: compressed-tensors: whether its config stands under ``compression_config``, as the first ones did.
         quantizer: who made it, such as ("gptqmodel:7.7.0",).
         model_type: of the config.
         tied: whether the head is the embedding.
@@ -56,6 +66,7 @@ class Layout:
     dynamic: bool = False
     modules: bool = False
     dequantize: bool = False
+    old_key: bool = False
     quantizer: tuple[str, ...] = ()
     model_type: str = "llama"
     tied: bool = False
@@ -105,11 +116,12 @@ def layout_of(artifact: Artifact) -> Layout:
         packed={name: layer.spec for name, layer in artifact.layers.items()},
         plain=_left_out(name.removesuffix(".weight") for name in matrices) if artifact.layers else (),
         shapes={name: (layer.out_features, layer.in_features) for name, layer in artifact.layers.items()},
-        desc_act=scheme is not None and scheme.desc_act,
+        desc_act=scheme is not None and scheme.any_desc_act,
         has_g_idx=all(f"{name}.g_idx" in tensors for name in artifact.layers),
         dynamic=bool(found.get("dynamic")),
         modules=bool(found.get("modules_in_block_to_quantize")),
         dequantize=bool(found.get("dequantize")),
+        old_key=bool(found) and found is config.get("compression_config"),
         quantizer=() if scheme is None else scheme.quantizer,
         tied=bool(config.get("tie_word_embeddings")) and not any(name.startswith("lm_head.") for name in tensors),
         safetensors=artifact.checkpoint.gguf is None and any(artifact.checkpoint.folder.glob("*.safetensors")),
@@ -170,4 +182,10 @@ def _lost_in_gguf(config: Mapping[str, Any]) -> str:
         return "biases"
     if kind in ("llama", "qwen2", "qwen3") and isinstance(dim, int) and isinstance(heads, int) and dim * heads != size:
         return "head_dim"
+    if isinstance(kind, str) and kind in _UNREAD:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        usual = CONFIG_MAPPING[kind]().to_dict()
+        usual, stated = usual | (usual.get("rope_parameters") or {}), {**config, **rope}
+        return next((key for key in _UNREAD[kind] if stated.get(key, usual.get(key)) != usual.get(key)), "")
     return ""

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from bittern.errors import BitternError
 from bittern.formats.gguf import BLOCK_BYTES, block_spec, refuse, unpack
-from bittern.formats.gguf_rope import FREQUENCIES, read_rope
+from bittern.formats.gguf_config import read_config, read_field
+from bittern.formats.gguf_rope import FREQUENCIES
 from bittern.formats.scheme import PackedLayer
 from bittern.shards import TensorInfo, read_elements
 from bittern.weight import QuantSpec, QuantWeight
@@ -154,11 +155,7 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo], GgufFi
         reader = GGUFReader(path)
         parsed = theirs.load_gguf_checkpoint(str(path))["config"]
         architecture = theirs.read_field(reader, "general.architecture")[0]
-        _complete(parsed, reader, architecture)
-        config, model = _model(parsed)
-        end, turn_end = config.get("eos_token_id"), _field(reader, "tokenizer.ggml.eot_token_id")
-        if isinstance(end, int) and isinstance(turn_end, int) and turn_end != end:
-            config["eos_token_id"] = [end, turn_end]  # llama.cpp stops at either
+        config, model = read_config(parsed, reader, architecture)
         processor = theirs.TENSOR_PROCESSORS.get(architecture, theirs.TensorProcessor)(config=parsed)
         names: dict[str, str] = theirs.get_gguf_hf_weights_map(model, processor, architecture)
     except BitternError as error:
@@ -174,8 +171,8 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo], GgufFi
     state = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     infos = {name: TensorInfo(name, torch.float32, state[name]) for name in parts}
     packed = _packed_layers(parts, names, processor, model, _grids(path, reader))
-    card = {name: found for name, key in _CARD.items() if (found := _field(reader, key)) is not None}
-    degraded = _field(reader, DEGRADED_KEY)
+    card = {name: found for name, key in _CARD.items() if (found := read_field(reader, key)) is not None}
+    degraded = read_field(reader, DEGRADED_KEY)
     if degraded is not None:
         config["bittern"] = {"degraded": str(degraded)}
     return config, infos, GgufFile(path, parts, names, processor, infos, packed, card, _changed(path, reader))
@@ -190,49 +187,9 @@ _CARD = {
 """Key of a model card -> where GGUF keeps it."""
 
 
-def _field(reader: GGUFReader, key: str) -> Any:
-    field = reader.get_field(key)
-    return None if field is None else field.contents()
-
-
-def _complete(parsed: dict[str, Any], reader: GGUFReader, architecture: str) -> None:
-    """Put what transformers overlooks, and what llama.cpp takes for granted, into the arguments of the configuration.
-
-    Raises:
-        BitternError: for a scaled rotary embedding of a kind that is not read here.
-    """
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    head_dim = _field(reader, f"{architecture}.attention.key_length")
-    if head_dim is not None and architecture in ("llama", "qwen2", "qwen3"):
-        parsed["head_dim"] = int(head_dim)
-    theta = parsed.get("rope_theta", 10000.0)
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
-    if "rope_scaling" not in parsed:
-        dim = parsed.get("head_dim") or parsed.get("hidden_size", 0) // (parsed.get("num_attention_heads") or 1)
-        factors = tensors.get(FREQUENCIES)
-        frequencies = None if factors is None else torch.tensor(factors.data, dtype=torch.float32)
-        scaled = read_rope(lambda key: _field(reader, f"{architecture}.rope.scaling.{key}"), frequencies, theta, dim)
-        if scaled is not None:
-            rope = parsed["rope_parameters"] = scaled
-    if architecture == "gemma3":
-        local = {"rope_type": "default", "rope_theta": 10000.0}
-        parsed["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
-        large = parsed["num_hidden_layers"] == 62  # the 27B; llama.cpp tells it by this too
-        scalar = parsed["hidden_size"] // parsed["num_attention_heads"] if large else parsed.get("head_dim", 256)
-        parsed["query_pre_attn_scalar"] = scalar
-    if architecture == "llama":
-        # A file whose name is "mistral" is parsed as one, with a window of 4096 that the file does not have.
-        if "sliding_window" in parsed or parsed.get("model_type") == "mistral":
-            parsed["sliding_window"] = None
-        parsed["attention_bias"] = "blk.0.attn_output.bias" in tensors
-        parsed["mlp_bias"] = "blk.0.ffn_down.bias" in tensors
-    if architecture == "qwen3moe":
-        parsed["moe_intermediate_size"] = int(_field(reader, "qwen3moe.expert_feed_forward_length"))
-
-
 def _grids(path: Path, reader: GGUFReader) -> dict[str, Any] | None:
     """What bittern wrote of its grids; None in a file from elsewhere."""
-    text = _field(reader, GRIDS_KEY)
+    text = read_field(reader, GRIDS_KEY)
     if text is None:
         return None
     try:
@@ -249,7 +206,7 @@ def _grids(path: Path, reader: GGUFReader) -> dict[str, Any] | None:
 
 def _changed(path: Path, reader: GGUFReader) -> list[str]:
     """What bittern wrote of the tensors that are not meant to be the source's."""
-    found = _field(reader, CHANGED_KEY) or []
+    found = read_field(reader, CHANGED_KEY) or []
     if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
         raise BitternError(f"{path}: {CHANGED_KEY}: expected names, found {found!r}")
     return found
@@ -309,18 +266,6 @@ def _row_order(part: ReaderTensor, rows: int, processor: Processor, names: Mappi
     order = torch.from_numpy(np.ascontiguousarray(done.weights[:, 0]))
     whole = torch.equal(order.sort().values, torch.arange(rows, dtype=torch.float64))
     return order.long() if whole else None
-
-
-def _model(parsed: dict[str, Any]) -> tuple[dict[str, Any], torch.nn.Module]:
-    """The configuration and a model without values, which tells names and shapes."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(**parsed)
-    factory: Any = AutoModelForCausalLM
-    with torch.device("meta"):
-        model: torch.nn.Module = factory.from_config(config)
-    stated = {key: value for key, value in config.to_dict().items() if not key.startswith("_")}
-    return stated | {"architectures": [type(model).__name__], "dtype": "float32"}, model
 
 
 def _parts(path: Path, tensors: list[ReaderTensor], names: Mapping[str, str]) -> dict[str, list[ReaderTensor]]:

@@ -67,6 +67,8 @@ def read_rope(
     kind = field("type")
     if frequencies is not None:
         return rope | _llama3(frequencies, theta, head_dim)
+    if kind is None and field("factor") not in (None, 0, 1):
+        kind = "linear"  # as llama.cpp takes it
     if kind in (None, "none"):
         return None
     if kind not in ("linear", "yarn"):
