@@ -89,7 +89,7 @@ class Artifact:
             readable = ", ".join(FORMATS)
             raise BitternError(f"{checkpoint.source}: quant_method: expected one of {readable}, found {method!r}")
         self.found, self._module = found, FORMATS[method]
-        self.scheme = self._module.read_config(found)
+        self.scheme = read_scheme(method, found, checkpoint.tensors)
         self.format = self.scheme.format
         for layer in self._module.packed_layers(checkpoint.tensors):
             spec = self.scheme.spec(layer)
@@ -99,6 +99,8 @@ class Artifact:
                 if name in checkpoint.tensors and not checkpoint.tensors[name].numel:
                     raise BitternError(f"{name}: expected values, found shape {checkpoint.tensors[name].shape}")
             out_features, in_features = self._module.layer_shape(layer, checkpoint.tensors, spec)
+            if self._module is gptq and self.scheme.permuted(layer):
+                gptq.check_order(layer, checkpoint.tensors, in_features, spec)
             self.layers[layer] = PackedLayer(out_features, in_features, spec)
             for name in self._module.names(layer).values():
                 self.plain.pop(name, None)
@@ -150,6 +152,17 @@ def quantization_config(checkpoint: Checkpoint) -> tuple[str | None, dict[str, A
     if method is None and ("quant_method" in found or "method" in found):
         method = str(found.get("quant_method", found.get("method")))
     return method or ("mlx" if "quantization" in config else "gptq"), found
+
+
+def read_scheme(method: str, found: Mapping[str, Any], tensors: Iterable[str]) -> Scheme:
+    """Understand the config of one of :data:`FORMATS`, and what else the names of tensors say.
+
+    Raises:
+        BitternError: for a quantization that bittern does not read.
+    """
+    if method == "awq":
+        awq.refuse_scaled_activations(tensors)
+    return FORMATS[method].read_config(found)
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:

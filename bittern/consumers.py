@@ -32,6 +32,9 @@ _HUMMING_GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
 _GPTQMODEL_GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
 _GPTQMODEL_AWQ_GROUPS = (-1, 16, 32, 64, 128)
 _MLX_AWQ_GROUPS = (32, 64, 128)
+# Where transformers wants scales of activations beside AWQ's layers (AWQ_SCALES_MAPPINGS), which bittern neither reads
+# nor writes: without them it divides by uninitialised memory.
+_SCALED_ACTIVATIONS = ("starcoder2", "RefinedWebModel", "falcon", "mpt", "gptj", "gpt_neox", "gpt_bigcode", "bloom")
 _NAMES = {
     "compressed-tensors": "compressed-tensors",
     "awq": "AWQ",
@@ -173,6 +176,7 @@ def _written(target: str, layout: Layout, name: str) -> Layout:
         dynamic=told,  # formats.gptq.config writes both keys when layers differ
         modules=told,
         dequantize=asks_dequantize(target, layout),
+        old_key=False,
         quantizer=("bittern",),
     )
 
@@ -215,8 +219,16 @@ def _transformers(layout: Layout) -> tuple[bool, str]:
     if "lm_head" in layout.packed:
         return False, "never replaces lm_head"
     if layout.format == "awq":
-        return _answer(_gptqmodel_awq(layout), "with gptqmodel installed")
+        return _answer(_transformers_awq(layout) or _gptqmodel_awq(layout), "with gptqmodel installed")
     return _answer(_transformers_gptq(layout) or _gptqmodel_gptq(layout), "with optimum and gptqmodel installed")
+
+
+def _transformers_awq(layout: Layout) -> str | None:
+    if layout.model_type in _SCALED_ACTIVATIONS:
+        return f"silently wrong logits from AWQ of {layout.model_type}: it wants scales of activations too"
+    if -1 in layout.groups:
+        return "silently wrong logits from AWQ with group_size -1"
+    return None
 
 
 def _transformers_gptq(layout: Layout) -> str | None:
@@ -230,6 +242,8 @@ def _transformers_gptq(layout: Layout) -> str | None:
 
 
 def _transformers_compressed(layout: Layout) -> str | None:
+    if layout.old_key:
+        return "reads `quantization_config` alone, and this one stands under `compression_config`"
     if not layout.sym and layout.experts:
         return "asymmetric experts: it finds no zeros for them"
     if len({spec for name, spec in layout.packed.items() if EXPERTS.search(name)}) > 1:

@@ -2,7 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
+from contextlib import suppress
+
+
+def open_file(path: str | os.PathLike[str], flags: int, mode: int = 0o644) -> int:
+    """As os.open; where that is one file too many, the process gets as many as the system allows it."""
+    try:
+        return os.open(path, flags, mode)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # macOS says "unlimited" and means fewer
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        return os.open(path, flags, mode)
+    except OSError as error:
+        if error.errno == errno.EMFILE:
+            error.strerror = "too many files are open, ulimit -n allows more"
+        raise
 
 
 def read_ahead(file: int) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from bittern.artifact import FORMATS, Artifact, quantization_config
+from bittern.artifact import FORMATS, Artifact, quantization_config, read_scheme
 from bittern.checkpoint import Checkpoint, open_checkpoint
 from bittern.consumers import Verdict, verdicts
 from bittern.errors import BitternError
@@ -50,7 +50,7 @@ def inspect(source: str | os.PathLike[str], revision: str | None = None) -> dict
     with open_checkpoint(source, revision, headers_only=True) as checkpoint:
         length, cache = cache_size(checkpoint.config)
         method, found = quantization_config(checkpoint)
-        unread = _why_unread(method, found)
+        unread = _why_unread(method, found, checkpoint.tensors)
         artifact = Artifact(checkpoint) if unread is None else None
         layout = None if artifact is None else layout_of(artifact)
         parameters = None if artifact is None else artifact_parameters(artifact)
@@ -74,14 +74,14 @@ def inspect(source: str | os.PathLike[str], revision: str | None = None) -> dict
         }
 
 
-def _why_unread(method: str | None, found: Mapping[str, Any]) -> str | None:
+def _why_unread(method: str | None, found: Mapping[str, Any], tensors: Iterable[str]) -> str | None:
     """Why bittern does not understand a quantization, which is then shown as it was found."""
     if method is None:
         return None
     if method not in FORMATS:
         return f"quant_method: expected one of {', '.join(FORMATS)}, found {method!r}"
     try:
-        FORMATS[method].read_config(found)
+        read_scheme(method, found, tensors)
     except BitternError as error:
         return str(error)
     return None

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bittern.disk import read_ahead
+from bittern.disk import open_file, read_ahead
 from bittern.errors import BitternError, first_line
 
 DTYPES: dict[str, torch.dtype] = {
@@ -129,7 +129,7 @@ def read_elements(file: int, offset: int, dtype: torch.dtype, count: int) -> Ten
     Raises:
         OSError: when the file cannot be read; EOFError when it ends before.
     """
-    tensor = torch.empty(count, dtype=dtype)
+    tensor = torch.empty(count, dtype=dtype, device="cpu")
     view = tensor.view(torch.uint8).numpy().data
     while view:
         done = os.preadv(file, [view], offset)
@@ -159,7 +159,7 @@ class SafetensorsFiles:
         item = self._stored[name]
         with self._lock:
             if item.path not in self._files:
-                file = self._files[item.path] = os.open(item.path, os.O_RDONLY)
+                file = self._files[item.path] = open_file(item.path, os.O_RDONLY)
                 read_ahead(file)
             file = self._files[item.path]
         return read_elements(file, item.offset + start * item.info.dtype.itemsize, item.info.dtype, stop - start)

@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bittern.disk import reserve
+from bittern.disk import open_file, reserve
 from bittern.errors import BitternError
 from bittern.report import MANIFEST_FILE, file_record
 from bittern.rope import with_old_rope
@@ -60,6 +60,7 @@ _REASONS = {
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "permission denied",
     errno.EPERM: "permission denied",
+    errno.EMFILE: "too many files are open: a larger --max-shard-size makes fewer, ulimit -n allows more",
 }
 
 
@@ -189,8 +190,9 @@ class CheckpointWriter:
         self._overwrite = overwrite
         self._written: dict[str, list[tuple[int, int]]] = {info.name: [] for info in plan}
         self._mutex = threading.Lock()
-        self._files: list[int] = []
-        self._where: dict[str, tuple[int, int]] = {}  # name -> position in _files, byte offset
+        self._files: dict[int, int] = {}  # shard -> its file, from its first tensor to its last: there may be thousands
+        self._left: list[int] = []  # bytes of each shard that are still to be written
+        self._where: dict[str, tuple[int, int]] = {}  # name -> shard, byte offset
         self._lock_file: int | None = None
         if len(self._plan) != len(plan):
             raise BitternError(f"output {out}: the plan names a tensor twice")
@@ -232,9 +234,19 @@ class CheckpointWriter:
             if any(start < end and begin < stop for begin, end in self._written[name]):
                 raise BitternError(f"{name}: elements {start} to {stop} are written twice")
             self._written[name].append((start, stop))
+        if start == stop:
+            return
         shard, offset = self._where[name]
         with explained(self.out):
-            write_elements(self._files[shard], offset + start * info.dtype.itemsize, tensor.detach().cpu())
+            with self._mutex:
+                if shard not in self._files:
+                    self._files[shard] = open_file(self.folder / f"{self._names[shard]}.partial", os.O_WRONLY)
+                file = self._files[shard]
+            write_elements(file, offset + start * info.dtype.itemsize, tensor.detach().cpu())
+            with self._mutex:
+                self._left[shard] -= tensor.nbytes
+                if not self._left[shard]:
+                    os.close(self._files.pop(shard))
 
     def write_file(self, name: str, text: str) -> None:
         """Write a text file beside the weights."""
@@ -257,11 +269,8 @@ class CheckpointWriter:
             if done != info.numel:
                 raise BitternError(f"{name}: only {done} of {info.numel} elements were written before the commit")
         with explained(self.out):
-            for file in self._files:
-                os.fsync(file)
-                os.close(file)
-            self._files.clear()
             for name in self._names:
+                fsync(self.folder / f"{name}.partial")
                 (self.folder / f"{name}.partial").rename(self.folder / name)
             if len(self._names) > 1:
                 where = {name: self._names[self._where[name][0]] for name in self._plan}
@@ -299,12 +308,16 @@ class CheckpointWriter:
 
     def _create(self, name: str, shard: Sequence[TensorInfo], metadata: Mapping[str, str]) -> None:
         header, offsets = header_bytes(shard, metadata)
-        file = os.open(self.folder / f"{name}.partial", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        self._files.append(file)
-        reserve(file, len(header) + sum(info.nbytes for info in shard))
-        os.pwrite(file, header, 0)
+        values = sum(info.nbytes for info in shard)
+        file = open_file(self.folder / f"{name}.partial", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        try:
+            reserve(file, len(header) + values)
+            os.pwrite(file, header, 0)
+        finally:
+            os.close(file)
         for tensor, offset in offsets.items():
-            self._where[tensor] = (len(self._files) - 1, offset)
+            self._where[tensor] = (len(self._left), offset)
+        self._left.append(values)
 
     def _records(self) -> dict[str, Any]:
         """Size and hash of every file that the output will hold, by its name there."""
@@ -326,7 +339,7 @@ class CheckpointWriter:
         self._unlock()
 
     def _discard(self) -> None:
-        for file in self._files:
+        for file in self._files.values():
             os.close(file)
         self._files.clear()
         if self._lock_file is not None:

@@ -128,6 +128,60 @@ def test_integers_that_are_no_weights_pass(plain: Path, tmp_path: Path) -> None:
     assert inspect(changed(plain, tmp_path / "in", others))["quantization"] is None
 
 
+@pytest.mark.parametrize("scales", ["model.layers.0.mlp.act.scales", "h.0.mlp.gelu_impl.scales"])
+def test_scaled_activations_of_autoawq(scales: str, plain: Path, tmp_path: Path) -> None:
+    bittern.quantize(plain, tmp_path / "q", method="rtn", bits=4, group_size=32, format="awq")
+    folder = changed(tmp_path / "q", tmp_path / "in", {scales: torch.ones(96).half()})
+    word = f"{scales}: expected scales of packed layers alone, found an activation's"
+    for name in ("gptq_v2", "safetensors", "mlx"):
+        refused(lambda name=name: bittern.convert(folder, tmp_path / "out", format=name), word)  # type: ignore[misc]
+    refused(lambda: bittern.load(folder, device="cpu"), word)
+    (verdict,) = inspect(folder)["loads"]
+    assert (verdict["consumer"], verdict["loads"]) == ("bittern", False) and word in verdict["reason"]
+
+
+def reordered(source: Path, out: Path, lost: str, **config: Any) -> Path:
+    """A copy whose quantization config has some keys of its own, without the tensors of one suffix."""
+    stated = json.loads((source / "config.json").read_text())
+    changed(source, out, {}, quantization_config=stated["quantization_config"] | config)
+    stored = load_file(out / "model.safetensors")
+    left = {name: tensor for name, tensor in stored.items() if not name.endswith(lost)}
+    save_file(left, out / "model.safetensors", {"format": "pt"})
+    return out
+
+
+def test_an_order_of_columns_that_is_lost_is_missed(plain: Path, tmp_path: Path) -> None:
+    for name, size in (("groups", 32), ("rows", -1)):
+        bittern.quantize(plain, tmp_path / name, method="rtn", group_size=size)
+    word = f"{LAYER}.g_idx: expected one, for desc_act is true, found none"
+    lost = reordered(tmp_path / "groups", tmp_path / "lost", f"{LAYER}.g_idx", desc_act=True)
+    refused(lambda: bittern.convert(lost, tmp_path / "out", format="compressed-tensors"), word)
+    refused(lambda: inspect(lost), word)
+    one = {rf"+:.*\.0\.mlp\.{leaf}_proj": {"desc_act": value} for leaf, value in (("up", True), ("gate", False))}
+    own = reordered(tmp_path / "groups", tmp_path / "own", ".g_idx", dynamic=one)
+    refused(lambda: inspect(own), word)
+    # In order: other layers than one of its own, layers that say so, and rows of one group.
+    in_order: list[tuple[str, dict[str, Any]]] = [
+        ("groups", {"dynamic": {key: value for key, value in one.items() if "gate" in key}}),
+        ("groups", {"desc_act": True, "dynamic": {"+:.*": {"desc_act": False}}}),
+        ("rows", {"desc_act": True}),
+    ]
+    for index, (source, found) in enumerate(in_order):
+        assert inspect(reordered(tmp_path / source, tmp_path / str(index), ".g_idx", **found))["loads"]
+
+
+def test_compressed_tensors_leaves_out_an_order_that_was_never_set(plain: Path, tmp_path: Path) -> None:
+    """Version 0.9 did, of layers that no calibration had reached."""
+    bittern.quantize(plain, tmp_path / "q", method="rtn", group_size=32, format="compressed-tensors")
+    stated = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]
+    stated["config_groups"]["group_0"]["weights"]["actorder"] = "group"
+    folder = changed(tmp_path / "q", tmp_path / "in", {}, quantization_config=stated)
+    with open_checkpoint(folder) as checkpoint:
+        artifact = Artifact(checkpoint)
+        assert artifact.scheme is not None and artifact.scheme.any_desc_act
+        assert artifact.read(LAYER).g_idx is None
+
+
 def test_the_first_key_of_compressed_tensors(plain: Path, tmp_path: Path) -> None:
     made, moved = tmp_path / "made", tmp_path / "moved"
     bittern.quantize(plain, made, method="rtn", group_size=32, format="compressed-tensors")
@@ -136,8 +190,11 @@ def test_the_first_key_of_compressed_tensors(plain: Path, tmp_path: Path) -> Non
     moved.mkdir()
     (moved / "config.json").write_text(json.dumps(config | {"compression_config": stated}))
     (moved / "model.safetensors").write_bytes((made / "model.safetensors").read_bytes())
-    found = inspect(moved)["quantization"]
+    seen = inspect(moved)
+    found = seen["quantization"]
     assert (found["method"], found["bits"], found["group_size"]) == ("compressed-tensors", 4, 32)
+    loads = {each["consumer"]: each["loads"] for each in seen["loads"]}  # transformers 5.23 reads no such key
+    assert (loads["transformers"], loads["vLLM"], loads["bittern"]) == (False, True, True)
     bittern.convert(moved, tmp_path / "gptq", format="gptq")
     bittern.convert(moved, tmp_path / "floats", dtype="fp32")
     with open_checkpoint(made) as one, open_checkpoint(tmp_path / "gptq") as other:

@@ -127,7 +127,8 @@ def test_gptq(made: Layout, refusing: set[str]) -> None:
         (layout("compressed-tensors", model_type="gpt2"), {"vLLM", "SGLang"}),
         (layout("awq"), {"transformers", "GPTQModel", "vLLM", "SGLang", "mlx"}),
         (layout("awq", ASYM), {"transformers", "GPTQModel", "vLLM", "SGLang", "mlx"}),
-        (layout("awq", QuantSpec(4, -1)), {"transformers", "GPTQModel", "vLLM", "SGLang"}),
+        (layout("awq", QuantSpec(4, -1)), {"GPTQModel", "vLLM", "SGLang"}),
+        (layout("awq", model_type="starcoder2"), {"GPTQModel", "vLLM", "SGLang", "mlx"}),
         (layout("awq", QuantSpec(4, 16)), {"transformers", "GPTQModel"}),
         (layout("awq", QuantSpec(8, 128)), set()),
         (layout("awq", **LEFT_OUT), {"transformers", "vLLM", "SGLang", "mlx"}),
@@ -197,6 +198,8 @@ def test_other_formats(made: Layout, expected: set[str]) -> None:
         (layout("compressed-tensors", QuantSpec(3, 128)), "vLLM", "Humming"),
         (layout("compressed-tensors", QuantSpec(4, 256)), "vLLM", "Humming"),
         (layout("awq", **LEFT_OUT), "GPTQModel", f"{DOWN} stay floats"),
+        (layout("awq", QuantSpec(4, -1)), "transformers", "silently wrong logits from AWQ with group_size -1"),
+        (layout("awq", model_type="bloom"), "transformers", "AWQ of bloom: it wants scales of activations too"),
         (layout("mlx"), "transformers", "no method that it knows"),
         (layout("mlx"), "vLLM", "takes no MLX"),
         (layout("gguf"), "exllamav2", "this is GGUF"),
@@ -206,6 +209,13 @@ def test_other_formats(made: Layout, expected: set[str]) -> None:
 )
 def test_reasons(made: Layout, consumer: str, reason: str) -> None:
     assert reason in found(made)[consumer][1]
+
+
+def test_the_activations_that_transformers_scales() -> None:
+    from transformers.integrations.awq import AWQ_SCALES_MAPPINGS
+
+    for kind in AWQ_SCALES_MAPPINGS:
+        assert not found(layout("awq", model_type=kind))["transformers"][0], kind
 
 
 def test_everyone_is_asked_about_everything() -> None:

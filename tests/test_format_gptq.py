@@ -193,8 +193,9 @@ def test_last_group_may_be_short_without_a_g_idx() -> None:
 
 def test_act_order_of_some_layers_is_act_order() -> None:
     base = {"bits": 4, "group_size": 32, "desc_act": False}
-    assert not gptq.read_config(base | {"dynamic": {"+:a": {"bits": 8}, "-:b": {}}}).desc_act
-    assert gptq.read_config(base | {"dynamic": {"-:b": {}, "+:a": {"desc_act": True}}}).desc_act
+    assert not gptq.read_config(base | {"dynamic": {"+:a": {"bits": 8}, "-:b": {}}}).any_desc_act
+    some = gptq.read_config(base | {"dynamic": {"-:b": {}, "+:a": {"desc_act": True}}})
+    assert some.any_desc_act and [some.permuted(layer) for layer in ("a", "b", "c")] == [True, False, False]
 
 
 @pytest.mark.parametrize(

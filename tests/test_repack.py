@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 import bittern
 from bittern.artifact import Artifact
-from bittern.checkpoint import open_checkpoint
+from bittern.checkpoint import Checkpoint, open_checkpoint
+from bittern.convert import pipeline
 from bittern.convert.repack import RepackSummary
 from bittern.errors import BitternError
 from bittern.formats import mlx
@@ -92,9 +93,16 @@ def test_damping_is_stated_as_the_source_states_it(source: Path, tmp_path: Path)
     def stated(name: str) -> float:
         return float(json.loads((tmp_path / name / "quantize_config.json").read_text())["damp_percent"])
 
-    bittern.convert(
-        quantized(source, tmp_path / "first", damp_percent=0.07), tmp_path / "ct", format="compressed-tensors"
-    )
+    first = quantized(source, tmp_path / "first")
+    for file, key in (
+        ("quantize_config.json", None),
+        ("config.json", "quantization_config"),
+        ("bittern_manifest.json", "options"),
+    ):
+        said = json.loads((first / file).read_text())
+        (said if key is None else said[key])["damp_percent"] = 0.07
+        (first / file).write_text(json.dumps(said))
+    bittern.convert(first, tmp_path / "ct", format="compressed-tensors")
     bittern.convert(tmp_path / "ct", tmp_path / "back", format="gptq")
     (tmp_path / "first" / "bittern_manifest.json").unlink()  # others' artifacts have none
     bittern.convert(tmp_path / "first", tmp_path / "v2", format="gptq_v2")
@@ -206,6 +214,51 @@ def test_biases_of_autogptq(source: Path, tmp_path: Path) -> None:
     ]
     assert summary.notes == ("13 biases of zeros left out, which the model has no place for",)
     assert torch.equal(logits(tmp_path / "there"), logits(first))
+
+
+def test_a_bias_that_only_a_packed_layer_takes_is_no_float(source: Path, tmp_path: Path) -> None:
+    first = quantized(source, tmp_path / "first")
+    stored = load_file(first / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.bias"
+    stored[name] = torch.full((192,), 0.5).half()
+    save_file(stored, first / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BitternError, match=f"^{name}: expected zeros, for a llama model has no place for it"):
+        bittern.convert(first, tmp_path / "floats", format="safetensors")
+    stored[name].zero_()
+    save_file(stored, first / "model.safetensors", {"format": "pt"})
+    bittern.convert(first, tmp_path / "floats", format="safetensors")
+    assert name not in load_file(tmp_path / "floats" / "model.safetensors")
+
+
+@pytest.mark.parametrize("format", ["gptq_v2", "compressed-tensors", "mlx", "safetensors"])
+def test_what_the_model_has_no_place_for(
+    format: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elsewhere it would be passed over without a word."""
+    first = quantized(source, tmp_path / "first")
+    stored = load_file(first / "model.safetensors")
+    added = {f"model.layers.{block}.mlp.extra.weight": torch.zeros(3) for block in (0, 1)}
+    save_file(stored | added, first / "model.safetensors", {"format": "pt"})
+    words = r"^model\.layers\.0\.mlp\.extra\.weight and 1 more: the checkpoint holds it, but a llama model has no place"
+    with pytest.raises(BitternError, match=words):
+        bittern.convert(first, tmp_path / "out", format=format)
+    assert not (tmp_path / "out").exists()
+
+    # Of a Hub id, before its values are fetched.
+    monkeypatch.setattr(Checkpoint, "headers_only", property(lambda _: True))
+    for name in ("repack", "dequantize"):
+        monkeypatch.delattr(pipeline, name)
+    with pytest.raises(BitternError, match=words):
+        bittern.convert(first, tmp_path / "out", format=format)
+
+
+def test_what_transformers_knows_to_be_useless_travels(source: Path, tmp_path: Path) -> None:
+    first = quantized(source, tmp_path / "first")
+    stored = load_file(first / "model.safetensors")
+    old = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    save_file(stored | {old: torch.ones(8)}, first / "model.safetensors", {"format": "pt"})
+    bittern.convert(first, tmp_path / "out", format="gptq_v2")
+    assert old in load_file(tmp_path / "out" / "model.safetensors")
 
 
 def test_dequantizes_to_each_dtype(source: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,6 +126,50 @@ def test_shards_and_index(tmp_path: Path) -> None:
         assert {name for name, where in index["weight_map"].items() if where == file} == set(read)
         assert all(read[name].equal(tensors[name]) for name in read)
         assert sum(tensor.nbytes for tensor in read.values()) <= 400
+
+
+MANY = """
+import os, resource, sys, torch
+from bittern.checkpoint import open_checkpoint
+from bittern.errors import BitternError
+from bittern.shards import TensorInfo
+from bittern.writer import CheckpointWriter
+
+out, room = sys.argv[1], len(os.listdir("/proc/self/fd")) + 20
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+plan = [TensorInfo(f"t{number}", torch.float32, (4,)) for number in range(100)]
+
+def write(out, start, stop):
+    with CheckpointWriter(out, plan, max_shard_size=16) as writer:
+        for info in plan:
+            writer.write_elements(info.name, start, torch.ones(stop - start))
+        writer.commit({"model_type": "llama"})
+
+def read():
+    with open_checkpoint(out) as checkpoint:
+        assert all(checkpoint.read(info.name).sum() == 4 for info in plan)
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (room, hard))
+write(out, 0, 4)
+print("raised for the writer:", resource.getrlimit(resource.RLIMIT_NOFILE)[0] > room)
+read()
+print("raised for the reader:", resource.getrlimit(resource.RLIMIT_NOFILE)[0] > room)
+resource.setrlimit(resource.RLIMIT_NOFILE, (room, room))
+for refused in (lambda: write(out + "2", 0, 2), read):
+    try:
+        refused()
+    except BitternError as error:
+        print(error)
+"""
+
+
+def test_more_shards_than_a_process_may_hold_open(tmp_path: Path) -> None:
+    """Whole shards are closed; a reader holds all, which the soft limit is raised for."""
+    command = [sys.executable, "-c", MANY, str(tmp_path / "out")]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert shown[:2] == ["raised for the writer: False", "raised for the reader: True"]
+    assert "too many files are open: a larger --max-shard-size makes fewer, ulimit -n allows more" in shown[2]
+    assert "reading tensor t" in shown[3] and "too many files are open, ulimit -n allows more" in shown[3]
 
 
 @pytest.mark.parametrize(

@@ -23,16 +23,16 @@ import bittern
 from bittern.artifact import Artifact
 from bittern.checkpoint import Checkpoint, read_json
 from bittern.convert.cast import DTYPES
-from bittern.convert.fit import fit
 from bittern.convert.gguf_model import GgufModel, merged_name, read_model
 from bittern.convert.gguf_tensors import PlannedTensor, pieces, plan_tensors
 from bittern.convert.gguf_vocabulary import Vocabulary, read_vocabulary
 from bittern.disk import reserve
 from bittern.errors import BitternError
+from bittern.fit import fit
 from bittern.formats.gguf import BLOCK_BYTES, kind_for, need_packages, refuse
 from bittern.formats.gguf_file import CHANGED_KEY, DEGRADED_KEY, GRIDS_KEY
 from bittern.formats.packing import check_name
-from bittern.origin import LICENCE_KEYS, base_model, checkpoint_card, lineage
+from bittern.origin import LICENCE_KEYS, base_model, checkpoint_card, lineage, source_name
 from bittern.report import MANIFEST_FILE, changed_names, degraded_notes, degraded_reason
 from bittern.shards import write_elements
 from bittern.ties import tied_tensors
@@ -284,7 +284,7 @@ def _write_origin(writer: Any, artifact: Artifact) -> None:
     quantized it."""
     checkpoint = artifact.checkpoint
     path = checkpoint.folder / MANIFEST_FILE
-    manifest: dict[str, Any] = {"source": {"name": checkpoint.source, "revision": checkpoint.revision}}
+    manifest: dict[str, Any] = {"source": {"name": source_name(checkpoint), "revision": checkpoint.revision}}
     if checkpoint.gguf is None and path.is_file():
         manifest = manifest | read_json(path)
         changed = changed_names(manifest)
@@ -295,7 +295,7 @@ def _write_origin(writer: Any, artifact: Artifact) -> None:
         writer.add_string(DEGRADED_KEY, reason)
     base, revision = base_model(manifest)
     oldest = lineage(manifest)[-1].get("source")
-    name = base or str(oldest.get("name") if isinstance(oldest, dict) else checkpoint.source)
+    name = base or str(oldest.get("name") if isinstance(oldest, dict) else source_name(checkpoint))
     writer.add_name(Path(name).name.removesuffix(".gguf"))
     if base is not None:
         organization, _, model = base.rpartition("/")

@@ -113,7 +113,7 @@ def _packed_kind(
         uneven = blocks.refuse_columns(info.in_features)
         if uneven is not None:
             reason, kind = uneven, None
-        if artifact.scheme is not None and artifact.scheme.desc_act and info.spec.group_size != -1:
+        if artifact.scheme is not None and artifact.scheme.any_desc_act and info.spec.group_size != -1:
             _refuse_act_order(artifact, layer)
         if reason is not None and not allow_inexact:
             raise BitternError(f"{layer}: not exact in GGUF: {reason} (--allow-inexact rounds)")

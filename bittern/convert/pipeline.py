@@ -12,9 +12,9 @@ from bittern.artifact import Artifact
 from bittern.checkpoint import open_checkpoint
 from bittern.convert.cast import ConvertSummary
 from bittern.convert.cast import convert as cast
-from bittern.convert.fit import fit
 from bittern.convert.repack import RepackSummary, dequantize, repack
 from bittern.errors import BitternError
+from bittern.fit import fit
 from bittern.formats.packing import FORMATS as FOLDER_FORMATS
 from bittern.formats.packing import check_name, is_gguf
 from bittern.rope import says_old_rope, with_old_rope
@@ -38,7 +38,7 @@ def convert(
     dtype: str | None = None,
     clamp: bool = False,
     allow_inexact: bool = False,
-    max_shard_size: int = MAX_SHARD_SIZE,
+    max_shard_size: int | None = None,
     overwrite: bool = False,
     revision: str | None = None,
     on_progress: OnProgress | None = None,
@@ -56,7 +56,7 @@ def convert(
             and of a GGUF file that becomes floats, else as stored.
         clamp: see :func:`bittern.convert.cast.cast`.
         allow_inexact: round what the format cannot hold exactly, and state the error.
-        max_shard_size: bytes of a shard.
+        max_shard_size: bytes of a shard, of which a GGUF file has none; by default 5 GB.
         overwrite: replace the checkpoint that is at ``output``.
         revision: of a Hub id.
         on_progress: see :data:`OnProgress`.
@@ -78,6 +78,8 @@ def convert(
             what = "packed layers" if packed else format
             raise BitternError(f"clamp: expected floats of a plain checkpoint to be cast to safetensors, found {what}")
         if format == "gguf":
+            if max_shard_size is not None:
+                raise BitternError("max_shard_size: a GGUF file is written whole, without shards")
             from bittern.convert.gguf import write_gguf
 
             return write_gguf(
@@ -91,6 +93,7 @@ def convert(
         check_output(Path(output), checkpoint.path, overwrite)  # before what is on the Hub is downloaded
         if packed and checkpoint.headers_only:
             fit(artifact)
+    max_shard_size = MAX_SHARD_SIZE if max_shard_size is None else max_shard_size
     if format == "safetensors" and not packed:
         return cast(
             source,

@@ -18,8 +18,8 @@ from bittern.artifact import Artifact, without_quantization
 from bittern.checkpoint import Checkpoint, CheckpointWriter, TensorInfo, open_checkpoint
 from bittern.consumers import asks_dequantize
 from bittern.convert.cast import DTYPES, cast_tensors, cast_values, other_matrices, target_dtype, with_dtype
-from bittern.convert.fit import fit
 from bittern.errors import BitternError
+from bittern.fit import fit
 from bittern.formats import gptq, mlx
 from bittern.formats.packing import Packing
 from bittern.layout import layout_of
@@ -99,7 +99,7 @@ def repack(
 
     Raises:
         BitternError: for a source without packed layers, a grid that the format cannot hold exactly
-            (without ``allow_inexact``), what :func:`bittern.convert.fit.fit` refuses, or an output that
+            (without ``allow_inexact``), what :func:`bittern.fit.fit` refuses, or an output that
             may not or cannot be written.
     """
     options = {"format": format, "dtype": dtype, "allow_inexact": allow_inexact, "target": target}
@@ -117,7 +117,7 @@ def repack(
             torch.float32 if floats == torch.float32 else least,
             exact=not allow_inexact,
             damp_percent=_damp_percent(artifact, contents.origin),
-            desc_act=artifact.scheme is not None and artifact.scheme.desc_act,
+            desc_act=artifact.scheme is not None and artifact.scheme.any_desc_act,
             dequantize=format == "compressed-tensors" and asks_dequantize(target, layout_of(artifact)),
         )
         packed = [
@@ -171,12 +171,13 @@ def dequantize(
         source, output, max_shard_size, overwrite, revision, on_layer: as in :func:`repack`.
 
     Raises:
-        BitternError: see :func:`repack`; and for values that ``dtype`` cannot hold.
+        BitternError: see :func:`repack`; for values that ``dtype`` cannot hold, and for a bias of a packed layer
+            that the model has no place for, unless it is zeros.
     """
     options = {"format": "safetensors", "dtype": dtype}
     started = time.monotonic()
     with open_checkpoint(source, revision) as checkpoint:
-        contents = _contents(checkpoint)
+        contents = _contents(checkpoint, to_floats=True)
         artifact = contents.artifact
         check_output(Path(output), checkpoint.path, overwrite)
         floats = _floats(artifact, dtype) or _stated_dtype(checkpoint)
@@ -310,7 +311,7 @@ class _Contents:
         )
 
 
-def _contents(checkpoint: Checkpoint) -> _Contents:
+def _contents(checkpoint: Checkpoint, to_floats: bool = False) -> _Contents:
     artifact = Artifact(checkpoint)
     if not artifact.layers:
         raise BitternError(f"{checkpoint.source}: expected packed layers, found none; bittern quantize makes them")
@@ -319,9 +320,14 @@ def _contents(checkpoint: Checkpoint) -> _Contents:
     kept, zeros = dict(artifact.plain), []
     for name in [f"{layer}.bias" for layer in artifact.layers]:
         # AutoGPTQ gave every layer a bias; other loaders refuse one that the model has not.
-        if name in kept and name not in expected and not bool(checkpoint.read(name).any()):
+        if name not in kept or name in expected:
+            continue
+        if not bool(checkpoint.read(name).any()):
             del kept[name]
             zeros.append(name)
+        elif to_floats:  # a packed layer takes it, a Linear of the model does not
+            kind = found.model.config.model_type
+            raise BitternError(f"{name}: expected zeros, for a {kind} model has no place for it, found other values")
     origin, notes = carried(checkpoint)
     return _Contents(
         artifact=artifact,

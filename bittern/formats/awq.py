@@ -48,6 +48,19 @@ def packed_layers(tensors: Iterable[str]) -> list[str]:
     return [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
 
 
+def refuse_scaled_activations(tensors: Iterable[str]) -> None:
+    """Refuse the scales that AutoAWQ gave the activations of some MLPs: the weights after them compensate for these.
+
+    Raises:
+        BitternError: naming the first of them.
+    """
+    found = next((name for name in tensors if name.endswith((".act.scales", ".gelu_impl.scales"))), None)
+    if found is not None:
+        raise BitternError(
+            f"{found}: expected scales of packed layers alone, found an activation's, which bittern does not apply"
+        )
+
+
 def refuse(spec: QuantSpec) -> str | None:
     """Why the format cannot hold a grid exactly, or its readers do not take it; None when all is well."""
     if spec.bits != 4:

@@ -337,7 +337,8 @@ def _unpack(packed: Tensor, bits: int, count: int, loose: bool) -> Tensor:
 
 def _g_idx(stored: Tensor | None, in_features: int, spec: QuantSpec) -> Tensor | None:
     """The group of each column, None when they are in order."""
-    if stored is None or bool((stored == -1).all()):  # -1: never set, so in order
+    # -1: never set, so in order. compressed-tensors 0.9 leaves such a one out, whatever actorder says.
+    if stored is None or bool((stored == -1).all()):
         return None
     if tuple(stored.shape) != (in_features,) or stored.dtype not in (torch.int32, torch.int64):
         raise BitternError(f"weight_g_idx: expected int32 of shape ({in_features},), found {describe(stored)}")

@@ -78,6 +78,16 @@ def layer_shape(layer: str, tensors: Mapping[str, TensorInfo], spec: QuantSpec) 
     return out_features, in_features
 
 
+def check_order(layer: str, tensors: Mapping[str, TensorInfo], in_features: int, spec: QuantSpec) -> None:
+    """Refuse a layer of permuted columns whose order is lost: its writers all store one.
+
+    Raises:
+        BitternError: naming the tensor.
+    """
+    if spec.groups(in_features) > 1 and f"{layer}.g_idx" not in tensors:
+        raise BitternError(f"{layer}.g_idx: expected one, for desc_act is true, found none")
+
+
 def plan(layer: str, out_features: int, in_features: int, spec: QuantSpec) -> list[TensorInfo]:
     """Names, dtypes and shapes of the tensors that :func:`pack` will return for a layer.
 
@@ -129,7 +139,8 @@ def unpack(tensors: Mapping[str, Tensor], layer: PackedLayer, scheme: Scheme) ->
     The group size follows from g_idx; where there is none, or one group, it is the config's.
 
     Args:
-        tensors: suffix -> tensor; a missing ``g_idx`` means columns in order, as in the oldest files.
+        tensors: suffix -> tensor; a missing ``g_idx`` means columns in order, as in the oldest files
+            (:func:`check_order` has refused it elsewhere).
         layer: shape and grid that headers and config state.
         scheme: of the artifact; its format says whether zeros are stored minus one.
 
@@ -261,12 +272,11 @@ def read_config(found: Mapping[str, Any]) -> Scheme:
         if not isinstance(value, Mapping):
             raise BitternError(f"quantization_config: {key}: expected an object, found {value!r}")
     quantizer, patterns = meta.get("quantizer") or (), tuple(_patterns(dynamic))
-    own = [values for _, values in patterns if isinstance(values, Mapping)]
     return Scheme(
         format=checkpoint_format,
         default=QuantSpec(found["bits"], found.get("group_size", 128), found.get("sym", True)),
         overrides=patterns,
-        desc_act=any(each.get("desc_act") is True for each in (found, *own)),
+        desc_act=found.get("desc_act", False),
         quantizer=tuple(map(str, quantizer)) if isinstance(quantizer, list) else (str(quantizer),) if quantizer else (),
     )
 

@@ -42,7 +42,8 @@ class Scheme:
         default: the grid of layers that ``overrides`` does not name.
         overrides: (pattern, values) in order, the first whose pattern matches a layer's name from its
             start counts; the values replace bits, group_size or sym, and None leaves the layer floats.
-        desc_act: whether columns were stored under a permuted ``g_idx``.
+        desc_act: whether columns of layers that ``overrides`` does not name were stored under a permuted ``g_idx``;
+            there, the values may have another ``desc_act``.
         quantizer: who made it, such as ("gptqmodel:7.7.0",); empty when it does not say.
     """
 
@@ -60,12 +61,30 @@ class Scheme:
             if values is not None and not isinstance(values, Mapping):
                 raise BitternError(f"quantization_config: {pattern!r}: expected an object, found {values!r}")
 
+    @property
+    def any_desc_act(self) -> bool:
+        """Whether any layer's columns are permuted."""
+        return self.desc_act or any(values.get("desc_act") is True for _, values in self.overrides if values)
+
+    def permuted(self, layer: str) -> bool:
+        """Whether the columns of a layer are."""
+        return (self._values(layer) or {}).get("desc_act", self.desc_act) is True
+
     def spec(self, layer: str) -> QuantSpec | None:
         """The grid of a layer, None for one that is not quantized.
 
         Raises:
             BitternError: for bits or a group size that bittern does not have, and for a pattern that takes too long.
         """
+        values, own = self._values(layer), self.default
+        if values is None:
+            return None
+        return QuantSpec(
+            values.get("bits", own.bits), values.get("group_size", own.group_size), values.get("sym", own.sym)
+        )
+
+    def _values(self, layer: str) -> Mapping[str, Any] | None:
+        """What ``overrides`` has for a layer; empty where it does not name it."""
         names, patterns = self._places
         place = names.get(layer)
         for position in patterns:
@@ -79,14 +98,7 @@ class Scheme:
             if matches:
                 place = position
                 break
-        if place is None:
-            return self.default
-        values, own = self.overrides[place][1], self.default
-        if values is None:
-            return None
-        return QuantSpec(
-            values.get("bits", own.bits), values.get("group_size", own.group_size), values.get("sym", own.sym)
-        )
+        return {} if place is None else self.overrides[place][1]
 
     @cached_property
     def _places(self) -> tuple[dict[str, int], list[int]]:
