@@ -7,8 +7,9 @@ How windows are chosen, so that anybody can make the same ones:
    BOS before every text by itself, each window is BOS and ``seqlen - 1`` tokens of the stream:
    position 0 is an attention sink, and its massive activations belong there and nowhere else.
 3. Of the windows, ``nsamples`` are drawn without replacement by
-   ``torch.randperm(windows, generator=torch.Generator().manual_seed(seed))`` and kept in the order
-   of the text. A corpus sorted by topic is thus sampled all over.
+   ``torch.randperm(windows, generator=torch.Generator().manual_seed(seed))``. What is done with the first
+   few of them alone shall not hang on how a corpus is sorted: window i, in the order of the text, gets its
+   place by the fraction of i times the golden ratio, which spreads any run of them over the whole.
 
 Of several datasets each gives the same number of windows, and they take turns.
 
@@ -32,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bittern.errors import BitternError, first_line
+from bittern.errors import BitternError, check_utf8, first_line
 from bittern.hub_errors import guarded
 from bittern.sampling import Sampled, beginnings, write_on, writer
 from bittern.tokenizer import check_vocabulary, encode, leading_bos, rendering
@@ -140,9 +141,11 @@ def dataset_names(dataset: str | Sequence[str]) -> tuple[str, ...]:
     """One dataset or several, as a tuple.
 
     Raises:
-        BitternError: for none, and for one that is named twice.
+        BitternError: for none, for one that is named twice, and for a name that is no UTF-8.
     """
     names = (dataset,) if isinstance(dataset, str) else tuple(dataset)
+    for name in names:
+        check_utf8("dataset", name)
     twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
     if not names or twice:
         raise BitternError(
@@ -172,7 +175,7 @@ def shares(dataset: str | Sequence[str], count: int) -> list[tuple[str, int]]:
 
 def _in_turn(parts: Sequence[Tensor]) -> Tensor:
     """The rows of all, each part's spread evenly over the whole."""
-    places = torch.cat([(torch.arange(len(part)) + 0.5) / len(part) for part in parts])
+    places = torch.cat([(torch.arange(len(part), dtype=torch.float32) + 0.5) / len(part) for part in parts])
     return torch.cat(list(parts))[places.argsort(stable=True)]
 
 
@@ -398,4 +401,6 @@ def _windows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, seqlen: i
 
 def _choose(windows: Tensor, nsamples: int, seed: int) -> Tensor:
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-    return windows[order[:nsamples].sort().values]
+    chosen = order[:nsamples].sort().values
+    places = torch.arange(len(chosen), dtype=torch.float64) * (5**0.5 - 1) / 2 % 1
+    return windows[chosen[places.argsort()]]

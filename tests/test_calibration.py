@@ -92,7 +92,9 @@ def test_windows_are_the_documented_choice(text: Path, plain: PreTrainedTokenize
     stream = plain(text.read_text(encoding="utf-8"))["input_ids"]
     windows = [stream[i : i + 16] for i in range(0, len(stream) - 15, 16)]
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(5))[:16]
-    assert found.ids.tolist() == [windows[i] for i in sorted(order.tolist())]
+    chosen = [windows[i] for i in sorted(order.tolist())]
+    golden = (5**0.5 - 1) / 2
+    assert found.ids.tolist() == [chosen[i] for i in sorted(range(16), key=lambda i: i * golden % 1)]
     assert found.ids.dtype == torch.int64
     assert (found.tokens_asked, found.tokens_found, found.warnings) == (256, 256, ())
     flat = b"".join(i.to_bytes(8, "little") for row in found.ids.tolist() for i in row)
@@ -145,6 +147,16 @@ def test_datasets_that_cannot_share(
 ) -> None:
     with pytest.raises(BitternError, match=message):
         load_tokens(names, plain, nsamples=nsamples, seqlen=16, seed=0)
+
+
+def test_the_first_windows_are_of_the_whole_text(tmp_path: Path, plain: PreTrainedTokenizerFast) -> None:
+    path = tmp_path / "sorted.txt"
+    path.write_text(" ".join(f"{topic} {words(400, seed=topic)}" for topic in range(4)), encoding="utf-8")
+    stream = plain(path.read_text(encoding="utf-8"))["input_ids"]
+    places = {tuple(stream[i : i + 16]): i / len(stream) for i in range(0, len(stream) - 15, 16)}
+    found = [places[tuple(row)] for row in load_tokens(str(path), plain, nsamples=32, seqlen=16, seed=0).ids.tolist()]
+    for first in range(0, 32, 8):
+        assert {int(4 * place) for place in found[first : first + 8]} == {0, 1, 2, 3}
 
 
 def test_the_seed_decides(text: Path, plain: PreTrainedTokenizerFast) -> None:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from bittern.model import Matrix, blocks, matrices, weight_map
 from bittern.quantize.hessian import SYRK_PANEL, Accumulator, Inputs, collect
+from bittern.quantize.stopwatch import Live
 from bittern.replay import capture
 from tests import tiny
 
@@ -82,6 +83,17 @@ def test_every_expert_is_seen_with_its_own_tokens() -> None:
     assert sum(inputs.tokens for inputs in found.values()) == 2 * IDS.numel()
     assert all(inputs.prior == 64 / (inputs.tokens + 64) for inputs in found.values())
     assert len({inputs.tokens for inputs in found.values()}) > 1
+
+
+def test_means_take_the_place_of_sums() -> None:
+    """Of a Mixtral with many experts both would not fit."""
+    model = tiny.random_model("mixtral", num_local_experts=16, num_experts_per_tok=2, intermediate_size=256)
+    model.set_experts_implementation("eager")
+    model.requires_grad_(False)
+    with Live() as tensors:
+        found = gather(model)
+    sums = sum(inputs.hessian.nbytes for inputs in found)
+    assert tensors.peak < 1.3 * sums
 
 
 def test_shrunk_hessians_keep_the_mean_of_all_tokens() -> None:

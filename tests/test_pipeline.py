@@ -91,6 +91,18 @@ def test_same_seed_same_bytes(source: Path, text: Path, tmp_path: Path) -> None:
     assert (tmp_path / "a" / "model.safetensors").read_bytes() != (tmp_path / "c" / "model.safetensors").read_bytes()
 
 
+def test_torch_s_default_dtype_changes_no_byte(source: Path, text: Path, tmp_path: Path) -> None:
+    written = []
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            run(source, tmp_path / str(dtype), text, effort="best", tune_tokens=1000)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        written.append((tmp_path / str(dtype) / "model.safetensors").read_bytes())
+    assert written[0] == written[1] == written[2]
+
+
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
 def test_more_bits_keep_more(bits: int, sym: bool, source: Path, text: Path, tmp_path: Path) -> None:
@@ -113,7 +125,10 @@ def test_gptq_keeps_more_than_rounding(source: Path, text: Path, tmp_path: Path)
     with torch.no_grad():
         expected = ids(probe).logits
         for method in ("gptq", "rtn"):
-            manifest = run(source, tmp_path / method, text, bits=3, method=method, nsamples=64)
+            options: dict[str, Any] = {"bits": 3, "group_size": 32, "method": method}
+            if method == "gptq":
+                options |= {"dataset": str(text), "nsamples": 64, "seqlen": 32}
+            manifest = bittern.quantize(source, tmp_path / method, **options)
             assert {layer["method"] for layer in manifest["layers"]} == {method}
             errors[method] = float((bittern.load(tmp_path / method, device="cpu")(probe).logits - expected).norm())
     assert errors["gptq"] < errors["rtn"]
@@ -192,6 +207,7 @@ def test_fewer_tokens_than_asked_for_are_said(source: Path, tmp_path: Path) -> N
         ({"batch_size": 0}, "batch_size: expected at least 1, found 0"),
         ({"effort": "best", "tune_tokens": 0}, "tune_tokens: expected at least 1, found 0"),
         ({"effort": "best", "method": "rtn"}, "effort best: needs --method gptq"),
+        ({"method": "rtn"}, r"dataset .*: needs --method gptq; rounding to nearest calibrates and trains nothing"),
         ({"seqlen": 4096, "dry_run": True, "dataset": "no/such"}, "seqlen 4096: this model's context is"),
         ({"tune_tokens": 1000}, "tune_tokens: found 1000, but effort fast trains nothing; expected best"),
         ({"device": "tpu"}, "device: expected auto, cpu or cuda, found 'tpu'"),
@@ -492,6 +508,28 @@ def test_the_manifest_says_how_many_windows_ran_together(source: Path, text: Pat
     )
     found = [manifest["options"]["batch_size"] for manifest in (asked, by_default)]
     assert found == [4, default_batch(32, torch.device("cpu"))]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *({"effort": "plain"}, {"dataset": ["a.txt", "b.txt"]}, {"nsamples": 6}, {"seqlen": 32}, {"seed": 1}),
+        *({"damp_percent": 0.01}, {"batch_size": 2}, {"chat_template": True}, {"tune_tokens": 1000}),
+    ],
+)
+def test_rounding_refuses_what_calibration_takes(option: dict[str, Any], source: Path, tmp_path: Path) -> None:
+    with pytest.raises(BitternError, match=next(iter(option))):
+        bittern.quantize(source, tmp_path / "out", method="rtn", group_size=32, **option)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_manifest_of_rounding_names_no_calibration(source: Path, tmp_path: Path) -> None:
+    manifest = bittern.quantize(source, tmp_path / "out", bits=8, method="rtn", group_size=32)
+    unused = {"dataset", "effort", "nsamples", "seqlen", "seed", "damp_percent", "tune_tokens", "batch_size"}
+    assert not unused & set(manifest["options"]) and manifest["options"]["bits"] == 8
+    asked = ["--bits", "8", "--group-size", "32", "--method", "rtn", "--device", "auto"]
+    size = ["--max-shard-size", "5000000000"]
+    assert manifest["command"] == ["bittern", "quantize", str(source), "-o", "OUT", "--sym", *asked, *size]
 
 
 def test_the_manifest_says_what_each_stage_brought(source: Path, text: Path, tmp_path: Path) -> None:

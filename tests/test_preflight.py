@@ -55,7 +55,8 @@ def planned(checkpoint: Checkpoint) -> tuple[PreTrainedModel, dict[str, tuple[Pi
 
 
 def run(source: Path, out: Path, text: Path, **options: Any) -> dict[str, Any]:
-    return bittern.quantize(source, out, **{"dataset": str(text), **SMALL, **options})
+    calibrated = {"group_size": 32} if options.get("method") == "rtn" else {"dataset": str(text), **SMALL}
+    return bittern.quantize(source, out, **{**calibrated, **options})
 
 
 @pytest.mark.parametrize(
@@ -275,11 +276,45 @@ def test_a_time_that_others_disturbed_says_so() -> None:
 
 
 def test_a_run_that_goes_on_is_spared_what_is_done() -> None:
-    prediction = Prediction({"start": 2.0, "all": 40.0}, [(10.0, 1.0)] * 4, 1, 1, 1)
-    assert prediction.left(()) == prediction.seconds == 42
-    assert prediction.left({0}) == 42 - 9
-    assert prediction.left({0, 2}) == 42 - 18
-    assert prediction.left({0, 1, 2, 3}) == 2  # nothing has to be run through them
+    stages = {"start": 2.0, "all": 40.0, preflight._GUIDING: 5.0, preflight._TUNING: 8.0}
+    prediction = Prediction(stages, [(10.0, 1.0)] * 4, 1, 1, 1)
+    assert prediction.left((), False, 0.0) == prediction.seconds == 55
+    assert prediction.left({0}, False, 0.0) == 55 - 9
+    assert prediction.left({0, 2}, True, 0.0) == 55 - 18 - 5
+    assert prediction.left({0, 1, 2, 3}, True, 0.25) == 2 + 6  # nothing has to be run through them
+    assert Prediction({"all": 40.0}, [(40.0, 1.0)], 1, 1, 1).left((), True, 1.0) == 40
+
+
+@pytest.mark.parametrize("effort", ["fast", "best"])
+def test_stages_that_an_earlier_process_has_done_are_not_told_again(
+    effort: str, source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How outputs count, which fast keeps and best finds again for blocks that are missing; and training."""
+
+    class Stop(Exception):
+        pass
+
+    told: list[tuple[bool, float]] = []
+    options = {"effort": effort, **({"tune_tokens": 4096} if effort == "best" else {})}
+
+    def killed(**at: Any) -> None:
+        with pytest.raises(Stop):
+            run(source, tmp_path / "out", text, **options, **at)
+
+    def stop(event: dict[str, Any]) -> None:
+        if event.get("index", 7) == 7:  # the first layer of the second block, or a point of training
+            raise Stop
+
+    def left(_: Prediction, finished: set[int], guided: bool, tuned: float) -> float:
+        told.append((guided, tuned))
+        return 0.0
+
+    monkeypatch.setattr(Prediction, "left", left)
+    killed(on_progress=stop)
+    if effort == "best":
+        killed(on_point=stop)
+    run(source, tmp_path / "out", text, **options)
+    assert told == {"fast": [(False, 0), (True, 0)], "best": [(False, 0), (False, 0), (True, 0.25)]}[effort]
 
 
 def test_a_wide_matrix_is_extrapolated(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,8 @@ batch_windows = shares.batch_windows
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bittern"]
-OPTIONS = ["--group-size", "32", "--nsamples", "13", "--seqlen", "32", "--batch-size", "3", "--device", "cpu"]
+PLAIN = ["--group-size", "32", "--device", "cpu"]
+OPTIONS = [*PLAIN, "--nsamples", "13", "--seqlen", "32", "--batch-size", "3"]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedToken
 
 
 def launch(launcher: list[str], *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [*launcher, "quantize", *map(str, arguments), *OPTIONS]
+    command = [*launcher, "quantize", *map(str, arguments), *(PLAIN if "rtn" in arguments else OPTIONS)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=600)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import sys
 import weakref
 from typing import Any
 
@@ -87,11 +88,30 @@ def test_every_matrix_gets_what_the_changed_ones_before_it_give(kind: str) -> No
             assert torch.equal(stage.exact[0], narrowed(inputs[number]))
 
 
+@pytest.mark.parametrize("rough", [False, True])
+def test_a_block_that_is_solved_already_is_walked_the_same_way_and_keeps_nothing(
+    rough: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.random_model()
+    block = blocks(model)[1][0]
+    found, hidden, calls = start(model)
+    kept, walked = ([state.clone() for state in hidden] for _ in range(2))
+    stages = exact_stages(model, block, found, kept, calls, rough)
+    runs: list[int] = []
+    block.register_forward_hook(lambda *_: runs.append(1))
+    monkeypatch.setattr(sys.modules[exact_stages.__module__], "narrowed", None)
+    again = exact_stages(model, block, found, walked, calls, rough, keep=False)
+    assert stages is not None and again is not None and len(runs) == len(calls)
+    assert [(s.matrices, s.stream) for s in again] == [(s.matrices, s.stream) for s in stages]
+    assert not any(stage.exact or stage.streams for stage in again) and all(stage.exact for stage in stages)
+    assert all(torch.equal(*pair) for pair in zip(walked, kept, strict=True))
+
+
 def test_what_waits_is_16_bits_wide_where_it_fits() -> None:
     x = torch.tensor([[1 / 3, -6e4, 1e-3]])
     assert narrowed(x).dtype == torch.float16
     torch.testing.assert_close(narrowed(x).float(), x, rtol=2**-11, atol=0)
-    for wide in (torch.tensor([1.0, 7e4]), torch.tensor([1.0, math.nan])):
+    for wide in (torch.tensor([1.0, 7e4]), torch.tensor([1.0, math.nan]), torch.tensor([2e-8, -1e-6])):
         assert narrowed(wide) is wide
     brain = torch.tensor([7e4]).bfloat16()  # what products in bfloat16 put out
     assert narrowed(brain) is brain
@@ -279,7 +299,7 @@ def test_few_bits_are_learned_from_more_windows_in_full_precision() -> None:
     for name in ("fast", "best"):
         effort = pick_effort(name)
         assert [effort.at(bits).exact_windows(16) for bits in (2, 2.5, 3, 4, 8)] == [8, 8, 4, 4, 4]
-        assert effort.at(2).exact_windows(1) == 1
+        assert [effort.exact_windows(windows) for windows in (1, 2, 4, 8, 9)] == [1, 2, 2, 2, 3]
     assert pick_effort("plain").at(2).exact_windows(16) == 0
 
 

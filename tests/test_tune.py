@@ -70,7 +70,8 @@ def test_gradients_of_factors_are_those_of_torch(kind: str, tmp_path: Path) -> N
         work: Any = Blocks(teacher, plan)
         added = tune._added_to_norms(teacher, ids[:1])
         assert set(added.values()) == {1.0 if kind == "gemma2" else 0.0}
-        pieces = tune._pieces(teacher, student, sources, plan, work, added, torch.device("cpu"))
+        dtypes = {name: info.dtype for name, info in checkpoint.tensors.items()}
+        pieces = tune._pieces(teacher, student, sources, plan, work, added, dtypes, torch.device("cpu"))
         tune._follow(student, pieces)
     factors = {name: piece.factor for inside in pieces.values() for name, piece in inside.items()}
     assert any("norm" in name or "ln" in name for name in factors)
@@ -139,6 +140,29 @@ def test_what_made_it_worse_is_not_taken(
     assert manifest["tuning"]["refused"] and any("training" in note for note in manifest["notes"])
     fast, best = (load_file(tmp_path / name / "model.safetensors") for name in ("fast", "best"))
     assert all(torch.equal(fast[name], best[name]) for name in fast)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_is_measured_is_what_is_written(
+    bits: int, source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scales in fp16 and norms in bf16: at 8 bits they are rounded back to what they were, and that is no gain."""
+    held: list[torch.Tensor] = []
+    split = tune._split
+
+    def watched(windows: Any) -> Any:
+        found = split(windows)
+        held.append(found[0])
+        return found
+
+    monkeypatch.setattr(tune, "_split", watched)
+    bittern.convert(source, tmp_path / "bf16", dtype="bf16")
+    tuning = quantize(tmp_path / "bf16", tmp_path / "best", text, effort="best", bits=bits, tune_tokens=4_000)["tuning"]
+    with open_checkpoint(tmp_path / "bf16") as checkpoint:
+        base = load_dense(checkpoint)
+    kl = evaluate(bittern.load(tmp_path / "best", device="cpu", kernels="torch"), held[0], against=base).kl
+    assert kl == pytest.approx(tuning["kl"]["solved" if tuning["refused"] else "tuned"], rel=1e-4)
+    assert tuning["refused"] is None if bits == 4 else tuning["kl"]["tuned"] >= tuning["kl"]["solved"]
 
 
 def test_training_that_ends_in_nan_is_not_taken(

@@ -51,8 +51,11 @@ class Effort:
         return [matrix for matrix in members if self.weigh or matrix.out_features <= matrix.in_features]
 
     def exact_windows(self, windows: int) -> int:
-        """How many of the calibration windows, the first ones, are walked through the unquantized blocks."""
-        return min(windows, -int(-self.exact_share * windows // 1))
+        """How many of the calibration windows, the first ones, are walked through the unquantized blocks.
+
+        Two at least, where there are two: one to learn from, and one to see whether it holds.
+        """
+        return min(windows, max(2, -int(-self.exact_share * windows // 1))) if self.exact_share else 0
 
     def at(self, bits: float) -> Effort:
         """As it is for layers of so many bits, or an average: with few, exact windows are worth more."""

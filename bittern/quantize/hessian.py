@@ -52,7 +52,7 @@ class Accumulator:
     """
 
     def __init__(self, features: int, device: torch.device, rough: bool = False) -> None:
-        self.total = torch.zeros(features, features, device=device)
+        self.total = torch.zeros(features, features, dtype=torch.float32, device=device)
         self.tokens, self.rough = 0, rough
 
     def add(self, x: Tensor) -> None:
@@ -70,9 +70,9 @@ class Accumulator:
         self.tokens = int(count)
 
     def mean(self) -> Tensor:
-        """E[x x'], whole and symmetric."""
+        """E[x x'], whole and symmetric; in the place of the sum, for experts are many."""
         mean = self.total.triu_().div_(max(self.tokens, 1))
-        return mean + mean.triu(1).T
+        return mean.add_(mean.triu(1).T)
 
 
 def add_product(total: Tensor, x: Tensor, y: Tensor, rough: bool = False) -> None:
@@ -210,7 +210,9 @@ class _Recorder(TorchFunctionMode):
             found.append(Inputs(readers, accumulator.mean(), accumulator.tokens))
         reached = {matrix for inputs in found for matrix in inputs.matrices}
         unreached = [m for m in (*self.modules.values(), *self.experts.values()) if m not in reached]
-        found += [Inputs([m], torch.zeros(m.in_features, m.in_features, device=self.device), 0) for m in unreached]
+        for m in unreached:
+            nothing = torch.zeros(m.in_features, m.in_features, dtype=torch.float32, device=self.device)
+            found.append(Inputs([m], nothing, 0))
         return shrink_experts(found)
 
 
@@ -287,8 +289,10 @@ def shrink_experts(found: list[Inputs]) -> list[Inputs]:
         total = sum(inputs.tokens for inputs in group)
         if total == 0:
             continue
-        pooled = sum((inputs.hessian * (inputs.tokens / total) for inputs in group), group[0].hessian.new_zeros(()))
+        pooled = torch.zeros_like(group[0].hessian)
+        for inputs in group:
+            pooled += inputs.hessian * (inputs.tokens / total)
         for inputs in group:
             inputs.prior = inputs.matrices[0].in_features / (inputs.tokens + inputs.matrices[0].in_features)
-            inputs.hessian = torch.lerp(inputs.hessian, pooled.to(inputs.hessian), inputs.prior)
+            inputs.hessian.lerp_(pooled, inputs.prior)
     return found

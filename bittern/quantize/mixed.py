@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from bittern.errors import BitternError
@@ -109,13 +108,13 @@ def measure_and_mix(
     Args:
         plan_of: makes the plan.
         meter: with no blocks yet: those of the plan go in here.
-        ids: all calibration windows, int64 (windows, positions); a few spread evenly over them decide.
+        ids: all calibration windows, int64 (windows, positions); the first few decide.
         average: see :func:`mix`.
         on_measured: see :meth:`bittern.quantize.sensitivity.Sensitivity.measure`.
     """
     began = time.monotonic()
     count = min(len(ids), max(4, world()[1], TOKENS // ids.shape[1]))
-    windows = ids[torch.arange(count) * len(ids) // count]
+    windows = ids[:count]
     free = free_matrices(plan_of)
     meter.blocks = [[(matrix, spec) for matrix, spec in block if free[matrix]] for block in plan_of(BITS[0]).blocks]
     plan, record = mix(plan_of, meter.measure(windows, on_measured), average)

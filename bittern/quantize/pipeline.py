@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ from bittern.quantize.preflight import Job, predict, work_bytes
 from bittern.quantize.resume import WorkFolder, decided_by
 from bittern.quantize.sensitivity import Sensitivity
 from bittern.quantize.solve import Solver
-from bittern.quantize.tune import tune, write_text
+from bittern.quantize.tune import trained, tune, write_text
 from bittern.quantize.windows import OwnWindows, batch_windows, default_batch, guiding_windows
 from bittern.runtime import attention
 from bittern.sampling import Sampled
@@ -149,12 +150,15 @@ def quantize(
         stages = pick_effort(effort)
         batch_size = default_batch(seqlen, place) if batch_size is None else batch_size
         damp_percent = stages.damp_percent if damp_percent is None else damp_percent
-        _check_training(effort, stages, method, tune_tokens)
         _check_options(bits, method, damp_percent, dtype, batch_size, tune_tokens)
+        _check_training(options, stages)
         stages = stages.at(bits)
         tuned_on = stages.tune if tune_tokens is None else tune_tokens
         options |= {"batch_size": batch_size, "damp_percent": damp_percent}
         options["tune_tokens"] = tuned_on if stages.tune else None
+        if method == "rtn":
+            damp_percent = Packing.damp_percent
+            options = {name: value for name, value in options.items() if name not in _OF_CALIBRATION}
 
         checkpoint = stack.enter_context(open_checkpoint(source, revision, headers_only=True))
         refuse_quantized(checkpoint)
@@ -182,6 +186,8 @@ def quantize(
         if chosen == "gguf":
             from bittern.convert.gguf import check_gguf
 
+            if max_shard_size != MAX_SHARD_SIZE:
+                raise BitternError("max_shard_size: a GGUF file is written whole, without shards")
             check_gguf(checkpoint, plan.layers, Path(output), overwrite)
         kept_dtype = _kept_dtype(checkpoint, dtype)
         solved = {matrix.parameter for block in (*plan.blocks, plan.outside) for matrix, _ in block}
@@ -248,7 +254,10 @@ def quantize(
                     )
                 _solve(solver, windows, work, on_progress)
                 with alone():
-                    tuned = tune(checkpoint, sources, plan, work, **text, device=place, on_progress=on_point)
+                    dtypes = {info.name: info.dtype for info, _ in kept}
+                    tuned = tune(
+                        checkpoint, sources, plan, work, **text, dtypes=dtypes, device=place, on_progress=on_point
+                    )
                 began -= tuned.seconds
             manifest = write_artifact(
                 order, work, tuned, on_progress, began=began, resumed=resumed, prediction=prediction, notes=lacks
@@ -268,11 +277,23 @@ _NO_OPTIONS = ("source", "output", "resume", "dry_run")
 """Arguments that do not shape the artifact, beside those that are called."""
 
 
-def _check_training(effort: str, stages: Effort, method: str, tune_tokens: int | None) -> None:
+_OF_CALIBRATION = (
+    *("effort", "tune_tokens", "dataset", "nsamples", "seqlen", "seed", "damp_percent", "batch_size", "chat_template"),
+)
+"""Arguments without effect on rounding to nearest: refused with it, and not told in its manifest."""
+
+
+def _check_training(given: dict[str, Any], stages: Effort) -> None:
+    tune_tokens = given["tune_tokens"]
     if tune_tokens is not None and not stages.tune:
-        raise BitternError(f"tune_tokens: found {tune_tokens}, but effort {effort} trains nothing; expected best")
-    if stages.tune and method == "rtn":
-        raise BitternError("effort best: needs --method gptq; rounding to nearest calibrates and trains nothing")
+        raise BitternError(
+            f"tune_tokens: found {tune_tokens}, but effort {given['effort']} trains nothing; expected best"
+        )
+    usual = signature(quantize).parameters
+    for name in _OF_CALIBRATION if given["method"] == "rtn" else ():
+        if given[name] != usual[name].default:
+            why = "rounding to nearest calibrates and trains nothing"
+            raise BitternError(f"{name} {given[name]}: needs --method gptq; {why}")
 
 
 def _check_options(
@@ -391,10 +412,11 @@ def _foresee(
     try:
         with alone():
             found = predict(order.job, order.nbytes, started)
+        left = found.left(work.finished, order.job.solver.guided(work, work.finished), trained(work))
     except Exception as error:  # of an architecture that does not take made-up weights, whatever comes
         return None, [f"how long this takes could not be predicted: {first_line(error)}"]
     if on_prediction is not None:
-        on_prediction({**found.figures, "seconds": found.left(work.finished), "waited": found.waited})
+        on_prediction({**found.figures, "seconds": left, "waited": found.waited})
     return found.figures, []
 
 

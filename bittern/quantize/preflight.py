@@ -49,6 +49,7 @@ ERRORS = {"seconds": 0.25, "peak_memory_bytes": 0.15, "bytes": 0.01}
 _FP32 = 4
 _PIECES = 48 * 2**20  # that casting keeps in memory of however large a model
 _HOLES = 1.3  # times what a step of training makes is what the heap takes for it: measured on two models
+_GUIDING, _TUNING = "what tokens and outputs count", "training of scales and norms"
 _FEWEST, _SHARE = 32, 1 / 60  # positions, and share of the run's samples, that are tried with
 
 
@@ -127,15 +128,16 @@ class Prediction:
             "disk_bytes": self.bytes + self.work_bytes,
         }
 
-    def left(self, finished: Collection[int]) -> float:
-        """Seconds of a run that finds these blocks finished."""
+    def left(self, finished: Collection[int], guided: bool, tuned: float) -> float:
+        """Seconds of a run that finds these blocks finished, how outputs count known, and a share of training done."""
         last = max((p for p in range(len(self.block_seconds)) if p not in finished), default=-1)
         spared = sum(
             solve - (run if position < last else 0.0)
             for position, (solve, run) in enumerate(self.block_seconds)
             if position in finished
         )
-        return self.seconds - spared
+        known = self.stages.get(_GUIDING, 0.0) if guided else 0.0
+        return self.seconds - spared - known - tuned * self.stages.get(_TUNING, 0.0)
 
 
 def predict(job: Job, size: int, started: float) -> Prediction:
@@ -195,10 +197,10 @@ def predict(job: Job, size: int, started: float) -> Prediction:
         again = took["reading"] + (blocks[position].advance.seconds * job.samples * scale if job.samples else 0.0)
         per_block.append((sum(took.values()), again if job.samples else 0.0))
     if job.samples and any(job.solver.effort.shaped(entries) for entries in job.solver.plan.blocks):
-        stages["what tokens and outputs count"] = _guiding_seconds(job, blocks, scale, read)
+        stages[_GUIDING] = _guiding_seconds(job, blocks, scale, read)
         held.append(_guiding_bytes(job, blocks, positions))
     if job.samples and job.solver.effort.tune:
-        stages["training of scales and norms"] = _tuning_seconds(job, blocks, scale)
+        stages[_TUNING] = _tuning_seconds(job, blocks, scale)
         held.append(_tuning_bytes(job, blocks, positions))
     for matrix, spec in job.solver.plan.outside:
         count = matrix.out_features * matrix.in_features
@@ -359,10 +361,13 @@ def _block_bytes(
     hidden, call = block.held
     if block.walk is None:
         inputs = batch * job.seqlen / scale * _FP32 * sum(width for width, _ in groups)
-        most = job.samples * hidden * scale + max(
-            activations + sum(moments) + inputs,  # gathering
-            2 * sum(moments) + 2 * max(moments, default=0),  # their mean
-            sum(moments) + max(solving, default=0),
+        most = (
+            job.samples * hidden * scale
+            + max(
+                activations + sum(moments) + inputs,  # gathering
+                sum(moments) + 2 * max(moments, default=0),  # their mean, and that of experts of all of them
+                max((sum(moments[number:]) + each for number, each in enumerate(solving)), default=0),
+            )
         )
     else:
         waiting = zip(block.walk.waiting, block.walk.exact_waiting, moments, solving, strict=True)

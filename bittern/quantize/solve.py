@@ -11,7 +11,7 @@ run, once, so that what comes after them is what it would have been.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -97,7 +97,7 @@ class Solver:
         if not missing:
             return
         batches = windows.batches
-        sizes = self._guide(batches, missing, work) if batches and self.effort.shape else {}
+        sizes = self._guide(batches, finished, work) if batches and self.effort.shape else {}
         if windows.exact:
             heap.for_holding()
         hidden, calls = self._capture(prefix, blocks, batches) if batches else ([], [])
@@ -110,17 +110,19 @@ class Solver:
             live.load_tensors(self.model, self.checkpoint, self.sources, inside, device=self.device)
             entries = dict(self.plan.blocks[position])
             block_calls = [batch_calls[position] for batch_calls in calls]
-            before = exact[0].clone() if exact and self.effort.balance else None
-            stages = exact_stages(self.model, block, list(entries), exact, block_calls[: len(exact)], rough)
+            solved_already = position in finished
+            before = exact[0].clone() if exact and self.effort.balance and not solved_already else None
+            exact_calls = block_calls[: len(exact)]
+            stages = exact_stages(self.model, block, list(entries), exact, exact_calls, rough, keep=not solved_already)
             streams = [] if stages is None else [stage.stream is not None for stage in stages]
             check_same(len(streams) + sum(streams), f"stages of {name}")
             walked_rough = rough and stages is not None
             if stages is None:  # it has not come through this block
                 if any(matrix.expert is not None for matrix in entries) and self._walks_after(position, missing):
-                    advance(block, exact, block_calls[: len(exact)])
+                    advance(block, exact, exact_calls)
                 else:
                     exact.clear()
-            if position in finished:
+            if solved_already:
                 if work is not None:
                     self._restore(position, work)
                 from_first(*block.parameters())
@@ -157,16 +159,18 @@ class Solver:
         return any(all(matrix.expert is None for matrix, _ in block) for block in later)
 
     def _guide(
-        self, batches: Sequence[Tensor], missing: Sequence[int], work: WorkFolder | None
+        self, batches: Sequence[Tensor], finished: Collection[int], work: WorkFolder | None
     ) -> dict[Matrix, Tensor]:
         """What each token counts, where that is asked for; how outputs count is kept in the work folder.
 
         Nothing of blocks of experts, which are not walked in stages.
         """
         matrices = [
-            self.effort.shaped(block) if position in missing else [] for position, block in enumerate(self.plan.blocks)
+            [] if position in finished else self.effort.shaped(block) for position, block in enumerate(self.plan.blocks)
         ]
-        if not any(matrices) or (not self.effort.weigh and self._all_kept(work, missing, matrices)):
+        guided = torch.tensor([self.guided(work, finished)], dtype=torch.uint8, device=self.device)
+        from_first(guided)
+        if guided:
             return {}
         if not self.effort.weigh:
             few = torch.cat(list(batches))[: guiding_windows(batches[0].shape[1])]
@@ -182,12 +186,11 @@ class Solver:
         heap.trim()
         return sizes
 
-    def _all_kept(self, work: WorkFolder | None, missing: Sequence[int], matrices: Sequence[list[Matrix]]) -> bool:
-        """Whether an earlier process has found how outputs count, and the first one has it; the same in all."""
-        there = work is not None and all(work.has_curvatures(position) for position in missing if matrices[position])
-        kept = torch.tensor([there], dtype=torch.uint8, device=self.device)
-        from_first(kept)
-        return bool(kept)
+    def guided(self, work: WorkFolder | None, finished: Collection[int]) -> bool:
+        """Whether nothing is to be found out about outputs: the work folder has it, or no block to come asks for it."""
+        asking = [p for p, block in enumerate(self.plan.blocks) if p not in finished and self.effort.shaped(block)]
+        there = work is not None and all(work.has_curvatures(position) for position in asking)
+        return not asking or (there and not self.effort.weigh)
 
     def _curvatures(
         self, position: int, work: WorkFolder | None, divided: dict[Matrix, Tensor], matrices: Sequence[Matrix]
@@ -220,8 +223,9 @@ class Solver:
         if not calls or (stages is None and not entries):
             yield from self._to_nearest(entries)
         elif stages is None:
-            for inputs in collect(self.model, block, list(entries), hidden, calls):
-                yield from self._solve_together(inputs, None, entries, curvatures)
+            waiting = collect(self.model, block, list(entries), hidden, calls)
+            while waiting:  # of experts there are many: each is freed when it is solved
+                yield from self._solve_together(waiting.pop(0), None, entries, curvatures)
         else:
             with Walks(self.model, block, stages, hidden, calls, self.plan.rough(self.device)) as walks:
                 for stage in stages:

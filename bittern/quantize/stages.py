@@ -34,6 +34,9 @@ INPUT = ""
 _ADDED = 1e-2
 """What an output and what was added to the stream may differ by, as a share of the output: sums are rounded."""
 
+_SMALL = 1e-6
+"""Root mean square of a tensor below which fp16, whose smallest numbers lie 6e-8 apart, is too coarse for it."""
+
 
 @dataclass
 class Stage:
@@ -68,6 +71,7 @@ def exact_stages(
     hidden: Sequence[Tensor],
     calls: Sequence[BlockCall],
     rough: bool = False,
+    keep: bool = True,
 ) -> list[Stage] | None:
     """Run the unquantized block and see who reads what.
 
@@ -78,6 +82,7 @@ def exact_stages(
         hidden: per batch, fp32 (batch, positions, hidden_size), in full precision; replaced by the block's outputs.
         calls: per batch, how to call the block.
         rough: products in bfloat16.
+        keep: what stages hold of each batch, and look for what is dead; False for a block that is not solved again.
 
     Returns:
         The stages in the order in which the block comes to them; None where it cannot be walked in stages: experts, no
@@ -88,7 +93,7 @@ def exact_stages(
     stages: list[Stage] = []
     for number, (state, call) in enumerate(zip(hidden, calls, strict=True)):
         reads = None if number else Reads(state)
-        if not _walk_exact(model, block, matrices, stages, state, call, reads, rough):
+        if not _walk_exact(model, block, matrices, stages, state, call, reads, rough, keep):
             return None
     called = [matrix for stage in stages for matrix in stage.matrices]
     return stages if sorted(m.label for m in called) == sorted(m.label for m in matrices) else None
@@ -103,11 +108,13 @@ def _walk_exact(
     call: BlockCall,
     reads: Reads | None,
     rough: bool,
+    keep: bool,
 ) -> bool:
     """Run one batch through the unquantized block, and add what it gave to the stages; the first batch makes them.
 
     Args:
         reads: of the first batch, None for the others.
+        keep: see :func:`exact_stages`.
 
     Returns:
         Whether it came by the way of the first.
@@ -115,7 +122,7 @@ def _walk_exact(
     seen = _watch(model, block, matrices, state, call, reads, rough)
     # Blocks without a norm in front give their input itself to the first matrices: it is about to be replaced.
     given = storages(state)
-    held = [narrowed(x.detach()) for x, _ in seen.inputs]
+    held = [narrowed(x.detach()) for x, _ in seen.inputs] if keep else []
     inputs = [x.clone() if storages(x) & given else x for x in held]
     # where the stream may be seen, in the order in which the block comes there
     points = {INPUT: state} | {
@@ -126,12 +133,13 @@ def _walk_exact(
         for (x, readers), dead in zip(seen.inputs, reads.dead(), strict=True):
             norm = next((name for name, _, y in seen.norms if y is x), None)
             stages.append(Stage(readers, norm, dead=dead, stream=_stream(readers, ends, seen.outputs)))
-        _confirm_dead(model, block, stages, state.clone(), call, seen.output, rough)
+        if keep:
+            _confirm_dead(model, block, stages, state.clone(), call, seen.output, rough)
     if [stage.matrices for stage in stages] != [readers for _, readers in seen.inputs]:
         return False
     if not {stage.stream for stage in stages if stage.stream is not None} <= points.keys():
         return False
-    for stage, x in zip(stages, inputs, strict=True):
+    for stage, x in zip(stages if keep else (), inputs, strict=True):
         stage.exact.append(x)
         if stage.stream is not None:
             there = points[stage.stream]
@@ -228,8 +236,11 @@ def narrowed(x: Tensor) -> Tensor:
 
     What quantizing moves is far above that rounding, as it is above that of bfloat16, which products may have put out.
     """
-    half = x if x.dtype == torch.bfloat16 else x.half()
-    return half if bool(half.isfinite().all()) else x
+    if x.dtype == torch.bfloat16:
+        return x
+    half = x.half()
+    small = float(torch.linalg.vector_norm(x.detach())) < _SMALL * x.numel() ** 0.5
+    return x if small or not bool(half.isfinite().all()) else half
 
 
 def _stream(

@@ -77,12 +77,17 @@ class _Scaled:
         dense = self.matrix.view(gradient)[self.rows].reshape(self.steps.shape)
         _add_gradient(self.factor, (dense * self.steps).sum(2).mul_(self.scales))
 
+    def settle(self) -> None:
+        """Take the scales as they will be stored for its own; the factor is nothing from now on."""
+        self.scales = round_scale(self.scales * (1 + self.factor))
+        self.factor.zero_()
+
 
 class _Norm:
-    """The weight of a norm in training."""
+    """The weight of a norm in training, which will be stored in ``dtype``."""
 
-    def __init__(self, weight: Tensor, added: float) -> None:
-        self.weight, self.added = weight.detach().clone(), added
+    def __init__(self, weight: Tensor, added: float, dtype: torch.dtype) -> None:
+        self.weight, self.added, self.dtype = weight.detach().to(dtype).to(weight.dtype, copy=True), added, dtype
         self.factor = nn.Parameter(torch.zeros_like(self.weight))
 
     def write(self, parameter: Tensor) -> None:
@@ -92,6 +97,11 @@ class _Norm:
     def read(self, gradient: Tensor) -> None:
         """As of :class:`_Scaled`."""
         _add_gradient(self.factor, gradient * (self.weight + self.added))
+
+    def settle(self) -> None:
+        """As of :class:`_Scaled`."""
+        self.weight = _scaled_norm(self.weight, self.added, self.factor).to(self.dtype).to(self.weight.dtype)
+        self.factor.zero_()
 
 
 def _scaled_norm(weight: Tensor, added: float, factor: Tensor) -> Tensor:
@@ -147,13 +157,14 @@ def tune(
     tokens: int,
     seqlen: int,
     seed: int,
+    dtypes: Mapping[str, torch.dtype],
     device: torch.device,
     on_progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> Tuned:
     """Train the scales of the blocks in a work folder, and the model's norms.
 
-    Text that training has not seen decides whether what was trained is taken. A run that was killed goes on from its
-    last evaluation.
+    Text that training has not seen decides whether what was trained is taken, rounded as it will be stored. A run that
+    was killed goes on from its last evaluation.
 
     Args:
         checkpoint: the full-precision model; it and the quantized one are in memory whole.
@@ -163,6 +174,7 @@ def tune(
         tokens: to train on.
         seqlen: of a window.
         seed: of the order of the windows.
+        dtypes: in which what is not quantized will be stored, by checkpoint name.
         device: where to train.
         on_progress: called with each point of the curve.
     """
@@ -172,7 +184,7 @@ def tune(
     teacher = live.load_dense(checkpoint, device=device)
     student = live.build(checkpoint.config)
     added = _added_to_norms(teacher, held_out[:1, :8].to(device))
-    pieces = _pieces(teacher, student, sources, plan, work, added, device)
+    pieces = _pieces(teacher, student, sources, plan, work, added, dtypes, device)
     factors = {name: piece.factor for found in pieces.values() for name, piece in found.items()}
     _follow(student, pieces)
     path = work.folder / _STATE
@@ -199,9 +211,12 @@ def tune(
     why: str | None = None
     try:
         train(run, options, on_progress)  # of a run that was trained to the end already, the state is loaded
+        _settle(pieces)
     except Diverged as error:
         why = str(error)
         record |= {"tokens": error.step * batch * seqlen, "steps": error.step}
+    except BitternError as error:  # a scale that fp16 does not hold
+        why = str(error)
     tuned = evaluate(student, held_out, batch_size=1, against=teacher) if why is None else None
     before, after = float(story["kl"]), None if tuned is None else float(tuned.kl or 0.0)
     if after is not None and not after < before:
@@ -216,6 +231,13 @@ def tune(
         return Tuned(record, earlier, None, {})
     norms = {n: piece.added for found in pieces.values() for n, piece in found.items() if isinstance(piece, _Norm)}
     return Tuned(record, earlier, path, norms)
+
+
+def trained(work: WorkFolder) -> float:
+    """The share of its steps that the training in a work folder has behind it."""
+    path = work.folder / _STATE
+    story = read_story(path) if path.exists() else {}
+    return float(story.get("step", 0) / story.get("steps", 1))
 
 
 def write_text(
@@ -312,6 +334,7 @@ def _pieces(
     plan: Plan,
     work: WorkFolder,
     added: Mapping[str, float],
+    dtypes: Mapping[str, torch.dtype],
     device: torch.device,
 ) -> dict[str, dict[str, _Scaled | _Norm]]:
     """Fill the student; by its parameter, what is trained in it, by layer or by the norm's name in the checkpoint.
@@ -330,11 +353,20 @@ def _pieces(
         own |= {name: values.to(device) for name, values in work.changed(position).items()}
     for name in sources:
         if _is_norm(student, name) and len(sources[name]) == 1:
-            pieces[name] = {sources[name][0].name: _Norm(own[name], added.get(name, 0.0))}
+            stored = sources[name][0].name
+            pieces[name] = {stored: _Norm(own[name], added.get(name, 0.0), dtypes[stored])}
         live.set_tensor(student, name, torch.empty_like(own[name]) if name in pieces else own[name])
     student.tie_weights()
     live.move_buffers(student, device)
     return pieces
+
+
+@torch.no_grad()
+def _settle(pieces: dict[str, dict[str, _Scaled | _Norm]]) -> None:
+    for found in pieces.values():
+        for name, piece in found.items():
+            with naming(name):
+                piece.settle()
 
 
 def _follow(student: PreTrainedModel, pieces: dict[str, dict[str, _Scaled | _Norm]]) -> None:
