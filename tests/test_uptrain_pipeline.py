@@ -183,19 +183,50 @@ def test_each_stage_brings_a_block_nearer_to_the_source() -> None:
                 parameter.normal_(0, 0.2)
     teacher.requires_grad_(False)
     student = make_student(teacher, teacher.config.to_dict(), 1)
-    batches = list(torch.split(torch.randint(256, (32, 32), generator=torch.Generator().manual_seed(0)), 8))
-    records = list(regroup(teacher, student, batches, Recipe(passes=20), Counts(4, 4, 16)))
+    batches = list(torch.split(torch.randint(256, (64, 32), generator=torch.Generator().manual_seed(0)), 8))
+    records = list(regroup(teacher, student, batches, Recipe(passes=10), Counts(4, 4, 16)))
     for record in records:
         stages = [record[f"error_{stage}"] for stage in ("mean", "aligned", "solved", "distilled")]
-        assert stages == sorted(stages, reverse=True) and stages[3] < 0.9 * stages[1]
+        assert stages == sorted(stages, reverse=True) and stages[3] < 0.98 * stages[1]
     assert [record["layer"] for record in records] == ["model.layers.0", "model.layers.1"]
     assert live.blocks(student)[1][0].self_attn.k_proj.out_features == 16  # type: ignore[union-attr]
+
+
+@torch.no_grad()
+def test_what_fits_only_the_windows_that_it_was_learned_from_is_not_kept() -> None:
+    """Two short windows say little; what is learned from one of them must not make other text worse."""
+    teacher = tiny.random_model("llama", num_key_value_heads=4)
+    for name, parameter in teacher.named_parameters():
+        if "attn" in name:
+            parameter.normal_(0, 0.1)
+    teacher.requires_grad_(False)
+    batches = [torch.randint(256, (2, 16), generator=torch.Generator().manual_seed(0))]
+    unseen = torch.randint(256, (16, 32), generator=torch.Generator().manual_seed(1))
+    wanted = teacher.model(unseen).last_hidden_state
+    errors = []
+    for passes in (0, 30):
+        student = make_student(teacher, teacher.config.to_dict(), 1)
+        list(regroup(teacher, student, batches, Recipe(passes=passes), Counts(4, 4, 16)))
+        errors.append(float((student.model(unseen).last_hidden_state - wanted).norm() / wanted.norm()))
+    assert errors[1] < 1.1 * errors[0], errors
+
+
+def test_of_a_single_window_nothing_is_learned(tmp_path: Path, text: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    manifest = run(make(tmp_path / "source", tokenizer), tmp_path / "out", text, nsamples=1, passes=5)
+    for record in manifest["blocks"]:
+        assert record["error_aligned"] is not None
+        assert record["error_solved"] is record["error_distilled"] is None
+    note = "passes: 5 asked for, none done: what they learn is judged by other calibration windows, and there is one"
+    assert note in manifest["notes"]
+    others = run(tmp_path / "source", tmp_path / "two", text, nsamples=2, passes=5)["notes"]
+    assert not any("passes" in each for each in others)
 
 
 def test_an_attention_sink_counts_as_any_other_position() -> None:
     generator = torch.Generator().manual_seed(0)
     block = torch.nn.Linear(8, 8, bias=False)
-    stream = Stream([BlockCall((), {})], *([torch.randn(2, 5, 8, generator=generator)] for _ in range(3)))
+    source, target, state = ([torch.randn(2, 5, 8, generator=generator)] for _ in range(3))
+    stream = Stream([BlockCall((), {})], source, target, state)
     error = block_error(block, stream)
     for states in (stream.source, stream.target, stream.state):
         states[0][:, 0] *= 1000
@@ -215,6 +246,16 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path, text: Path, tokenize
         ({"source": 10.0, "converted": 10.1, "trained": None}, 0, "not trained after its key-value heads were merged"),
         ({"source": 10.0, "converted": 20.0, "trained": 11.0}, 5, None),
         ({"source": 10.0, "converted": 20.0, "trained": 11.5}, 5, "perplexity is 15% above the source's"),
+        (
+            {"source": 10.0, "converted": 10.2, "trained": 10.9},
+            5,
+            "training has raised its perplexity from 10.2 to 10.9",
+        ),
+        (
+            {"source": 10.0, "converted": 10.2, "trained": 11.5},
+            5,
+            "training has raised its perplexity from 10.2 to 11.5; perplexity is 15% above the source's",
+        ),
         (
             {"source": 10.0, "converted": 12.0, "trained": None},
             0,

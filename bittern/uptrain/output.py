@@ -46,7 +46,9 @@ def degraded(perplexity: dict[str, Any], tokens: int) -> str | None:
     above = final / perplexity["source"] - 1
     beyond = f"perplexity is {above:.0%} above the source's" if above > DEGRADED - 1 else ""
     untrained = "" if tokens else "not trained after its key-value heads were merged"
-    return "; ".join(filter(None, (untrained, beyond))) or None
+    risen = f"training has raised its perplexity from {perplexity['converted']:.6g} to {final:.6g}"
+    worsened = risen if final > perplexity["converted"] else ""
+    return "; ".join(filter(None, (untrained, worsened, beyond))) or None
 
 
 def make_manifest(

@@ -94,7 +94,8 @@ def uptrain(
         group: heads that share are ``similar`` or each other's ``neighbour``; by default similar, and neighbours where
             ``init`` only pools.
         init: ``aligned`` (merged in closed form, see :mod:`bittern.uptrain.merge`), ``mean`` or ``first``.
-        passes: of layer-wise distillation over the calibration windows; by default 12, and 0 where ``init`` only pools.
+        passes: of layer-wise distillation over the calibration windows that do not judge it; by default 12, and 0 where
+            ``init`` only pools.
         dataset: text to calibrate and train on, see :func:`bittern.calibration.load_tokens`.
         nsamples, seqlen: calibration windows and their tokens.
         tokens: to train on, end to end; 0 only converts. Text that is shorter is shown again, in another order.
@@ -303,6 +304,9 @@ def _convert(
             f"{named}: {wanted} windows of {seqlen} tokens asked for, {len(windows.ids)} found"
             + (", which are shown more than once" if given["tokens"] else "")
         )
+    if recipe.passes and len(calibration) == 1:
+        why = "what they learn is judged by other calibration windows, and there is one"
+        notes.append(f"passes: {recipe.passes} asked for, none done: {why}")
     before = evaluate(teacher, held_out).perplexity
     began = time.monotonic()
     records: list[dict[str, Any]] = []

@@ -9,7 +9,7 @@ For every block of the source:
 
 The new block gets the hidden states that the new blocks before it make, and is to give those of the source: errors of
 earlier blocks are corrected as far as attention can. Every stage is kept only where it makes the error of the block's
-output smaller.
+output smaller, on windows that neither lesson nor distillation learns from.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from bittern import model as live
 from bittern.errors import BitternError
+from bittern.quantize.drift import learned_from
 from bittern.quantize.hessian import Accumulator
 from bittern.replay import BlockCall, advance, capture_all
 from bittern.training.train import cosine
@@ -49,7 +50,6 @@ RIDGE = 1e-4
 UNSEEN = 1e-6
 """Energy, as a share of the mean, of directions that calibration text never takes: heads keep what they can there."""
 
-_JUDGED = 4  # batches on which errors are measured
 _WARMUP = 10  # steps
 
 
@@ -60,7 +60,7 @@ class Recipe:
     Attributes:
         init: "aligned" (merged in closed form), "mean" or "first".
         group: "similar" or "neighbour".
-        passes: times that layer-wise distillation sees the calibration text; 0 leaves out the least squares too.
+        passes: times that layer-wise distillation sees what it learns from; 0 leaves out the least squares too.
         lr: largest learning rate of that distillation.
         seed: of the order of batches.
     """
@@ -81,12 +81,14 @@ class Stream:
         source: hidden states that the source's block gets, per batch, fp32 (windows, positions, hidden_size).
         target: those that it gives.
         state: those that the new block gets.
+        learned: the first so many batches are learned from, on the others errors are measured.
     """
 
     calls: list[BlockCall]
     source: list[Tensor]
     target: list[Tensor]
     state: list[Tensor]
+    learned: int = 0
 
     def weights(self, index: int) -> Tensor:
         """What a squared error at each position of a batch counts, (windows, positions, 1).
@@ -105,7 +107,8 @@ def regroup(
     Args:
         teacher: the source, whole and in memory.
         student: the same model with fewer key-value heads; what is not attention equals the teacher's.
-        batches: calibration ids, int64 (windows, positions) each.
+        batches: calibration ids, int64 (windows, positions) each. With a single window there is nothing to measure
+            errors on but what would be learned from, so neither lesson nor distillation runs.
         recipe: how.
         counts: heads of the teacher.
 
@@ -120,11 +123,12 @@ def regroup(
     prefix, blocks = live.blocks(teacher)
     new_blocks = live.blocks(student)[1]
     size = counts.key_value // student.config.get_text_config(decoder=True).num_key_value_heads
+    batches, learned = _held_apart(batches)
     source, calls = capture_all(teacher, blocks, batches, teacher.device)
     state = [state.clone() for state in source]
     for position, (block, new) in enumerate(zip(blocks, new_blocks, strict=True)):
         name = f"{prefix}.{position}"
-        stream = Stream([recorded[position] for recorded in calls], source, [], state)
+        stream = Stream([recorded[position] for recorded in calls], source, [], state, learned)
         attention = find_attention(block)
         observed = observe(block, attention, stream, name)
         if attention is not None:
@@ -134,14 +138,22 @@ def regroup(
         source = stream.target
 
 
+def _held_apart(batches: Sequence[Tensor]) -> tuple[list[Tensor], int]:
+    """The same windows in batches of which the first are learned from and the others are not, and how many are."""
+    windows, size = torch.cat(list(batches)), len(batches[0])
+    count = learned_from(len(windows)) if len(windows) > 1 else 0
+    parts = (windows[:count], windows[count:])
+    return [batch for part in parts for batch in torch.split(part, size) if len(batch)], -(-count // size)
+
+
 @dataclass
 class Lesson:
     """What :func:`lesson` found for an attention to learn.
 
     Attributes:
-        calls: how its block calls it, per batch.
-        inputs: its inputs, per batch.
-        targets: the outputs that are wanted, per batch.
+        calls: how its block calls it, per batch that is learned from.
+        inputs: its inputs, likewise.
+        targets: the outputs that are wanted, likewise.
         error: of the block's output, see :func:`block_error`, with the output projection solved.
     """
 
@@ -243,7 +255,7 @@ def _regroup_block(
             record["groups"] = [list(group) for group in neighbours]
     elif recipe.init == "first" or groups != neighbours:
         write_heads(target, closed.pool(heads, groups, recipe.init))
-    if recipe.passes:
+    if recipe.passes and stream.learned:
         taught = lesson(new, attention, stream, observed.outputs)
         record["error_solved"] = taught.error
         record["error_distilled"] = distill(new, attention, stream, taught, recipe)
@@ -277,10 +289,10 @@ def _rotary(
 
 @torch.no_grad()
 def block_error(block: nn.Module, stream: Stream) -> float:
-    """The error of the new block's output over what the source's block adds to its input, on the first batches; each
-    position counts as :meth:`Stream.weights` says."""
+    """The error of the new block's output over what the source's block adds to its input, on batches that are not
+    learned from; each position counts as :meth:`Stream.weights` says."""
     wrong = whole = 0.0
-    for index in range(min(_JUDGED, len(stream.calls))):
+    for index in range(stream.learned, len(stream.calls)):
         output = stream.calls[index].run(block, stream.state[index])
         root = stream.weights(index).sqrt()
         wrong += float(((output - stream.target[index]) * root).double().square().sum())
@@ -311,8 +323,10 @@ def lesson(block: nn.Module, attention: str, stream: Stream, outputs: Sequence[T
         module.register_forward_pre_hook(lambda _, *call: found.append(call), with_kwargs=True),
         projection.register_forward_pre_hook(lambda _, args: features.append(args[0])),
     ]
+    learned = slice(stream.learned)
+    outputs, states = list(outputs[learned]), stream.state[learned]
     drifted = [
-        output + source - state for output, source, state in zip(outputs, stream.source, stream.state, strict=True)
+        output + source - state for output, source, state in zip(outputs, stream.source[learned], states, strict=True)
     ]
     width, height = projection.in_features, projection.out_features
     gram = torch.zeros(width, width, dtype=torch.float64, device=projection.weight.device)
@@ -321,7 +335,8 @@ def lesson(block: nn.Module, attention: str, stream: Stream, outputs: Sequence[T
     calls: list[BlockCall] = []
     inputs: list[Tensor] = []
     try:
-        for index, (call, state, *targets) in enumerate(zip(stream.calls, stream.state, outputs, drifted, strict=True)):
+        batches = zip(stream.calls[learned], states, outputs, drifted, strict=True)
+        for index, (call, state, *targets) in enumerate(batches):
             call.run(block, state)
             rows = features.pop().flatten(0, -2)
             weighted = (rows * stream.weights(index).flatten(0, -2)).T
@@ -344,7 +359,7 @@ def lesson(block: nn.Module, attention: str, stream: Stream, outputs: Sequence[T
         projection.weight.copy_(solutions[-1])
         errors.append(block_error(block, stream))
     projection.weight.copy_(solutions[min(range(3), key=lambda index: errors[index])])
-    return Lesson(calls, inputs, drifted if errors[2] < errors[1] else list(outputs), min(errors))
+    return Lesson(calls, inputs, drifted if errors[2] < errors[1] else outputs, min(errors))
 
 
 def distill(block: nn.Module, attention: str, stream: Stream, lesson: Lesson, recipe: Recipe) -> float:
