@@ -290,7 +290,7 @@ def _commands_run(facts: Facts) -> str:
         folder = source.get("name") if isinstance(source, Mapping) and not source.get("revision") else None
         if isinstance(command, list) and command:
             parts = [str(part) for part in command]
-            shown = [PurePosixPath(part).name if part == folder else _dataset(part) for part in parts]
+            shown = [PurePosixPath(part).name or part if part == folder else _dataset(part) for part in parts]
             lines.append(shlex.join(shown))
     return "```sh\n" + "\n".join(" ".join(line.split()) for line in lines) + "\n```" if lines else ""
 

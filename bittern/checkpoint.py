@@ -1,7 +1,6 @@
 """A checkpoint as a lazy reader from tensor names to tensors, whatever it is stored in.
 
-Sources: a folder of safetensors (one file, or shards and their index), a folder with a legacy
-pytorch_model.bin, a GGUF file, the id of a repository on the Hub.
+Sources: a folder of safetensors or with a legacy pytorch_model.bin, a GGUF file, the id of a repository on the Hub.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ _MAX_NAME = 1000  # characters of a tensor's name
 _MAX_COUNT = 1024  # of what transformers builds so many of as config.json says, where there are fewer tensors
 _COUNTS = re.compile(r"(num|n)_(\w*_)?(layer|block|expert|label)s?|(en|de)coder_layers")
 _WEIGHTS = "model.safetensors, its shards and index, or pytorch_model.bin"
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+MODEL_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")  # on the Hub; of old models it has no owner
 
 
 class Storage(Protocol):
@@ -239,6 +238,8 @@ def open_checkpoint(
         BitternError: when there is no such source, or it is not a whole and honest checkpoint.
     """
     name, path = os.fspath(source), Path(source)
+    if not name:  # the current folder, to pathlib
+        raise BitternError("SOURCE: expected a folder, a .gguf file or a Hub id, found an empty name")
     if path.exists():
         if revision is not None:
             raise BitternError(f"--revision {revision}: only a Hub id has revisions, {name} is a local path")
@@ -247,7 +248,7 @@ def open_checkpoint(
         if path.suffix == ".gguf":
             return _open_gguf(name, path)
         raise BitternError(f"{name}: expected a folder or a .gguf file")
-    if path.suffix == ".gguf" or not _HUB_ID.fullmatch(name) or name in (".", ".."):
+    if path.suffix == ".gguf" or not MODEL_ID.fullmatch(name):
         raise BitternError(f"{name}: no such folder or .gguf file, and not a Hub id (org/name)")
     if headers_only and (found := _open_headers(name, revision)) is not None:
         return found

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -30,6 +30,7 @@ from bittern.options import (
     json_option,
     lenient,
     load_options,
+    output_option,
     output_options,
     push_options,
     quantize_options,
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = commands.main(arguments, prog_name="bittern", standalone_mode=False, obj=state)
     except click.UsageError as error:
         command, code = error.ctx.command_path if error.ctx else "bittern", USAGE
-        if type(error).__name__ == "NoArgsIsHelpError":  # click 8.1 has none
+        if isinstance(error, click.exceptions.NoArgsIsHelpError):
             _say(error.format_message())
         else:
             _fail(f"{error.format_message()} ('{command} --help' shows the usage)", USAGE)
@@ -194,7 +195,7 @@ def _say(text: str) -> None:
 def run(model: str, prompts: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Continue prompts, or chat, with MODEL: an artifact or an unquantized checkpoint."""
     from bittern.report import peak_memory
-    from bittern.runtime.generate import GenerationOptions, generate_batch
+    from bittern.runtime.generate import GenerationOptions, generate, generate_batch
     from bittern.tokenizer import check_text
 
     choices = GenerationOptions(**{name: options.pop(name) for name in GENERATION})
@@ -214,7 +215,8 @@ def run(model: str, prompts: tuple[str, ...], as_json: bool, **options: Any) -> 
         return
     ids = [tokenizer(prompt, return_tensors="pt")["input_ids"] for prompt in prompts]
     if len(ids) == 1:
-        results = [_generate(live, tokenizer, ids[0], choices, (lambda _: None) if as_json else _stream)]
+        on_text = (lambda _: None) if as_json else _stream
+        results = [generate(live, tokenizer, ids[0], _bounded(live, ids, choices), on_text)]
         print(end="" if as_json else "\n", flush=True)
     else:
         results = generate_batch(live, tokenizer, ids, _bounded(live, ids, choices))
@@ -229,7 +231,11 @@ def run(model: str, prompts: tuple[str, ...], as_json: bool, **options: Any) -> 
 
 
 def _say_kernels(model: PreTrainedModel) -> None:
-    """What computed; after the work, for an error is the only line on stderr."""
+    """What computed, and what it leaves out; after the work, for an error is the only line on stderr."""
+    from bittern.runtime.generate import not_honoured
+
+    if names := not_honoured(model):
+        print(f"note: generation_config.json: {', '.join(names)}: not honoured", file=sys.stderr)
     print(f"kernels: {vars(model)['kernels']}", file=sys.stderr)
 
 
@@ -254,18 +260,6 @@ def _load(
     with open_checkpoint(source, place.get("revision")) as checkpoint:
         tokenizer = checkpoint.tokenizer()
     return load(source, dtype=DTYPES[dtype] if dtype else None, threads=threads, **place), tokenizer
-
-
-def _generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    ids: Tensor,
-    options: GenerationOptions,
-    on_text: Callable[[str], None],
-) -> GenerationResult:
-    from bittern.runtime.generate import generate
-
-    return generate(model, tokenizer, ids, _bounded(model, [ids], options), on_text)
 
 
 def _bounded(model: PreTrainedModel, prompts: Sequence[Tensor], options: GenerationOptions) -> GenerationOptions:
@@ -312,8 +306,8 @@ def _chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: G
 @_command
 @click.argument("model")
 @click.option("--text", type=click.Path(path_type=Path), help="Text to predict.")
-@click.option("--seqlen", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens in a window.")
-@click.option("--windows", type=click.IntRange(min=1), default=64, show_default=True, help="Windows, from the start.")
+@click.option("--seqlen", type=click.IntRange(min=2), help="Tokens in a window of the text.  [default: 1024]")
+@click.option("--windows", type=click.IntRange(min=1), help="Windows, from the text's start.  [default: 64]")
 @click.option("--bos", is_flag=True, help="Begin every window with BOS, without which Gemma predicts badly.")
 @click.option("--against", metavar="BASE", help="Also what this model is worth, and how far from it MODEL is.")
 @click.option("--tasks", type=click.Path(path_type=Path), multiple=True, help="File of requests. Repeatable.")
@@ -376,7 +370,7 @@ def inspect(path: str, revision: str | None, as_json: bool) -> None:
 @click.option("--against", metavar="SRC", help="What it was made of: also compare names, values and logits with it.")
 @click.option("--revision", help="Branch, tag or commit of a Hub id: SRC, without it PATH.")
 @click.option("--logits/--no-logits", default=True, show_default=True, help="Run the models, each whole in fp32.")
-@click.option("--text", help="Run them on this instead of three short prompts.")
+@click.option("--prompt", help="Text to run them on instead of three short ones.")
 @click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads.  [default: those of torch]")
 @json_option
 def verify(path: str, as_json: bool, **options: Any) -> int:
@@ -396,7 +390,7 @@ def verify(path: str, as_json: bool, **options: Any) -> int:
 
 @_command
 @click.argument("artifact")
-@click.option("-o", "--output", type=click.Path(path_type=Path), default="report.html", help="[default: report.html]")
+@output_option("[default: report.html]", default="report.html")
 @click.option("--beside", metavar="ART", multiple=True, help="Also compare with this artifact. Repeatable.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing file.")
 @json_option
@@ -436,7 +430,7 @@ def push(artifact: str, repo: str, as_json: bool, **options: Any) -> None:
 
 
 @_command
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="A new folder that keeps the artifacts.")
+@output_option("A new folder that keeps the artifacts.")
 def demo(output: Path | None) -> None:
     """Quantize the embedded model at 8, 4, 3 and 2 bits and show what each keeps. Needs no network."""
     from rich.console import Console

@@ -1,5 +1,6 @@
 """The one exception that bittern raises for a mistake that its user can mend, and foreign ones in one line."""
 
+import os
 import re
 
 _BREAKS = re.compile(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")
@@ -21,6 +22,18 @@ class BitternError(Exception):
 
 class AlsoFailed(BitternError):
     """Raised in a process of torchrun when another has failed and says why: the command line says nothing then."""
+
+
+def check_utf8(what: str, name: str | os.PathLike[str]) -> None:
+    """Refuse a file's name that no manifest can hold: the system's bytes that are no UTF-8 come as lone surrogates.
+
+    Raises:
+        BitternError: naming what it is the name of.
+    """
+    try:
+        os.fspath(name).encode()
+    except UnicodeEncodeError as error:
+        raise BitternError(f"{what} {os.fspath(name)!r}: expected a name in UTF-8") from error
 
 
 def printable(text: str, whole: bool = False) -> str:

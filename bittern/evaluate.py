@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bittern.errors import BitternError
+from bittern.errors import BitternError, check_utf8
 from bittern.tokenizer import check_vocabulary, context_length, encode
 
 if TYPE_CHECKING:
@@ -91,9 +91,10 @@ def read_text(path: str | os.PathLike[str], characters: int | None) -> str:
     """The beginning of a text file, or all of it.
 
     Raises:
-        BitternError: no such file, rows in the place of text, not UTF-8.
+        BitternError: no such file, rows in the place of text, not UTF-8, its name neither.
     """
     path = Path(path)
+    check_utf8("text", path)
     if path.suffix in _ROWS:
         raise BitternError(
             f"{path}: expected a file of plain text, found rows ({path.suffix}): their markup would count"

@@ -9,10 +9,11 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import click
 
+from bittern.errors import check_utf8
 from bittern.runtime import MOST_THREADS
 
 Command = Callable[..., int | None]
@@ -109,6 +110,19 @@ def dataset_option(what: str) -> Callable[[Command], Command]:
     )
 
 
+def output_option(help: str, **more: Any) -> Callable[[Command], Command]:
+    """``-o``: an empty name would be the current folder, and what has one that is no UTF-8 could not be read back."""
+    return click.option("-o", "--output", metavar="PATH", callback=_output, help=help, **more)
+
+
+def _output(_: click.Context, __: click.Parameter, found: str | None) -> Path | None:
+    if found == "":
+        raise click.BadParameter("expected a name, found none")
+    if found is not None:
+        check_utf8("output", found)
+    return None if found is None else Path(found)
+
+
 def output_options(what: str) -> Callable[[Command], Command]:
     """The options of a command that writes a checkpoint, and in words what it writes."""
 
@@ -120,11 +134,9 @@ def output_options(what: str) -> Callable[[Command], Command]:
                 "--max-shard-size",
                 type=byte_size,
                 metavar="SIZE",
-                default="5GB",
-                show_default=True,
-                help="Largest weight file.",
+                help="Largest weight file of a folder.  [default: 5GB]",
             ),
-            click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help=what),
+            output_option(what, required=True),
         ):
             function = option(function)
         return function
@@ -372,7 +384,9 @@ def generation_options(function: Command) -> Command:
         click.option("--seed", type=click.IntRange(-(2**63), 2**63 - 1), default=0, show_default=True),
         click.option("--stop", multiple=True, help="End before this text. Repeatable."),
         click.option(
-            "--repetition-penalty", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True
+            "--repetition-penalty",
+            type=click.FloatRange(min=0, min_open=True),
+            help="Of tokens seen before.  [default: the model's, in generation_config.json, else 1.0]",
         ),
         click.option(
             "--top-p", type=click.FloatRange(0, 1, min_open=True), help="Sample among the likeliest of this mass."

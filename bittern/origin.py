@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bittern.checkpoint import contained, read_json
+from bittern.checkpoint import MODEL_ID, contained, read_json
 from bittern.errors import BitternError, first_line
 from bittern.report import MANIFEST_FILE, degraded_reason
 
@@ -24,7 +24,6 @@ CARD_KEYS = (*LICENCE_KEYS, "language", "pipeline_tag")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 _METADATA = re.compile(r"\A\s*---[ \t]*\r?\n(?:(.*?)\r?\n)??---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
-_MODEL_ID = re.compile(rf"{HUB_ID.pattern}|[A-Za-z0-9][\w.-]*")
 _SNAPSHOT = re.compile(r"models--([^/]+)/snapshots/([0-9a-f]{40})/?\Z")  # a folder of the Hub's cache
 _MAX_BYTES = 2_000_000  # of a card
 _MAX_ITEMS, _MAX_CHARACTERS = 200, 500  # of a value that is kept
@@ -38,11 +37,23 @@ def source_record(checkpoint: Checkpoint, **more: Any) -> dict[str, Any]:
         more: what a job says besides.
 
     Returns:
-        ``name`` as the user gave it, ``revision``, ``model_type``, ``card`` (see :func:`stated_card`), and ``more``.
+        ``name`` (:func:`source_name`), ``revision``, ``model_type``, ``card`` (:func:`stated_card`), and ``more``.
     """
     card = checkpoint_card(checkpoint)
     model_type = checkpoint.config.get("model_type")
-    return {"name": checkpoint.source, "revision": checkpoint.revision, "model_type": model_type, **more, "card": card}
+    name = source_name(checkpoint)
+    return {"name": name, "revision": checkpoint.revision, "model_type": model_type, **more, "card": card}
+
+
+def source_name(checkpoint: Checkpoint) -> str:
+    """What a checkpoint is called in what is made of it: as the user named it, unless that (``.``) names nothing.
+
+    Bytes that are no UTF-8, which no manifest can hold, become escapes.
+    """
+    name = checkpoint.source
+    if Path(name).name in ("", ".."):
+        name = str(Path(name).resolve())
+    return name.encode(errors="backslashreplace").decode()
 
 
 def checkpoint_card(checkpoint: Checkpoint) -> dict[str, Any] | None:
@@ -155,7 +166,7 @@ def _on_hub(manifest: dict[str, Any]) -> tuple[str, str] | None:
     source = manifest.get("source")
     source = source if isinstance(source, dict) else {}
     name, revision = str(source.get("name")), source.get("revision")
-    if isinstance(revision, str) and _MODEL_ID.fullmatch(name):
+    if isinstance(revision, str) and MODEL_ID.fullmatch(name):
         return name, revision
     match = _SNAPSHOT.search(name)
     return (match[1].replace("--", "/"), match[2]) if match else None

@@ -112,6 +112,8 @@ def push(
     started = time.monotonic()
     if not origin.HUB_ID.fullmatch(repo_id) or "--" in repo_id or ".." in repo_id:
         raise BitternError(f"REPO: expected org/name, found {repo_id!r}")
+    if not os.fspath(artifact):
+        raise BitternError("ARTIFACT: expected a folder, found an empty name")
     contents = _contents(Path(artifact), on_step)
     files = _uploads(contents)
     own = _chosen_card(contents.folder, card)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bittern.errors import BitternError
+from bittern.errors import BitternError, check_utf8
 from bittern.evaluate import EvalResult, check_fit, evaluate, read_text, text_windows
 from bittern.report import MANIFEST_FILE, file_record
 from bittern.schema import LARGEST_FLOAT, problem, read_manifest
@@ -21,6 +21,8 @@ from bittern.writer import explained, replace_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SEQLEN, WINDOWS = 1024, 64
 
 Load = Callable[..., "tuple[PreTrainedModel, PreTrainedTokenizerBase]"]
 Bar = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
@@ -55,8 +57,8 @@ def measure(
     model: str,
     *,
     text: Path | None,
-    seqlen: int,
-    windows: int,
+    seqlen: int | None,
+    windows: int | None,
     against: str | None,
     tasks: Sequence[Path],
     limit: int | None,
@@ -70,7 +72,8 @@ def measure(
         load: makes a model and its tokenizer of a source and ``place``.
         bar: makes a progress bar of a title.
         model: an artifact, or any checkpoint.
-        text, seqlen, windows: the text to predict, and how it is cut; see :func:`bittern.evaluate.text_windows`.
+        text, seqlen, windows: the text to predict, and how it is cut; see :func:`bittern.evaluate.text_windows`. By
+            default :data:`WINDOWS` of :data:`SEQLEN` tokens.
         against: the base: KL divergence and agreement on the text, and its own figures on everything.
         tasks, limit: files of requests, and how many questions of each.
         batch_size: windows, or requests of a task, at a time; None for one, and eight.
@@ -83,6 +86,12 @@ def measure(
     found = Measurement()
     if bos and text is None:
         raise BitternError("bos: windows of a text begin with it, and there is no text")
+    for name, value in (("seqlen", seqlen), ("windows", windows)):
+        if value is not None and text is None:
+            raise BitternError(f"{name}: it cuts a text, and there is none")
+    seqlen, windows = seqlen or SEQLEN, windows or WINDOWS
+    if against is not None:
+        check_utf8("against", against)
     if limit is not None and not tasks:
         raise BitternError("limit: it counts the questions of tasks, and there are none")
     if text is not None:

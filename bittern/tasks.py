@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bittern.errors import BitternError, first_line
+from bittern.errors import BitternError, check_utf8, first_line
 from bittern.rope import longrope_turn
 from bittern.tokenizer import check_text, check_vocabulary, context_length, encode, leading_bos
 
@@ -84,6 +84,7 @@ def read_task(path: str | os.PathLike[str], limit: int | None = None) -> tuple[s
         BitternError: a line that is no such request, or a question without its right choice.
     """
     path = Path(path)
+    check_utf8("task", path)
     name, documents = path.name.removesuffix(".gz").removesuffix(".jsonl"), dict[int, list[dict[str, Any]]]()
     for line, row in _rows(path):
         try:

@@ -91,7 +91,7 @@ def verify(
     against: str | os.PathLike[str] | None = None,
     *,
     logits: bool = True,
-    text: str | None = None,
+    prompt: str | None = None,
     threads: int | None = None,
     revision: str | None = None,
     on_step: OnStep | None = None,
@@ -102,7 +102,7 @@ def verify(
         output: a folder, a GGUF file or a Hub id; packed or plain, made by whomever.
         against: what it was made of, in any of these forms.
         logits: whether to run the models.
-        text: what tokenizers and models are given instead of :data:`PROMPTS`.
+        prompt: what tokenizers and models are given instead of :data:`PROMPTS`.
         threads: of torch; None for its own choice.
         revision: of ``against`` when that is a Hub id; without it, of ``output``.
         on_step: see :data:`OnStep`.
@@ -111,8 +111,10 @@ def verify(
         The checks. What is wrong with ``output`` is a failed one.
 
     Raises:
-        BitternError: when there is nothing at ``output``, or ``against`` cannot be opened.
+        BitternError: when there is nothing at ``output``, ``against`` cannot be opened, or nothing reads ``prompt``.
     """
+    if prompt is not None and not logits and against is None:
+        raise BitternError("prompt: expected a source to compare tokens with, or logits; nothing else reads it")
     step: OnStep = on_step or (lambda name, done, total: None)
     checks = _Checks()
     own = revision if against is None else None
@@ -143,7 +145,7 @@ def verify(
                 )
                 checks += [_source_tensors(comparison), _source_values(comparison)]
             with checks.guard("tokenizer"):
-                checks.append(_tokenizers(view, base, text))
+                checks.append(_tokenizers(view, base, prompt))
         with checks.guard("logits"), _torch_threads(threads):
             if not logits:
                 checks.append(Check("logits", None, "not asked for"))
@@ -152,7 +154,7 @@ def verify(
             elif view.unplaced:
                 checks.append(Check("logits", None, f"not run: bittern run has no place for {_named(view.unplaced)}"))
             else:
-                prompts, note = _prompts(view, text)
+                prompts, note = _prompts(view, prompt)
                 found = _run(output, own, prompts, lambda done, total: step("logits", done, total))
                 expected = None if against is None else _run(against, revision, prompts, lambda *_: None)
                 checks.append(_logits(found, expected, note, comparison))
@@ -175,7 +177,7 @@ class _Checks(list[Check]):
 
 def _open(output: str | os.PathLike[str], revision: str | None, checks: _Checks) -> Checkpoint | None:
     """The artifact; None with a failed check when it is there but cannot be opened."""
-    if not Path(output).exists() or revision is not None:
+    if not os.fspath(output) or not Path(output).exists() or revision is not None:
         return open_checkpoint(output, revision)
     with checks.guard("tensors"):
         return open_checkpoint(output)
@@ -340,7 +342,7 @@ def _source_values(comparison: Comparison) -> Check:
     return Check("source values", True, "; ".join(found))
 
 
-def _tokenizers(view: View, base: Checkpoint, text: str | None) -> Check:
+def _tokenizers(view: View, base: Checkpoint, prompt: str | None) -> Check:
     """Both make the same tokens of the same text."""
     try:
         theirs = base.tokenizer()
@@ -350,18 +352,18 @@ def _tokenizers(view: View, base: Checkpoint, text: str | None) -> Check:
         mine = view.artifact.checkpoint.tokenizer()
     except BitternError as error:
         return Check("tokenizer", False, f"the source has one, here: {error}")
-    texts = PROMPTS if text is None else (text,)
-    for prompt in texts:
-        found, expected = (list(one(prompt, verbose=False)["input_ids"]) for one in (mine, theirs))
+    texts = PROMPTS if prompt is None else (prompt,)
+    for text in texts:
+        found, expected = (list(one(text, verbose=False)["input_ids"]) for one in (mine, theirs))
         if found != expected:
-            detail = f"expected tokens {expected[:8]} and so on of {prompt[:20]!r}, found {found[:8]}"
+            detail = f"expected tokens {expected[:8]} and so on of {text[:20]!r}, found {found[:8]}"
             return Check("tokenizer", False, detail)
     if mine.chat_template != theirs.chat_template and view.artifact.checkpoint.gguf is base.gguf is None:
         return Check("tokenizer", False, "its chat template is not the source's")
     return Check("tokenizer", True, f"the source's tokens of {len(texts)} texts")
 
 
-def _prompts(view: View, text: str | None) -> tuple[list[Tensor], str]:
+def _prompts(view: View, prompt: str | None) -> tuple[list[Tensor], str]:
     """Token ids to run the models on, (1, tokens) each, and what they are."""
     config = view.model.config
     vocabulary = config.get_text_config(decoder=True).vocab_size
@@ -369,14 +371,14 @@ def _prompts(view: View, text: str | None) -> tuple[list[Tensor], str]:
     try:
         tokenizer = view.artifact.checkpoint.tokenizer()
     except BitternError:
-        if text is not None:
+        if prompt is not None:
             raise
         ids = torch.randint(vocabulary, (len(PROMPTS), min(limit, 16)), generator=torch.Generator().manual_seed(0))
         return [row.unsqueeze(0) for row in ids], f"{ids.numel()} random tokens, for it has no tokenizer"
-    texts = PROMPTS if text is None else (text,)
+    texts = PROMPTS if prompt is None else (prompt,)
     prompts = [torch.tensor([tokenizer(one, verbose=False)["input_ids"][:limit]]) for one in texts]
     if not all(ids.numel() for ids in prompts):
-        raise BitternError("text: expected at least one token, found none")
+        raise BitternError("prompt: expected at least one token, found none")
     for ids in prompts:
         check_vocabulary(ids, tokenizer, vocabulary)
     return prompts, f"{sum(ids.numel() for ids in prompts)} tokens"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -402,6 +403,38 @@ def test_the_commands_that_make_it_again_name_no_place_on_this_machine(artifact:
     text = card_of(artifact)
     assert "bittern quantize base -o OUT --dataset 'mails.jsonl#body' --dataset org/data" in text
     assert "| calibration | `mails.jsonl#body`, `org/data`" in text and "acme/" not in text
+
+
+@pytest.mark.parametrize("named", [".", "..", "./"])
+def test_a_source_that_has_no_name_gets_that_of_its_folder(
+    named: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(source, tmp_path / "moss")
+    (folder / "below").mkdir()
+    monkeypatch.chdir(folder / "below" if named == ".." else folder)
+    bittern.quantize(named, tmp_path / "packed", bits=4, group_size=32, method="rtn")
+    found = inspect(tmp_path / "packed")
+    assert found["manifest"]["story"][0].startswith("quantized moss (llama): ")
+    assert found["manifest"]["command"][:3] == ["bittern", "quantize", str(folder)]
+    text = card_of(tmp_path / "packed")
+    assert "\n`moss`, quantized to 4 bits by " in text and "\nbittern quantize moss -o OUT --sym " in text
+
+
+def test_a_source_whose_name_no_manifest_can_hold(source: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    bittern.convert(source, tmp_path / "m.gguf")
+    file = (tmp_path / "m.gguf").rename(tmp_path / "m\udcff.gguf")
+    manifest = bittern.quantize(file, tmp_path / "packed", bits=4, group_size=32, method="rtn")
+    assert manifest["source"]["name"] == str(tmp_path / r"m\udcff.gguf")
+
+
+def test_a_gguf_file_has_the_name_of_the_current_folder(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gguf = pytest.importorskip("gguf")
+    monkeypatch.chdir(source)
+    bittern.convert(".", tmp_path / "m.gguf")
+    assert gguf.GGUFReader(tmp_path / "m.gguf").fields["general.name"].contents() == source.name
 
 
 def test_every_dataset_of_the_hub_is_named(artifact: Path) -> None:

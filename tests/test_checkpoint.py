@@ -189,7 +189,13 @@ def test_refuses_indexes_that_lie(tmp_path: Path) -> None:
 
 
 def test_refuses_folders_that_are_no_checkpoint(tmp_path: Path) -> None:
-    refused(tmp_path / "nowhere" / "at" / "all", "no such folder")
+    for name in (tmp_path / "nowhere" / "at" / "all", "./nope", "../nope", "-nope", ".nope/nope"):
+        with pytest.raises(BitternError, match="no such folder"):
+            open_checkpoint(name)
+    with pytest.raises(
+        BitternError, match=r"SOURCE: expected a folder, a \.gguf file or a Hub id, found an empty name"
+    ):
+        open_checkpoint("")
     refused(tmp_path, "config.json")
     folder = make(tmp_path / "c")
     refused(folder, "model.safetensors", "found none")

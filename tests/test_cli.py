@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -245,6 +246,53 @@ def test_an_artifact_is_no_source(run: Bittern, artifact: Path, tmp_path: Path) 
     fails(run("quantize", artifact, "-o", tmp_path / "out"), 1, "quantized")
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(("convert", "", "-o", "out"), ("quantize", "", "-o", "out"), ("inspect", ""), ("verify", "")),
+        *(("uptrain", "", "-o", "out", "--kv-heads", "1"), ("report", "", "-o", "out.html")),
+        *(("run", "", "--prompt", "the"), ("push", "", "me/tiny", "--dry-run")),
+    ],
+    ids=lambda command: command[0],
+)
+def test_an_empty_name_is_not_the_current_folder(
+    run: Bittern, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(shutil.copytree(artifact, tmp_path / "here"))
+    fails(run(*command), 1, "expected a folder", "found an empty name")
+
+
+def test_an_output_has_a_name(run: Bittern, artifact: Path) -> None:
+    options: dict[str, list[object]] = {"uptrain": [artifact, "--kv-heads", 1], "demo": []}
+    for command in ("convert", "quantize", "uptrain", "report", "demo"):
+        given = options.get(command, [artifact])
+        fails(run(command, *given, "-o", ""), 2, "'-o' / '--output': expected a name, found none")
+        fails(run(command, *given, "-o", "q\udcff"), 1, r"output 'q\udcff': expected a name in UTF-8")
+
+
+@pytest.mark.parametrize(
+    ("command", "what"),
+    [
+        (["quantize", "-o", "out", "--group-size", "32", "--seqlen", "32", "--dataset"], "dataset"),
+        (["uptrain", "-o", "out", "--kv-heads", "1", "--seqlen", "32", "--dataset"], "dataset"),
+        (["eval", "--seqlen", "32", "--text"], "text"),
+        (["eval", "--tasks"], "task"),
+    ],
+)
+def test_a_name_that_no_manifest_can_hold_is_refused_before_any_work(
+    run: Bittern, model: Path, text: Path, tmp_path: Path, command: list[str], what: str
+) -> None:
+    name = shutil.copy(text, tmp_path / "v\udcff.txt")
+    fails(run(command[0], model, *command[1:], name), 1, what, r"v\udcff.txt': expected a name in UTF-8")
+
+
+@pytest.mark.parametrize("command", ["convert", "quantize"])
+def test_a_gguf_file_has_no_shards(run: Bittern, model: Path, tmp_path: Path, command: str) -> None:
+    options = ["--max-shard-size", "1GB"] + (["--group-size", "32"] if command == "quantize" else [])
+    fails(run(command, model, "-o", tmp_path / "out.gguf", *options), 1, "max_shard_size: a GGUF file is written whole")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_revision_belongs_to_the_hub(run: Bittern, model: Path, tmp_path: Path) -> None:
     fails(run("convert", model, "-o", tmp_path / "out", "--revision", "main"), 1, "--revision main", "Hub id")
 
@@ -268,6 +316,8 @@ def test_convert_repacks_and_verify_agrees(run: Bittern, artifact: Path, tmp_pat
     shown = run("verify", out, "--no-logits", "--json")
     assert shown.code == 1 and json.loads(shown.out)["passed"] is False
     fails(run("verify", tmp_path / "nowhere"), 1, "nowhere")
+    fails(run("verify", out, "--text", "the"), 2, "--text")
+    assert run("verify", out, "--prompt", "the cat", "--against", artifact).code == 1
 
 
 def test_convert_says_what_it_did(run: Bittern, model: Path, tmp_path: Path) -> None:
@@ -464,6 +514,20 @@ def test_run_takes_unquantized_models_and_stdin(run: Bittern, model: Path, monke
     assert from_option.out == from_stdin.out
 
 
+def test_run_honours_the_penalty_of_the_generation_config_and_names_the_rest(
+    run: Bittern, model: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(model, tmp_path / "asking")
+    asked = {"repetition_penalty": 3.5, "suppress_tokens": [5], "no_repeat_ngram_size": 0, "min_new_tokens": 2}
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, **asked}), encoding="utf-8")
+    command = ["--prompt", "the cat", "--max-new-tokens", 12, "--ignore-eos"]
+    stored, given = run("run", folder, *command), run("run", model, *command, "--repetition-penalty", 3.5)
+    plain, undone = run("run", model, *command), run("run", folder, *command, "--repetition-penalty", 1)
+    assert stored.out == given.out != plain.out == undone.out
+    note = "note: generation_config.json: min_new_tokens, suppress_tokens: not honoured\n"
+    assert stored.err == note + given.err and given.err.startswith("kernels: ")
+
+
 def test_run_without_a_prompt(run: Bittern, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     fails(run("run", model), 1, "--prompt", "stdin")
@@ -510,7 +574,7 @@ def test_a_chat_outlives_a_full_context_and_a_bad_line(
     notes = shown.err.splitlines()
     assert notes.count("error: what was typed: expected UTF-8 text, found other bytes at character 5") == 1
     assert sum("the oldest turns are forgotten" in note for note in notes) > 5
-    assert sum(note.startswith("error: ") and "do not fit a context" in note for note in notes) == 1  # the long line
+    assert sum(note.startswith("error: ") and "leave no room in" in note for note in notes) == 1  # the long line
     assert shown.out.count("> ") == len(lines) + 1
 
 
@@ -653,6 +717,16 @@ def test_the_help_says_what_an_output_may_be(run: Bittern) -> None:
     for command in ("convert", "quantize"):
         assert "Folder to write, or .gguf file." in run(command, "--help").out
     assert "Folder to write." in run("uptrain", "--help").out and ".gguf" not in run("uptrain", "--help").out
+
+
+def test_the_defaults_in_the_help_are_the_real_ones(run: Bittern) -> None:
+    from bittern.record import SEQLEN, WINDOWS
+    from bittern.writer import MAX_SHARD_SIZE
+
+    shown = " ".join(run("eval", "--help").out.split())
+    assert f"window of the text. [default: {SEQLEN}]" in shown and f"start. [default: {WINDOWS}]" in shown
+    shown = " ".join(run("convert", "--help").out.split())
+    assert "of a folder. [default: 5GB]" in shown and byte_size("5GB") == MAX_SHARD_SIZE
 
 
 def test_the_default_dataset_in_the_help_is_the_real_one(run: Bittern) -> None:

@@ -36,7 +36,8 @@ def source(tied: bool, tmp_path_factory: pytest.TempPathFactory, tokenizer: PreT
 
 
 def run(source: Path, output: Path, text: Path, **options: Any) -> dict[str, Any]:
-    return bittern.quantize(source, output, **{"dataset": str(text), **SMALL, **options})
+    calibrated = {"group_size": 32} if options.get("method") == "rtn" else {"dataset": str(text), **SMALL}
+    return bittern.quantize(source, output, **{**calibrated, **options})
 
 
 def logits(path: Path) -> torch.Tensor:

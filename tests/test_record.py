@@ -208,6 +208,9 @@ def test_files_are_read_before_a_model(tmp_path: Path, tasks: list[Path], text: 
         ({"text": text, "tasks": [broken]}, "broken.jsonl.gz"),
         ({"text": tmp_path / "typo.txt", "tasks": tasks}, "typo.txt: cannot be read"),
         ({"text": text, "tasks": [], "limit": 3}, "limit: it counts the questions of tasks"),
+        ({"text": None, "tasks": tasks}, "seqlen: it cuts a text, and there is none"),
+        ({"text": None, "tasks": tasks, "seqlen": None}, "windows: it cuts a text, and there is none"),
+        ({"text": text, "tasks": [], "against": "\udcff.gguf"}, r"against '\\udcff.gguf': expected a name in UTF-8"),
     ):
         with pytest.raises(BitternError, match=message):
             measure(load, None, "model", **{**good, **wrong})  # type: ignore[arg-type]

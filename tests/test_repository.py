@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import subprocess
+import sys
 import tomllib
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -91,6 +93,25 @@ def test_the_constraints_pin_every_dependency_exactly() -> None:
     ]
     names = {re.split(r"[<>=]", need)[0].lower().replace("_", "-") for need in wanted}
     assert names <= {pin.lower().replace("_", "-") for pin in pins}
+
+
+def test_the_least_click_has_choices_that_are_no_text() -> None:
+    """8.1 has none, and --lm-head-bits and --embed-bits are such."""
+    needs = tomllib.loads(read("pyproject.toml"))["project"]["dependencies"]
+    (least,) = [need.partition(">=")[2] for need in needs if need.startswith("click")]
+    assert tuple(map(int, least.split("."))) >= (8, 2)
+
+
+def test_dev_says_that_an_environment_is_another_python_s(tmp_path: Path) -> None:
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.write_text("#!/bin/sh\necho 2.7\n")
+    python.chmod(0o755)
+    shutil.copy(ROOT / "dev", tmp_path)
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run([tmp_path / "dev", "setup"], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == f"error: .venv is Python 2.7; remove it to use {sys.executable}\n"
 
 
 def test_dev_knows_its_commands() -> None:

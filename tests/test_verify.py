@@ -26,7 +26,8 @@ from bittern.verify import Check, Verification, verify
 from tests import tiny
 from tests.test_runtime_load import make
 
-SMALL: dict[str, Any] = {"group_size": 32, "nsamples": 4, "seqlen": 32, "method": "rtn"}
+SMALL: dict[str, Any] = {"group_size": 32, "method": "rtn"}
+CALIBRATED: dict[str, Any] = {"group_size": 32, "nsamples": 4, "seqlen": 32}
 Q0, Q1 = (f"model.layers.{index}.self_attn.q_proj" for index in range(2))
 
 
@@ -349,21 +350,21 @@ def test_a_gguf_file_against_what_it_was_and_back(source: Path, packed: Path, tm
     convert(sym, file, format="gguf")
     convert(file, tmp_path / "back", format="gptq")
     for output, against in ((file, sym), (tmp_path / "back", sym), (sym, file)):
-        found = verify(output, against, text=words)
+        found = verify(output, against, prompt=words)
         assert found.passed, [(each.name, each.detail) for each in found.checks]
         assert "14 packed layers equal, 14 in codes too" in check(found, "source values").detail
-    assert check(verify(file, source, text=words), "files").passed is None
+    assert check(verify(file, source, prompt=words), "files").passed is None
     convert(source, tmp_path / "plain.gguf", format="gguf", dtype="fp16")
-    assert verify(tmp_path / "plain.gguf", source, text=words).passed
+    assert verify(tmp_path / "plain.gguf", source, prompt=words).passed
 
 
 def test_a_gguf_file_says_what_was_rescaled(source: Path, text: Path, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     file = tmp_path / "out.gguf"
-    bittern.quantize(source, file, **{**SMALL, "method": "gptq", "dataset": str(text)})
+    bittern.quantize(source, file, dataset=str(text), **CALIBRATED)
     convert(file, tmp_path / "back", format="gptq")
     for output in (file, tmp_path / "back"):
-        found = verify(output, source, text=" ".join(tiny.WORDS))
+        found = verify(output, source, prompt=" ".join(tiny.WORDS))
         assert "rescaled or trained as the artifact says" in check(found, "source values").detail
         assert found.passed, [(each.name, each.detail) for each in found.checks]
 
@@ -373,11 +374,11 @@ def test_what_was_rescaled_before_is_not_excused_again(kind: str, source: Path, 
     if kind == "gguf":
         pytest.importorskip("gguf")
     first, out = tmp_path / "first", tmp_path / ("out.gguf" if kind == "gguf" else "out")
-    manifest = bittern.quantize(source, first, **{**SMALL, "method": "gptq", "dataset": str(text)})
+    manifest = bittern.quantize(source, first, dataset=str(text), **CALIBRATED)
     norm = next(name for name in manifest["changed"] if name.endswith("input_layernorm.weight"))
     convert(first, out, format="gguf" if kind == "gguf" else "compressed-tensors")
     words = " ".join(tiny.WORDS)
-    assert verify(out, first, text=words).passed
+    assert verify(out, first, prompt=words).passed
     if kind == "gguf":
         with open_checkpoint(first) as checkpoint:
             values = checkpoint.read(norm).float().numpy().tobytes()
@@ -387,23 +388,23 @@ def test_what_was_rescaled_before_is_not_excused_again(kind: str, source: Path, 
     else:
         tensors = load_file(out / "model.safetensors")
         save_file(tensors | {norm: tensors[norm] * 1.01}, out / "model.safetensors", {"format": "pt"})
-    found = verify(out, first, text=words)
+    found = verify(out, first, prompt=words)
     assert norm in check(found, "source values").detail and check(found, "source values").passed is False
     convert(first, tmp_path / "floats", format="safetensors")
     bittern.quantize(tmp_path / "floats", tmp_path / "again", **SMALL)  # rounds, and rescales nothing
-    detail = check(verify(tmp_path / "again", tmp_path / "floats", text=words), "source values").detail
+    detail = check(verify(tmp_path / "again", tmp_path / "floats", prompt=words), "source values").detail
     assert "rescaled or trained" not in detail
-    assert "rescaled or trained" in check(verify(tmp_path / "again", source, text=words), "source values").detail
+    assert "rescaled or trained" in check(verify(tmp_path / "again", source, prompt=words), "source values").detail
 
 
 def test_logits_of_a_model_that_knows_nothing_any_more(source: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    manifest = bittern.quantize(source, out, **{**SMALL, "method": "gptq", "dataset": str(text)})
+    manifest = bittern.quantize(source, out, dataset=str(text), **CALIBRATED)
     norms = [name for name in manifest["changed"] if name.endswith("layernorm.weight")]
     tensors = load_file(out / "model.safetensors")
     damaged = {name: -300 * tensors[name] for name in norms}
     save_file(tensors | damaged, out / "model.safetensors", {"format": "pt"})
-    found = check(verify(out, source, text=" ".join(tiny.WORDS)), "logits")
+    found = check(verify(out, source, prompt=" ".join(tiny.WORDS)), "logits")
     assert found.passed is False and "a model that knows nothing" in found.detail
 
 
@@ -432,7 +433,7 @@ def test_another_gguf_file_of_the_same_shape_is_found(source: Path, tmp_path: Pa
     shutil.copy(source / "tokenizer.json", other)
     shutil.copy(source / "tokenizer_config.json", other)
     convert(other, tmp_path / "other.gguf", format="gguf")
-    assert failed(verify(tmp_path / "other.gguf", source, logits=False, text="moss")) == ["source values"]
+    assert failed(verify(tmp_path / "other.gguf", source, logits=False, prompt="moss")) == ["source values"]
 
 
 FAMILIES = {
@@ -488,8 +489,10 @@ def test_another_tokenizer_is_found(source: Path, copy: Path) -> None:
 
 
 def test_a_text_of_ones_own(packed: Path) -> None:
-    assert "finite on" in check(verify(packed, text="quiet river"), "logits").detail
-    assert "at least one token" in check(verify(packed, text=""), "logits").detail
+    assert "finite on" in check(verify(packed, prompt="quiet river"), "logits").detail
+    assert "at least one token" in check(verify(packed, prompt=""), "logits").detail
+    with pytest.raises(BitternError, match="prompt: expected a source to compare tokens with, or logits"):
+        verify(packed, logits=False, prompt="quiet river")
 
 
 def test_layer_records_are_found_through_every_repacking() -> None:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.table import Table
@@ -144,6 +144,7 @@ def run_demo(
         artifacts = work / "artifacts" if output is None else output
         artifacts.mkdir(parents=True)
         calibration = _corpus_file(work / "calibration.txt", CALIBRATION_SEED, CALIBRATION_SAMPLES)
+        taught: dict[str, Any] = {"dataset": str(calibration), "nsamples": CALIBRATION_SAMPLES, "seqlen": SEQLEN}
         report(f"fp32: measuring on {windows} x {SEQLEN} held-out tokens and {items} questions")
         exam = _prepare(work, windows, items)
         rows = [_measure(exam, exam.base, MODEL, 32, "fp32")]
@@ -157,10 +158,8 @@ def run_demo(
                     bits=width,
                     group_size=GROUP_SIZE,
                     method=method,
-                    dataset=str(calibration),
-                    nsamples=CALIBRATION_SAMPLES,
-                    seqlen=SEQLEN,
                     device="cpu",
+                    **(taught if method == "gptq" else {}),
                 )
                 rows.append(_measure(exam, _load(artifact), artifact, width, method))
         writer = 4 if 4 in bits else bits[0]

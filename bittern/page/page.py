@@ -81,6 +81,8 @@ def write_page(
 
 def _read(artifact: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(artifact)
+    if not os.fspath(artifact):
+        raise BitternError("ARTIFACT: expected a folder, found an empty name")
     if path.suffix == ".json" and path.is_file():
         return check_manifest(path)
     if path.suffix == ".gguf":
