@@ -239,13 +239,20 @@ class CheckpointWriter:
         shard, offset = self._where[name]
         with explained(self.out):
             with self._mutex:
+                if self._lock_file is None:
+                    raise BitternError(f"{name}: written after {self.out} was given up")
                 if shard not in self._files:
                     self._files[shard] = open_file(self.folder / f"{self._names[shard]}.partial", os.O_WRONLY)
-                file = self._files[shard]
-            write_elements(file, offset + start * info.dtype.itemsize, tensor.detach().cpu())
+                # Its own: other threads may still write when an error gives the output up, and the number of a
+                # closed file is that of the next one that is opened.
+                file = os.dup(self._files[shard])
+            try:
+                write_elements(file, offset + start * info.dtype.itemsize, tensor.detach().cpu())
+            finally:
+                os.close(file)
             with self._mutex:
                 self._left[shard] -= tensor.nbytes
-                if not self._left[shard]:
+                if not self._left[shard] and shard in self._files:
                     os.close(self._files.pop(shard))
 
     def write_file(self, name: str, text: str) -> None:
@@ -339,12 +346,12 @@ class CheckpointWriter:
         self._unlock()
 
     def _discard(self) -> None:
-        for file in self._files.values():
-            os.close(file)
-        self._files.clear()
-        if self._lock_file is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self._unlock()
+        with self._mutex:
+            while self._files:
+                os.close(self._files.popitem()[1])
+            if self._lock_file is not None:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                self._unlock()
 
     def _unlock(self) -> None:
         if self._lock_file is not None:

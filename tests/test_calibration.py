@@ -262,7 +262,8 @@ def test_conversations_are_rendered(key: str, tmp_path: Path, with_bos: PreTrain
     ids = load(path, with_bos, chat_template=True, nsamples=1000, seqlen=64).ids
     stream = encode(with_bos, f"[user]Boom?{EOS}[assistant]{said}{EOS}")
     # BOS stands at the head of every window and nowhere else, though the template writes one too
-    assert ids[:, 1:].flatten().tolist() == stream[: len(ids) * 63]
+    windows = {tuple(stream[start : start + 63]) for start in range(0, len(ids) * 63, 63)}
+    assert set(map(tuple, ids[:, 1:].tolist())) == windows and len(ids) == len(stream) // 63
     with pytest.raises(BitternError, match=r"expected a column 'text'.*--chat-template renders messages"):
         load(path, with_bos)
 

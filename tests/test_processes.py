@@ -102,14 +102,12 @@ def test_two_processes_make_what_one_makes(
     assert found == expected
     for stage, share in one["layers"][0]["left"].items():
         assert two["layers"][0]["left"][stage] == pytest.approx(share, rel=1e-3)
-    # Sums of another order differ in their last bits. In the layers that read the first input nothing else does, nor in
-    # those of the first attention where errors are not shaped.
+    # Sums of another order differ in their last bits, and where errors are not shaped nothing else does in the layers
+    # of the first attention. Where they are, a code that falls on the other side is seen by all rows after its own,
+    # which make up for it. All layers after it see a scale that does, by 1 part in 1024: they agree on the whole.
     losses = torch.tensor([[record["loss"] for record in manifest["layers"]] for manifest in manifests])
     first_layers = losses[:, :3] if shaped else losses[:, :4]
-    torch.testing.assert_close(*first_layers, rtol=1e-3 if shaped else 1e-4, atol=0)
-    # Then a scale that falls on the other side of what fp16 holds, by 1 part in 1024, is seen by all layers after it,
-    # and where errors are shaped, a code that does by all rows after its own, which make up for it; they agree on the
-    # whole.
+    torch.testing.assert_close(*first_layers, rtol=0.02 if shaped else 1e-4, atol=0)
     torch.testing.assert_close(losses[0].log().mean(), losses[1].log().mean(), rtol=0, atol=0.02)
     first, second = codes(tmp_path / "1"), codes(tmp_path / "2")
     same = sum(int((first[layer] == second[layer]).sum()) for layer in first)

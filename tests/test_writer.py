@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from bittern import writer
 from bittern.errors import BitternError
 from bittern.shards import DTYPES, TensorInfo
 from bittern.writer import CheckpointWriter, check_output, shard_names, split
@@ -226,6 +229,38 @@ def test_what_contradicts_the_plan_is_refused_and_nothing_stays(tmp_path: Path) 
     with refused("x: safetensors files have no torch.complex128"):
         CheckpointWriter(tmp_path / "out", [TensorInfo("x", torch.complex128, (1,))])
     assert listing(tmp_path) == []
+
+
+def test_a_thread_that_still_writes_when_all_is_given_up_writes_nowhere_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next file that is opened gets the number of one that was closed."""
+    began, given_up = threading.Event(), threading.Event()
+    write = writer.write_elements
+
+    def slow(*args: Any) -> None:
+        began.set()
+        assert given_up.wait(30)
+        write(*args)
+
+    monkeypatch.setattr(writer, "write_elements", slow)
+    out = CheckpointWriter(
+        tmp_path / "out", [TensorInfo("a", torch.float32, (4,)), TensorInfo("b", torch.float32, (4,))]
+    )
+    thread = threading.Thread(target=out.write, args=("a", torch.ones(4)))
+    with pytest.raises(BitternError, match="half way"), out:
+        thread.start()
+        assert began.wait(30)
+        raise BitternError("half way")
+    others = [(tmp_path / str(number)).open("wb+") for number in range(8)]
+    given_up.set()
+    thread.join()
+    for file in others:
+        assert not file.read()
+        file.close()
+    with pytest.raises(BitternError, match=r"b: written after .*out was given up"):
+        out.write("b", torch.ones(4))
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 
 
 def test_until_the_commit_nothing_looks_like_a_checkpoint(tmp_path: Path) -> None:
