@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bittern import writer
+from bittern import shards
 from bittern.errors import BitternError
 from bittern.shards import DTYPES, TensorInfo
 from bittern.writer import CheckpointWriter, check_output, shard_names, split
@@ -236,14 +236,14 @@ def test_a_thread_that_still_writes_when_all_is_given_up_writes_nowhere_else(
 ) -> None:
     """The next file that is opened gets the number of one that was closed."""
     began, given_up = threading.Event(), threading.Event()
-    write = writer.write_elements
+    write = shards.write_elements
 
     def slow(*args: Any) -> None:
         began.set()
         assert given_up.wait(30)
         write(*args)
 
-    monkeypatch.setattr(writer, "write_elements", slow)
+    monkeypatch.setattr("bittern.writer.write_elements", slow)
     out = CheckpointWriter(
         tmp_path / "out", [TensorInfo("a", torch.float32, (4,)), TensorInfo("b", torch.float32, (4,))]
     )
