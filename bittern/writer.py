@@ -277,7 +277,6 @@ class CheckpointWriter:
                 raise BitternError(f"{name}: only {done} of {info.numel} elements were written before the commit")
         with explained(self.out):
             for name in self._names:
-                fsync(self.folder / f"{name}.partial")
                 (self.folder / f"{name}.partial").rename(self.folder / name)
             if len(self._names) > 1:
                 where = {name: self._names[self._where[name][0]] for name in self._plan}

@@ -18,6 +18,14 @@ from bittern.formats.gguf_rope import FREQUENCIES, read_rope
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
+_OVERLOOKED = {
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
+"""Keys that transformers passes over -> attributes of the configurations that have them."""
+
 _SHAPES = (
     *("vocab_size", "context_length", "embedding_length", "block_count", "feed_forward_length", "expert_count"),
     *("expert_feed_forward_length", "expert_shared_feed_forward_length", "attention.head_count"),
@@ -84,7 +92,7 @@ def _complete(parsed: dict[str, Any], reader: GGUFReader, architecture: str) -> 
     epsilon = field("attention.layer_norm_rms_epsilon") or field("attention.layer_norm_epsilon")
     if epsilon is not None:
         parsed[next(name for name in _EPSILONS if hasattr(defaults, name))] = epsilon
-    theta = field("rope.freq_base") or parsed.get("rope_theta", 10000.0)
+    theta = field("rope.freq_base") or 10000.0
     parsed.pop("rope_scaling", None)  # gpt-oss: transformers takes lengths of keys for their values
     dim = parsed.get("head_dim") or parsed.get("hidden_size", 0) // (parsed.get("num_attention_heads") or 1)
     factors = tensors.get(FREQUENCIES)
@@ -104,9 +112,9 @@ def _complete(parsed: dict[str, Any], reader: GGUFReader, architecture: str) -> 
         own = parsed["hidden_size"] // parsed["num_attention_heads"]
         large = parsed["num_hidden_layers"] == {"gemma2": 46, "gemma3": 62}[architecture]  # llama.cpp tells the 27B so
         parsed["query_pre_attn_scalar"] = own if large else parsed.get("head_dim", 256)
-    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if hasattr(defaults, name) and field(name) is not None:
-            parsed[name] = float(field(name))
+    for key, name in _OVERLOOKED.items():
+        if hasattr(defaults, name) and field(key) is not None:
+            parsed[name] = field(key)
     if architecture in ("phi3", "starcoder2"):
         parsed["sliding_window"] = field("attention.sliding_window")
     if architecture == "llama":
@@ -115,10 +123,6 @@ def _complete(parsed: dict[str, Any], reader: GGUFReader, architecture: str) -> 
             parsed["sliding_window"] = None
         parsed["attention_bias"] = "blk.0.attn_output.bias" in tensors
         parsed["mlp_bias"] = "blk.0.ffn_down.bias" in tensors
-    if architecture in ("qwen2moe", "qwen3moe"):
-        parsed["moe_intermediate_size"] = int(field("expert_feed_forward_length"))
-    if architecture == "qwen2moe":
-        parsed["shared_expert_intermediate_size"] = int(field("expert_shared_feed_forward_length"))
 
 
 def _account(config: Any, reader: GGUFReader, architecture: str) -> None:
