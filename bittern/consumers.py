@@ -242,6 +242,8 @@ def _transformers_gptq(layout: Layout) -> str | None:
 
 
 def _transformers_compressed(layout: Layout) -> str | None:
+    if layout.desc_act:
+        return "`actorder` that groups columns, which compressed-tensors no longer takes"
     if layout.old_key:
         return "reads `quantization_config` alone, and this one stands under `compression_config`"
     if not layout.sym and layout.experts:

@@ -21,8 +21,12 @@ ROUTER = re.compile(r"(^|\.)(gate|router)(\.|$)")
 
 _UNREAD = {
     "gemma2": ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
+    "gemma3_text": ("query_pre_attn_scalar",),
+    "gpt2": ("n_positions",),
     "nemotron": ("partial_rotary_factor",),
     "phi3": ("sliding_window", "partial_rotary_factor"),
+    "qwen3": ("head_dim",),
+    "qwen3_moe": ("moe_intermediate_size",),
     "stablelm": ("rope_theta", "partial_rotary_factor"),
     "starcoder2": ("sliding_window", "rope_theta"),
 }
@@ -180,8 +184,12 @@ def _lost_in_gguf(config: Mapping[str, Any]) -> str:
         return "scaled RoPE"
     if kind == "llama" and (config.get("attention_bias") or config.get("mlp_bias")):
         return "biases"
-    if kind in ("llama", "qwen2", "qwen3") and isinstance(dim, int) and isinstance(heads, int) and dim * heads != size:
+    if kind == "qwen2" and isinstance(dim, int) and isinstance(heads, int) and dim * heads != size:
         return "head_dim"
+    if kind == "mixtral":
+        return "experts"
+    if kind == "qwen2_moe":
+        return "gate of shared experts"  # of two dimensions, which converters write now
     if isinstance(kind, str) and kind in _UNREAD:
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 

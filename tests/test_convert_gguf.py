@@ -42,6 +42,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "yarn": ("llama", {"rope_parameters": ROPE | {"rope_type": "yarn"}}),
     "llama3": ("llama", {"rope_parameters": LLAMA3}),
     "mistral": ("mistral", {"sliding_window": None}),
+    "mixtral": ("mixtral", {"num_local_experts": 12, "sliding_window": None}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"head_dim": 32}),
     "gemma3": ("gemma3_text", GEMMA | {"tie_word_embeddings": True}),
@@ -300,6 +301,10 @@ def test_a_name_of_what_cuts_words_that_nobody_knows(folder: Path, tmp_path: Pat
     write(folder, tmp_path / "a.gguf")
     data = (tmp_path / "a.gguf").read_bytes()
     assert data.count(b"gpt-2") == 1
+    (tmp_path / "a.gguf").write_bytes(data.replace(b"gpt-2", b"phi-2"))  # which llama.cpp cuts alike
+    with open_checkpoint(tmp_path / "a.gguf") as checkpoint, open_checkpoint(folder) as source:
+        text = "quiet river amber"
+        assert checkpoint.tokenizer()(text)["input_ids"] == source.tokenizer()(text)["input_ids"]
     (tmp_path / "a.gguf").write_bytes(data.replace(b"gpt-2", b"gpt-9"))
     with open_checkpoint(tmp_path / "a.gguf") as checkpoint, pytest.raises(BitternError, match="found gpt-9"):
         checkpoint.tokenizer()

@@ -31,7 +31,8 @@ def rope(theta: float, part: float | None = None) -> dict[str, Any]:
 
 
 def layer_norm(writer: Any, config: Any) -> None:
-    writer.add_layer_norm_eps(getattr(config, "norm_epsilon", None) or config.layer_norm_eps)
+    names = ("norm_epsilon", "layer_norm_eps", "layer_norm_epsilon")
+    writer.add_layer_norm_eps(next(getattr(config, name) for name in names if hasattr(config, name)))
 
 
 def rms_norm(writer: Any, config: Any) -> None:
@@ -54,29 +55,62 @@ def gemma2(writer: Any, config: Any) -> None:
     writer.add_final_logit_softcapping(config.final_logit_softcapping)
 
 
+def no_window(writer: Any, _: Any) -> None:
+    writer.add_sliding_window(0)
+
+
+def states(writer: Any, config: Any) -> None:
+    writer.add_layer_norm_rms_eps(config.layer_norm_epsilon)
+    writer.add_ssm_conv_kernel(config.conv_kernel)
+    writer.add_ssm_inner_size(config.intermediate_size)
+    writer.add_ssm_state_size(config.state_size)
+    writer.add_ssm_time_step_rank(config.time_step_rank)
+    writer.add_ssm_dt_b_c_rms(False)
+
+
+def experts(writer: Any, config: Any) -> None:
+    writer.add_expert_count(config.num_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if hasattr(config, "shared_expert_intermediate_size"):
+        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 MODELS: dict[str, tuple[str, dict[str, Any], tuple[Add, ...]]] = {
     "base": ("starcoder2", {"sliding_window": None} | rope(1e6), (layer_norm,)),
     "window": ("starcoder2", {"sliding_window": 8, "norm_epsilon": 1e-3}, (layer_norm, window)),
     "part": ("stablelm", {"layer_norm_eps": 1e-3} | rope(1e6, 0.5), (layer_norm, part_of_heads)),
     "part and window": ("phi3", {"sliding_window": 8} | rope(5e4, 0.75), (rms_norm, part_of_heads, window)),
+    "no window": ("phi3", {"sliding_window": None}, (rms_norm, no_window)),
+    "positions": ("gpt2", {}, (layer_norm,)),
+    "states": ("mamba", {"state_size": 8, "intermediate_size": 128}, (states,)),
+    "shared": ("qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 64}, (rms_norm, experts)),
+    "normed": ("qwen3_moe", EXPERTS | {"head_dim": 16, "norm_topk_prob": True}, (rms_norm, experts)),
     "27B": ("gemma2", GEMMA2 | {"final_logit_softcapping": 5.0}, (rms_norm, gemma2, window)),
     "9B": ("gemma2", GEMMA2 | {"num_hidden_layers": 2, "query_pre_attn_scalar": 8}, (rms_norm, gemma2, window)),
 }
 
 
-def write(model: PreTrainedModel, architecture: str, path: Path, *more: Add) -> Path:
-    """A file as llama.cpp's converter makes it of an architecture that stores tensors as transformers does."""
+def write(model: PreTrainedModel, model_type: str, path: Path, *more: Add) -> Path:
+    """A file as llama.cpp's converter makes it of an architecture whose heads it leaves in order."""
     config: Any = model.config
+    architecture = model_type.replace("_", "")
     kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")
-    writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    for attribute, add in {
+        "max_position_embeddings": writer.add_context_length,
+        "intermediate_size": writer.add_feed_forward_length,
+        "num_attention_heads": writer.add_head_count,
+        "num_key_value_heads": writer.add_head_count_kv,
+    }.items():
+        if hasattr(config, attribute):
+            add(getattr(config, attribute))
+    if getattr(config, "rope_parameters", None):
+        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([f"t{number}" for number in range(config.vocab_size)])
     writer.add_pad_token_id(2)
@@ -86,13 +120,32 @@ def write(model: PreTrainedModel, architecture: str, path: Path, *more: Add) -> 
     for name, values in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        stored: Tensor = values + 1 if architecture == "gemma2" and name.endswith("norm.weight") else values
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), stored.contiguous().numpy())
+        for part, stored in parts(architecture, name, values).items():
+            found = names.get_name(part, try_suffixes=(".weight", ".bias"))
+            writer.add_tensor(found, stored.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def parts(architecture: str, name: str, values: Tensor) -> dict[str, Tensor]:
+    """What the converter makes of a tensor, by names of which gguf knows the equivalent."""
+    if architecture == "gemma2" and name.endswith("norm.weight"):
+        return {name: values + 1}
+    if architecture == "gpt2" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+        return {name: values.T}
+    if name.endswith("A_log"):
+        return {name: -values.exp()}
+    if name.endswith("conv1d.weight"):
+        return {name: values.squeeze(1)}
+    if name.endswith("experts.down_proj"):
+        return {f"{name}.weight": values}
+    if name.endswith("experts.gate_up_proj"):
+        pair = zip(("gate_proj", "up_proj"), values.chunk(2, dim=1), strict=True)
+        return {f"{name.replace('gate_up_proj', part)}.weight": half for part, half in pair}
+    return {name: values}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -132,7 +185,7 @@ def test_a_key_that_says_other_than_the_model_is_refused(tmp_path: Path) -> None
         writer.add_sliding_window(8)
 
     path = write(tiny.random_model("qwen2"), "qwen2", tmp_path / "b.gguf", rms_norm, windowed)
-    refused(path, r"qwen2.attention.sliding_window: found 8")
+    refused(path, r"qwen2.attention.sliding_window: expected 0 of such a model, found 8")
 
 
 def test_a_factor_without_a_kind_is_linear(tmp_path: Path) -> None:

@@ -155,6 +155,7 @@ def test_what_a_generation_config_asks_for_and_does_not_get(tokenizer: PreTraine
     model.generation_config.update(**idle)  # type: ignore[no-untyped-call]
     assert not_honoured(model) == []
     asked = {"forced_eos_token_id": 0, "guidance_scale": 1.5, "no_repeat_ngram_size": 3, "suppress_tokens": [5]}
+    asked |= {"num_beams": 4, "stop_strings": ["."]}
     model.generation_config.update(**asked)  # type: ignore[no-untyped-call]
     assert not_honoured(model) == sorted(asked)
 

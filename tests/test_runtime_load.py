@@ -296,6 +296,17 @@ def test_autogptq_quirks(tmp_path: Path) -> None:
     assert model.get_submodule(first).bias is None
 
 
+def test_biases_of_experts_are_zeros_or_refused(tmp_path: Path) -> None:
+    made = make(tmp_path, **CASES["experts apart"])
+    name = f"{next(layer for layer in made.layers if 'experts' in layer)}.bias"
+    rows = load_file(made.plain / "model.safetensors")[name.replace(".bias", ".weight")].shape[0]
+    made.change({name: torch.zeros(rows)})
+    assert_same_logits(bittern.load(made.artifact, device="cpu", kernels="torch"), made.oracle())
+    made.change({name: torch.ones(rows)})
+    with pytest.raises(BitternError, match=r"^model.*experts.0.w1.bias: expected zeros, for experts have no bias here"):
+        bittern.load(made.artifact, device="cpu", kernels="torch")
+
+
 needs_native = pytest.mark.skipif(not native.available(), reason=f"native runtime: {native.why_not()}")
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _OVERLOOKED = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
+    "expert_count": "num_local_experts",
+    "expert_used_count": "num_experts_per_tok",
     "expert_feed_forward_length": "moe_intermediate_size",
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
 }
@@ -85,6 +87,8 @@ def _complete(parsed: dict[str, Any], reader: GGUFReader, architecture: str) -> 
         return read_field(reader, f"{architecture}.{key}")
 
     tensors = {tensor.name: tensor for tensor in reader.tensors}
+    if architecture == "llama" and field("expert_count"):
+        parsed["model_type"] = "mixtral"
     defaults = CONFIG_MAPPING[parsed["model_type"]]()
     head_dim = field("attention.key_length")
     if head_dim is not None and architecture in ("llama", "qwen2", "qwen3"):
@@ -116,13 +120,16 @@ def _complete(parsed: dict[str, Any], reader: GGUFReader, architecture: str) -> 
         if hasattr(defaults, name) and field(key) is not None:
             parsed[name] = field(key)
     if architecture in ("phi3", "starcoder2"):
-        parsed["sliding_window"] = field("attention.sliding_window")
+        parsed["sliding_window"] = field("attention.sliding_window") or None  # of Phi-4 it is 0: none
+    if architecture == "gpt2":
+        parsed["n_positions"] = field("context_length")
     if architecture == "llama":
         # A file whose name is "mistral" is parsed as one, with a window of 4096 that the file does not have.
         if "sliding_window" in parsed or parsed.get("model_type") == "mistral":
             parsed["sliding_window"] = None
-        parsed["attention_bias"] = "blk.0.attn_output.bias" in tensors
-        parsed["mlp_bias"] = "blk.0.ffn_down.bias" in tensors
+        if parsed["model_type"] != "mixtral":
+            parsed["attention_bias"] = "blk.0.attn_output.bias" in tensors
+            parsed["mlp_bias"] = "blk.0.ffn_down.bias" in tensors
 
 
 def _account(config: Any, reader: GGUFReader, architecture: str) -> None:
@@ -155,10 +162,12 @@ def _says(config: Any) -> dict[str, Any]:
         "rope.freq_base": full.get("rope_theta"),
         "rope.freq_base_swa": local.get("rope_theta"),
         "rope.dimension_count": int(dim * full.get("partial_rotary_factor", 1.0)) if dim and full else None,
-        "attention.sliding_window": getattr(config, "sliding_window", None),
+        "attention.sliding_window": getattr(config, "sliding_window", None) or 0,
+        "expert_used_count": getattr(config, "num_experts_per_tok", None),
         "attn_logit_softcapping": getattr(config, "attn_logit_softcapping", None),
         "final_logit_softcapping": getattr(config, "final_logit_softcapping", None),
         "use_parallel_residual": getattr(config, "use_parallel_residual", None),
         "attention.causal": True,
+        "ssm.dt_b_c_rms": False,  # norms that FalconMamba has
     }
     return {key: value for key, value in said.items() if value is not None}

@@ -1,7 +1,7 @@
 """Reading GGUF: a file of llama.cpp as the checkpoint that it was made from.
 
 Configuration, tensor names and each architecture's rearrangements (llama's permuted q and k rows, merged
-experts, norms stored plus one) are transformers' own; here tensors are read one at a time.
+experts, norms stored plus one) are transformers' own, but for Mixtral; here tensors are read one at a time.
 
 Files that bittern wrote say under the key ``bittern.grids`` what the grids were, in JSON: ``default`` and, for the
 ``layers`` that differ from it, ``bits``, ``group_size`` and ``sym``.
@@ -10,6 +10,7 @@ Files that bittern wrote say under the key ``bittern.grids`` what the grids were
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 from collections.abc import Iterable, Mapping
@@ -131,6 +132,9 @@ class GgufFile:
             if done.name is not None:  # else the processor has put its part of a merged tensor into result
                 result[name] = torch.from_numpy(np.ascontiguousarray(done.weights))
         expected = self._infos[name].shape
+        if tuple(result[name].shape) == (1, *expected):
+            # The processor gives Qwen2-MoE's gate of shared experts an axis that newer files have themselves.
+            result[name] = result[name][0]
         if tuple(result[name].shape) != expected:
             raise BitternError(f"{name}: expected shape {expected}, found {tuple(result[name].shape)}")
         return result[name]
@@ -156,7 +160,7 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo], GgufFi
         parsed = theirs.load_gguf_checkpoint(str(path))["config"]
         architecture = theirs.read_field(reader, "general.architecture")[0]
         config, model = read_config(parsed, reader, architecture)
-        processor = theirs.TENSOR_PROCESSORS.get(architecture, theirs.TensorProcessor)(config=parsed)
+        processor = _processor(theirs, architecture, parsed)
         names: dict[str, str] = theirs.get_gguf_hf_weights_map(model, processor, architecture)
     except BitternError as error:
         raise BitternError(f"{path}: {error}") from error
@@ -169,13 +173,34 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo], GgufFi
     if missing:
         raise BitternError(f"{path}: holds no tensor for {missing[0]} (nor for {len(missing) - 1} others)")
     state = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    for name, stored in parts.items():
+        found = [tuple(map(int, part.shape[::-1])) for part in stored]
+        if sum(map(math.prod, found)) != math.prod(state[name]):
+            raise BitternError(f"{path}: {name}: expected shape {state[name]}, found {' and '.join(map(str, found))}")
     infos = {name: TensorInfo(name, torch.float32, state[name]) for name in parts}
     packed = _packed_layers(parts, names, processor, model, _grids(path, reader))
-    card = {name: found for name, key in _CARD.items() if (found := read_field(reader, key)) is not None}
+    card = {name: said for name, key in _CARD.items() if (said := read_field(reader, key)) is not None}
     degraded = read_field(reader, DEGRADED_KEY)
     if degraded is not None:
         config["bittern"] = {"degraded": str(degraded)}
     return config, infos, GgufFile(path, parts, names, processor, infos, packed, card, _changed(path, reader))
+
+
+def _processor(theirs: Any, architecture: str, parsed: dict[str, Any]) -> Processor:
+    """What turns tensors as llama.cpp has them into the model's."""
+    made = theirs.TENSOR_PROCESSORS.get(architecture, theirs.TensorProcessor)(config=parsed)
+    if parsed["model_type"] != "mixtral":
+        return made
+
+    class Mixtral(theirs.Qwen2MoeTensorProcessor):  # type: ignore[misc]
+        """Experts merged as Qwen2-MoE's are, beside Llama's rows of q and k."""
+
+        def process(self, weights: np.ndarray[Any, Any], name: str, **others: Any) -> Any:
+            if ".attn_" in name:
+                return made.process(weights, name, **others)
+            return super().process(weights, name, **others)
+
+    return Mixtral(config=parsed)
 
 
 _CARD = {

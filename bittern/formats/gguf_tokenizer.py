@@ -42,12 +42,11 @@ PRE_TOKENIZERS: dict[str, tuple[tuple[str, ...], bool]] = {
 """Name -> what cuts text into words, one expression after the other, and whether whole words win over merges."""
 
 _ALIASES = {
-    "starcoder": "smollm",
-    "refact": "smollm",
-    "command-r": "smollm",
-    "llama3": "llama-bpe",
-    "llama-v3": "llama-bpe",
-    "deepseek-r1-qwen": "qwen2",
+    **dict.fromkeys(("exaone4", "gigachat", "mpt", "olmo", "phi-2"), "gpt-2"),
+    **dict.fromkeys(("codeshell", "command-r", "exaone", "minerva-7b", "refact", "starcoder"), "smollm"),
+    **dict.fromkeys(("falcon3", "lfm2", "llama3", "llama-v3", "midm-2.0", "pixtral"), "llama-bpe"),
+    **dict.fromkeys(("deepseek-r1-qwen", "hunyuan", "megrez", "stablelm2"), "qwen2"),
+    "dbrx": "smaug-bpe",
 }
 _LEFT_ALONE = ("default", "qwen35", "gpt-4o", "llama4")
 """Those that transformers has a way with and bittern does not."""

@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 
 Reason = Literal["eos", "stop", "length"]
-# Keys of a generation config that change logits and are not honoured, and their values that change nothing. How to
-# sample is for the options alone to say.
+# Keys of a generation config that change what comes and are not honoured, and their values that change nothing. How
+# to sample is for the options alone to say.
 _NOT_HONOURED: dict[str, Any] = {
     **dict.fromkeys(("bad_words_ids", "begin_suppress_tokens", "exponential_decay_length_penalty")),
     **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "sequence_bias", "suppress_tokens")),
-    **dict.fromkeys(("watermarking_config",)),
+    **dict.fromkeys(("dola_layers", "penalty_alpha", "stop_strings", "watermarking_config")),
     **dict.fromkeys(("encoder_no_repeat_ngram_size", "min_length", "min_new_tokens", "no_repeat_ngram_size"), 0),
-    **dict.fromkeys(("encoder_repetition_penalty", "guidance_scale"), 1),
+    **dict.fromkeys(("encoder_repetition_penalty", "guidance_scale", "num_beams"), 1),
 }
 
 
@@ -332,7 +332,7 @@ def _room(
 
 
 def not_honoured(model: PreTrainedModel) -> list[str]:
-    """Keys of a model's generation config that change logits and that :func:`generate` does not honour."""
+    """Keys of a model's generation config that change what comes and that :func:`generate` does not honour."""
     found = {name: getattr(model.generation_config, name, None) for name in _NOT_HONOURED}
     return sorted(name for name, value in found.items() if value not in (None, _NOT_HONOURED[name], [], {}))
 

@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bittern.artifact import Artifact
 from bittern.checkpoint import Checkpoint, open_checkpoint
@@ -215,18 +215,34 @@ def _replace(model: PreTrainedModel, same: list[Matrix], artifact: Artifact, pla
     first = same[0]
     filled = [QuantLinear([_part(matrix, part, artifact, place) for part in matrix.parts]) for matrix in same]
     if first.expert is not None:
+        for matrix in same:
+            if _stored_bias(matrix, artifact) is not None:
+                layer = matrix.parts[0][0]
+                raise BitternError(f"{layer}.bias: expected zeros, for experts have no bias here, found other values")
         owner, leaf = model.get_submodule(first.module), first.parameter.rpartition(".")[2]
         del owner._parameters[leaf]
         owner.add_module(leaf, PackedExperts(filled, first.transposed))
         return
-    layer = filled[0]
     bias = model.get_submodule(first.module).bias
-    stored = f"{first.parts[0][0]}.bias"
-    if bias is None and stored in artifact.plain:
-        values = artifact.checkpoint.read(stored)
-        bias = nn.Parameter(values.to(place.device, place.dtype), requires_grad=False) if bool(values.any()) else None
-    layer.register_parameter("bias", bias)  # type: ignore[arg-type]
-    model.set_submodule(first.module, layer)
+    if bias is None and (values := _stored_bias(first, artifact)) is not None:
+        bias = nn.Parameter(values.to(place.device, place.dtype), requires_grad=False)
+    filled[0].register_parameter("bias", bias)  # type: ignore[arg-type]
+    model.set_submodule(first.module, filled[0])
+
+
+def _stored_bias(matrix: Matrix, artifact: Artifact) -> Tensor | None:
+    """Biases beside packed layers of a model that has none, fp32 (out_features,); None when they are zeros.
+
+    AutoGPTQ gave every layer one.
+    """
+    found = [
+        artifact.checkpoint.read(f"{layer}.bias").float()
+        if f"{layer}.bias" in artifact.plain
+        else torch.zeros(stop - start)
+        for layer, start, stop in matrix.parts
+    ]
+    values = torch.cat(found)
+    return values if bool(values.any()) else None
 
 
 def _part(
