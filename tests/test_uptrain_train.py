@@ -101,6 +101,22 @@ def test_logits_of_a_piece_are_gone_before_the_next_piece_is_computed(monkeypatc
     assert len(seen) == 6
 
 
+def test_parameters_with_a_rate_of_their_own_move_by_it(tmp_path: Path) -> None:
+    model = tiny.random_model("llama").requires_grad_(True)
+    names = ["model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight", "model.norm.weight"]
+    parameters = {name: model.get_parameter(name) for name in names}
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    windows = Windows(np.arange(96, dtype=np.int32).reshape(6, 16), seed=0)
+    story: dict[str, Any] = {"step": 0, "curve": [], "perplexity": {"converted": 1e9}}
+    teacher, held_out = tiny.random_model("llama", seed=1), torch.arange(16).view(1, 16)
+    run = train.Run(model, teacher, parameters, windows, 0, held_out, tmp_path / "state.safetensors", story)
+    train.train(run, Training(1, 1e-3, batch_size=2, micro_batch=2, rates={names[1]: 0.1, names[2]: 0.5}))
+    moved = [float((parameters[name] - before[name]).detach().abs().max()) for name in names]
+    # AdamW's first step is the learning rate, whatever the gradient.
+    assert moved[1] == pytest.approx(0.1 * moved[0], rel=1e-2)
+    assert moved[2] == pytest.approx(0.5 * moved[0], rel=1e-2)
+
+
 def test_windows_come_in_a_new_order_each_time_around_and_from_any_place() -> None:
     windows = Windows(np.arange(10, dtype=np.int32).reshape(5, 2), seed=3)
     first, second = windows.take(0, 5), windows.take(5, 10)

@@ -163,7 +163,7 @@ def _says(config: Any) -> dict[str, Any]:
         "rope.freq_base_swa": local.get("rope_theta"),
         "rope.dimension_count": int(dim * full.get("partial_rotary_factor", 1.0)) if dim and full else None,
         "attention.sliding_window": getattr(config, "sliding_window", None) or 0,
-        "expert_used_count": getattr(config, "num_experts_per_tok", None),
+        "expert_used_count": getattr(config, "num_experts_per_tok", 0),
         "attn_logit_softcapping": getattr(config, "attn_logit_softcapping", None),
         "final_logit_softcapping": getattr(config, "final_logit_softcapping", None),
         "use_parallel_residual": getattr(config, "use_parallel_residual", None),

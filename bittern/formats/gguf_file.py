@@ -171,7 +171,8 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo], GgufFi
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     missing = [name for name in shapes if name not in parts]
     if missing:
-        raise BitternError(f"{path}: holds no tensor for {missing[0]} (nor for {len(missing) - 1} others)")
+        others = f" (nor for {len(missing) - 1} others)" if len(missing) > 1 else ""
+        raise BitternError(f"{path}: holds no tensor for {missing[0]}{others}")
     state = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     for name, stored in parts.items():
         found = [tuple(map(int, part.shape[::-1])) for part in stored]

@@ -62,7 +62,7 @@ class _Scaled:
     def __init__(self, matrix: Matrix, rows: slice, weight: QuantWeight, device: torch.device) -> None:
         groups = weight.scales.shape[1]
         steps = weight.codes.view(len(weight.codes), groups, -1).short() - weight.zeros.unsqueeze(2)
-        self.matrix, self.rows = matrix, rows
+        self.matrix, self.rows, self.bits = matrix, rows, weight.spec.bits
         self.steps = (steps if weight.spec.bits == 8 else steps.to(torch.int8)).to(device)
         self.scales = weight.scales.float().to(device)
         self.factor = nn.Parameter(torch.zeros_like(self.scales))
@@ -198,7 +198,9 @@ def tune(
     lr = LRS[plan.commonest.bits]
     micro = max(1, min(batch, MICRO // seqlen))
     every = max(1, -(-steps // 4))
-    options = Training(steps, lr, batch, micro, kl_weight=1.0, eval_every=every, shortlist=SHORTLIST)
+    scaled = {n: piece for found in pieces.values() for n, piece in found.items() if isinstance(piece, _Scaled)}
+    rates = {name: LRS[piece.bits] / lr for name, piece in scaled.items()}  # of an average of bits they differ
+    options = Training(steps, lr, batch, micro, kl_weight=1.0, eval_every=every, shortlist=SHORTLIST, rates=rates)
     record: dict[str, Any] = {
         "tokens": steps * batch * seqlen,
         "steps": steps,

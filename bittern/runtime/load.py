@@ -238,7 +238,7 @@ def _stored_bias(matrix: Matrix, artifact: Artifact) -> Tensor | None:
     found = [
         artifact.checkpoint.read(f"{layer}.bias").float()
         if f"{layer}.bias" in artifact.plain
-        else torch.zeros(stop - start)
+        else torch.zeros(stop - start, dtype=torch.float32, device="cpu")
         for layer, start, stop in matrix.parts
     ]
     values = torch.cat(found)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,6 +57,7 @@ class Training:
     Attributes:
         steps: of the optimizer.
         lr: the largest learning rate, after the warm-up; a cosine takes it down from there.
+        rates: of parameters that learn faster or slower, by name: what theirs is times that.
         batch_size: windows in a step, over all processes.
         micro_batch: windows that one process computes at once; gradients accumulate over these.
         kl_weight: share of the KL to the teacher in the loss; the rest is next-token loss. Of text that the teacher has
@@ -83,6 +84,7 @@ class Training:
     weight_decay: float = 0.0
     shortlist: int = 0
     recompute: bool = False
+    rates: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -132,7 +134,7 @@ def train(run: Run, options: Training, on_progress: Callable[[dict[str, Any]], N
         Diverged: when the loss is not a number or perplexity grows to :data:`DIVERGED` times what it was.
     """
     story = run.story
-    optimizer = torch.optim.AdamW(_decayed(run.parameters, options.weight_decay), lr=options.lr, betas=_BETAS)
+    optimizer = torch.optim.AdamW(_groups(run.parameters, options), lr=options.lr, betas=_BETAS)
     if run.path.exists():
         load_state(run.path, run.parameters, optimizer)
     if options.recompute:
@@ -146,7 +148,7 @@ def train(run: Run, options: Training, on_progress: Callable[[dict[str, Any]], N
     for step in range(first, options.steps):
         lr = learning_rate(step, options)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["rate"]
         sums += _step(run, options, step, common)
         torch.nn.utils.clip_grad_norm_(run.parameters.values(), options.clip)
         optimizer.step()
@@ -253,12 +255,15 @@ def _step(run: Run, options: Training, step: int, common: Tensor | None = None) 
     return sums
 
 
-def _decayed(parameters: dict[str, nn.Parameter], weight_decay: float) -> Iterator[dict[str, Any]]:
-    """Norms and biases are not drawn to zero."""
-    for matrices in (True, False):
-        members = [parameter for parameter in parameters.values() if (parameter.ndim > 1) is matrices]
-        if members:
-            yield {"params": members, "weight_decay": weight_decay if matrices else 0.0}
+def _groups(parameters: dict[str, nn.Parameter], options: Training) -> list[dict[str, Any]]:
+    """What the optimizer treats alike: norms and biases are not drawn to zero, and each rate is a group."""
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        groups.setdefault((parameter.ndim > 1, options.rates.get(name, 1.0)), []).append(parameter)
+    return [
+        {"params": members, "weight_decay": options.weight_decay if matrices else 0.0, "rate": rate}
+        for (matrices, rate), members in groups.items()
+    ]
 
 
 def _check(loss: float, perplexity: float, run: Run, step: int) -> None:
