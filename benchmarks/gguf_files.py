@@ -30,8 +30,6 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "vocab_size": 256,
-}
-SIZES |= {
     "intermediate_size": 96,
     "max_position_embeddings": 64,
     "bos_token_id": 0,

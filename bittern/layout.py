@@ -32,6 +32,9 @@ _UNREAD = {
 }
 """model_type -> what transformers' reader of GGUF files leaves at its default."""
 
+_NEVER_READ = {"mixtral": "experts", "qwen2_moe": "gate of shared experts"}  # the gate as converters write it now
+"""model_type -> what that reader gets wrong in any such file."""
+
 _IN_A_BLOCK = re.compile(r"\.\d+\..*\.weight$")
 _ONE_OF_A_TENSOR = re.compile(r"\.\d+$")  # what bittern.model names it
 # norms and embeddings, and routers of experts: nobody packs those
@@ -176,7 +179,7 @@ def _of_the_model(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _lost_in_gguf(config: Mapping[str, Any]) -> str:
     """As of transformers 5.23."""
-    kind, rope = config.get("model_type"), config.get("rope_parameters")
+    kind, rope = str(config.get("model_type")), config.get("rope_parameters")
     rope = rope if isinstance(rope, dict) else {}
     full = rope.get("full_attention", rope)
     heads, size, dim = (config.get(key) for key in ("num_attention_heads", "hidden_size", "head_dim"))
@@ -186,11 +189,9 @@ def _lost_in_gguf(config: Mapping[str, Any]) -> str:
         return "biases"
     if kind == "qwen2" and isinstance(dim, int) and isinstance(heads, int) and dim * heads != size:
         return "head_dim"
-    if kind == "mixtral":
-        return "experts"
-    if kind == "qwen2_moe":
-        return "gate of shared experts"  # of two dimensions, which converters write now
-    if isinstance(kind, str) and kind in _UNREAD:
+    if kind in _NEVER_READ:
+        return _NEVER_READ[kind]
+    if kind in _UNREAD:
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
         usual = CONFIG_MAPPING[kind]().to_dict()

@@ -106,10 +106,11 @@ def test_two_processes_make_what_one_makes(
     # of the first attention. Where they are, a code that falls on the other side is seen by all rows after its own,
     # which make up for it. All layers after it see a scale that does, by 1 part in 1024: they agree on the whole.
     losses = torch.tensor([[record["loss"] for record in manifest["layers"]] for manifest in manifests])
-    first_layers = losses[:, :3] if shaped else losses[:, :4]
-    torch.testing.assert_close(*first_layers, rtol=0.02 if shaped else 1e-4, atol=0)
-    torch.testing.assert_close(losses[0].log().mean(), losses[1].log().mean(), rtol=0, atol=0.02)
     first, second = codes(tmp_path / "1"), codes(tmp_path / "2")
+    for record, pair in zip(one["layers"][: 3 if shaped else 4], losses.T, strict=False):
+        moved = shaped and not torch.equal(first[record["layer"]], second[record["layer"]])
+        torch.testing.assert_close(*pair, rtol=0.02 if moved else 1e-3 if shaped else 1e-4, atol=0)
+    torch.testing.assert_close(losses[0].log().mean(), losses[1].log().mean(), rtol=0, atol=0.02)
     same = sum(int((first[layer] == second[layer]).sum()) for layer in first)
     assert same / sum(each.numel() for each in first.values()) > (0.8 if shaped else 0.93)
     ids = torch.randint(4, 200, (8, 32), generator=torch.Generator().manual_seed(3))

@@ -198,8 +198,12 @@ def tune(
     lr = LRS[plan.commonest.bits]
     micro = max(1, min(batch, MICRO // seqlen))
     every = max(1, -(-steps // 4))
-    scaled = {n: piece for found in pieces.values() for n, piece in found.items() if isinstance(piece, _Scaled)}
-    rates = {name: LRS[piece.bits] / lr for name, piece in scaled.items()}  # of an average of bits they differ
+    rates = {  # of an average of bits they differ
+        name: LRS[piece.bits] / lr
+        for found in pieces.values()
+        for name, piece in found.items()
+        if isinstance(piece, _Scaled)
+    }
     options = Training(steps, lr, batch, micro, kl_weight=1.0, eval_every=every, shortlist=SHORTLIST, rates=rates)
     record: dict[str, Any] = {
         "tokens": steps * batch * seqlen,

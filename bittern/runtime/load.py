@@ -235,9 +235,12 @@ def _stored_bias(matrix: Matrix, artifact: Artifact) -> Tensor | None:
 
     AutoGPTQ gave every layer one.
     """
+    names = {layer: f"{layer}.bias" for layer, _, _ in matrix.parts if f"{layer}.bias" in artifact.plain}
+    if not names:
+        return None
     found = [
-        artifact.checkpoint.read(f"{layer}.bias").float()
-        if f"{layer}.bias" in artifact.plain
+        artifact.checkpoint.read(names[layer]).float()
+        if layer in names
         else torch.zeros(stop - start, dtype=torch.float32, device="cpu")
         for layer, start, stop in matrix.parts
     ]
