@@ -92,6 +92,8 @@ def test_a_coarse_budget_is_kept_too(seed: int, monkeypatch: pytest.MonkeyPatch)
 def test_the_ends_of_the_range() -> None:
     weights, harms = [5, 3], [{2: 9.0, 3: 4.0, 4: 1.0, 8: 0.0}, {2: 9.0, 3: 4.0, 4: 1.0, 8: 0.0}]
     assert choose(weights, harms, 2.0 * 8) == [2, 2] and choose(weights, harms, 8.0 * 8) == [8, 8]
+    weights = [33, 799191]  # too many amounts of bits to tell all apart
+    assert choose(weights, harms, 8.0 * sum(weights)) == [8, 8]
 
 
 # Sensitivities

@@ -113,13 +113,18 @@ def measure_and_mix(
         on_measured: see :meth:`bittern.quantize.sensitivity.Sensitivity.measure`.
     """
     began = time.monotonic()
-    count = min(len(ids), max(4, world()[1], TOKENS // ids.shape[1]))
+    count = windows_to_measure(*ids.shape)
     windows = ids[:count]
     free = free_matrices(plan_of)
     meter.blocks = [[(matrix, spec) for matrix, spec in block if free[matrix]] for block in plan_of(BITS[0]).blocks]
     plan, record = mix(plan_of, meter.measure(windows, on_measured), average)
     record |= {"windows": count, "tokens": windows.numel()}
     return plan, {"mixed": record, "measured": {"sensitivity_seconds": round(time.monotonic() - began, 3)}}
+
+
+def windows_to_measure(windows: int, positions: int) -> int:
+    """How many of the calibration windows tell what fewer bits would cost, over all processes."""
+    return min(windows, max(4, world()[1], TOKENS // positions))
 
 
 def choose(weights: Sequence[int], harms: Sequence[Mapping[int, float]], budget: float) -> list[int]:
@@ -135,9 +140,11 @@ def choose(weights: Sequence[int], harms: Sequence[Mapping[int, float]], budget:
     """
     least = [min(harm) for harm in harms]
     spare = budget - sum(bits * count for bits, count in zip(least, weights, strict=True))
-    unit = max(math.gcd(*weights), math.ceil(max(spare, 0) / STATES))
     most = sum((max(harm) - bits) * count for harm, bits, count in zip(harms, least, weights, strict=True))
-    states = math.floor(min(max(spare, 0), most) / unit + 1e-9) + 1
+    if spare >= most:
+        return [max(harm) for harm in harms]
+    unit = max(math.gcd(*weights), math.ceil(max(spare, 0) / STATES))
+    states = math.floor(max(spare, 0) / unit + 1e-9) + 1
     best = np.zeros(states)  # the least harm of the groups so far, for an amount of bits that they may take
     taken = []
     for harm, lowest, count in zip(harms, least, weights, strict=True):

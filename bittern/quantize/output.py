@@ -19,11 +19,12 @@ from bittern.artifact import Artifact
 from bittern.calibration import CalibrationTokens
 from bittern.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from bittern.convert.cast import cast_tensors, cast_values, other_matrices, with_dtype
+from bittern.formats.gguf import BLOCK, BLOCK_BYTES, kind_for
 from bittern.formats.packing import Packing
 from bittern.origin import source_record
 from bittern.processes import world
+from bittern.quantize.job import Job
 from bittern.quantize.outside import write_outside
-from bittern.quantize.preflight import Job, artifact_bytes, gguf_bytes
 from bittern.quantize.resume import WorkFolder
 from bittern.quantize.solve import Solver
 from bittern.quantize.tune import Tuned
@@ -32,7 +33,7 @@ from bittern.rope import with_old_rope
 from bittern.schema import carried
 from bittern.size import planned_size, source_size, unchanged_cache
 from bittern.weight import QuantSpec
-from bittern.writer import CheckpointWriter, to_json
+from bittern.writer import CheckpointWriter, planned_bytes, to_json
 
 _WORTH_TELLING = 0.02  # of the blocks' weights that cannot be packed
 
@@ -76,8 +77,8 @@ class Order:
     def nbytes(self) -> int:
         """Of the artifact, all but the manifest."""
         if self.format == "gguf":
-            return gguf_bytes(self.job)
-        return artifact_bytes(self.job, self.planned, self.max_shard_size, self.files.values())
+            return _gguf_bytes(self.job)
+        return _folder_bytes(self)
 
 
 def write_artifact(
@@ -308,3 +309,22 @@ def _finish(
         if name != "config.json":
             writer.write_file(name, to_json(value))
     writer.commit(files["config.json"], manifest)
+
+
+def _folder_bytes(order: Order) -> int:
+    """Bytes of an artifact's files, all but the manifest; side files that come out of a GGUF source are not counted."""
+    checkpoint = order.job.solver.checkpoint
+    beside = sum((checkpoint.folder / name).stat().st_size for name in checkpoint.side_files())
+    configs = sum(len(to_json(value).encode()) for value in order.files.values())
+    return planned_bytes(order.planned, order.max_shard_size, order.job.packing.metadata) + configs + beside
+
+
+def _gguf_bytes(job: Job) -> int:
+    """Bytes of the tensors of a GGUF file; its header, which holds the vocabulary, is not counted."""
+    packed = 0
+    for name, (rows, columns) in job.solver.plan.shapes.items():
+        spec = job.solver.plan.layers[name]
+        kind = None if spec is None else kind_for(spec)
+        packed += rows * columns // BLOCK * BLOCK_BYTES[kind] if kind else 0
+    vectors = sum(torch.float32.itemsize * info.numel for info, _ in job.kept if len(info.shape) < 2)
+    return packed + vectors + sum(info.nbytes for info, _ in job.kept if len(info.shape) > 1)

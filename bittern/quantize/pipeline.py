@@ -28,11 +28,12 @@ from bittern.layout import planned_layout
 from bittern.processes import alone, check_same, share_of, together, world
 from bittern.quantize import heap
 from bittern.quantize.effort import Effort, pick_effort
-from bittern.quantize.mixed import alternating, check_average, even_mix, measure_and_mix
+from bittern.quantize.job import Job
+from bittern.quantize.mixed import alternating, check_average, even_mix, measure_and_mix, windows_to_measure
 from bittern.quantize.output import Order, config_files, write_artifact
 from bittern.quantize.outside import check_embedding, outside_matrices
 from bittern.quantize.plan import Plan, make_plan
-from bittern.quantize.preflight import Job, predict, work_bytes
+from bittern.quantize.preflight import predict
 from bittern.quantize.resume import WorkFolder, decided_by
 from bittern.quantize.sensitivity import Sensitivity
 from bittern.quantize.solve import Solver
@@ -222,22 +223,24 @@ def quantize(
         planned = [info for info, _ in kept] + plan.packed_tensors(packing)
         nbytes = sum(info.nbytes for info in planned)
         beside = nbytes if chosen == "gguf" else 0  # a GGUF file is made of another artifact
-        samples = 0 if method == "rtn" else share_of(nsamples if tokens is None else len(tokens.ids))
-        job = Job(solver, packing, kept, samples, seqlen, batch_size, guiding_windows(seqlen), tuned_on, beside)
+        count = 0 if method == "rtn" else nsamples if tokens is None else len(tokens.ids)
+        unmeasured = isinstance(bits, float) and dry_run
+        trials = guiding_windows(seqlen), tuned_on, share_of(windows_to_measure(count, seqlen)) if unmeasured else 0
+        job = Job(solver, packing, kept, share_of(count), seqlen, batch_size, *trials, beside)
         grid = plan.commonest if isinstance(bits, float) else QuantSpec(bits, plan.group_size, sym)
         files = config_files(job, grid, kept_dtype)
         order = Order(job, chosen, Path(output), planned, files, max_shard_size, overwrite, tokens, options, mixed)
         if dry_run:
             with alone():  # the other processes have left
                 found = predict(job, order.nbytes, started)
-            notes = _dry_notes(checkpoint, tokens, method, unread, bits)
+            notes = _dry_notes(checkpoint, tokens, method, unread)
             return {**found.to_dict(), "format": chosen, "loads": _verdicts(job, chosen), "notes": notes}
         solving = {**options, "effort": stages}
         decided = decided_by(checkpoint, solving, plan.layers, tokens.sha256 if tokens else None, place)
         with WorkFolder(Path(output), decided, len(plan.blocks), resume) as work:
             began, resumed = started - work.seconds, len(work.finished)
             unsolved = [block for position, block in enumerate(plan.blocks) if position not in work.finished]
-            check_space(order.folder, beside + nbytes + work_bytes(job, unsolved))
+            check_space(order.folder, beside + nbytes + job.work_bytes(unsolved))
             prediction, notes = _foresee(order, started, work, on_prediction)
             if on_note is not None:
                 for note in (*work.notes, *notes):
@@ -428,7 +431,7 @@ def _verdicts(job: Job, format: str) -> list[dict[str, Any]]:
 
 
 def _dry_notes(
-    checkpoint: Checkpoint, tokens: CalibrationTokens | None, method: str, unread: Sequence[str], bits: int | float
+    checkpoint: Checkpoint, tokens: CalibrationTokens | None, method: str, unread: Sequence[str]
 ) -> list[str]:
     """What a dry run did not look at, weights on the Hub and datasets that are no files here among it."""
     known = []
@@ -436,9 +439,6 @@ def _dry_notes(
         size = sum(info.nbytes for info in checkpoint.tensors.values())
         left_out = "time to download and read them, and the room that they take, are not counted"
         known.append(f"{checkpoint.source}: weights of {size / 1e9:.2f} GB were not fetched: {left_out}")
-    if isinstance(bits, float):
-        measured = "which layers get how many is measured first, which takes time and memory that are not counted"
-        known.append(f"--bits {bits}: {measured}")
     if tokens is not None:
         return [*known, *tokens.warnings]
     if method == "rtn":

@@ -7,7 +7,7 @@ share, and the model calls its blocks with that as it will with the real ones. W
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -29,11 +29,12 @@ from bittern.quantize.grid import CHUNK
 from bittern.quantize.hessian import collect
 from bittern.quantize.plan import Plan
 from bittern.quantize.polish import ROUNDS, Damped, damp, polish
+from bittern.quantize.sensitivity import output_errors
 from bittern.quantize.shape import Shaper, rounds_before
 from bittern.quantize.stages import Walks, exact_stages
 from bittern.quantize.stopwatch import Cost, Live, measured, seconds
 from bittern.replay import BlockCall, capture, sixteen_bits
-from bittern.weight import QuantSpec, min_max_grid, round_to_nearest
+from bittern.weight import BITS, QuantSpec, min_max_grid, round_to_nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,7 +87,7 @@ class BlockCosts:
     """What blocks of one shape take.
 
     Attributes:
-        gather: seconds of gathering the second moments from so many samples, unless it is walked.
+        gather: seconds of gathering the second moments from so many samples; nothing where a walk does that alone.
         advance: of running one sample through the block.
         readers: the matrices that share an input, by :func:`place`.
         held: bytes of the hidden state of one sample, and of how the block is called.
@@ -132,12 +133,14 @@ def rehearse_blocks(
     samples: int,
     positions: int,
     effort: Effort,
+    sensitivities: bool = False,
 ) -> list[BlockCosts]:
     """What every block takes; blocks of one shape are tried once.
 
     Args:
         model, sources, plan, device, effort: as a Solver has them; the model is left as it was.
         samples, positions: to try with.
+        sensitivities: measured first, which takes every block's way back and its second moments without a walk.
     """
     prefix, blocks = live.blocks(model)
     found: dict[Any, BlockCosts] = {}
@@ -155,7 +158,7 @@ def rehearse_blocks(
             inside = [tensor for tensor in sources if tensor.startswith(f"{name}.")]
             with _made_up(model, inside, device, whole=True):
                 given = model, block, name, entries, state, calls[position]
-                found[kind] = _rehearse_block(*given, effort, plan.rough(device))
+                found[kind] = _rehearse_block(*given, effort, sensitivities, plan.rough(device))
         result.append(found[kind])
     return result
 
@@ -168,9 +171,11 @@ def _rehearse_block(
     state: Tensor,
     call: BlockCall,
     effort: Effort,
+    sensitivities: bool,
     rough: bool,
 ) -> BlockCosts:
     samples, matrices = state.shape[0], list(entries)
+    sent_back = effort.shape or sensitivities
 
     def advance() -> None:
         with torch.no_grad():
@@ -179,10 +184,11 @@ def _rehearse_block(
     once = measured(advance)
     given = [tensor for tensor in tree_leaves([call.args, call.kwargs]) if isinstance(tensor, Tensor)]
     held = state[0].nbytes, sum(tensor.nbytes for tensor in given)
-    traced = _traced(block, state, call) / samples if effort.shape else 0.0
-    back = seconds(partial(_there_and_back, block, state, call), state.device) / samples if effort.shape else 0.0
+    traced = _traced(block, state, call) / samples if sent_back else 0.0
+    back = seconds(partial(_there_and_back, block, state, call), state.device) / samples if sent_back else 0.0
     if not matrices:
         return BlockCosts(Line(0.0, 0.0), once.times(1 / samples), [], held, traced, back)
+    gather = partial(_rehearse_gathering, model, block, matrices, state, call)
     if effort.exact_share:
         stages = exact_stages(model, block, matrices, [state.clone()], [call])
         if stages is not None:
@@ -190,20 +196,20 @@ def _rehearse_block(
             with sixteen_bits(state.device, rough):
                 once = measured(advance)
             walk = _rehearse_walk(model, block, entries, state, call, effort, rough, once.seconds)
-            return BlockCosts(Line(0.0, 0.0), once.times(1 / samples), readers, held, traced, back, walk)
+            gathering = gather() if sensitivities else Line(0.0, 0.0)
+            return BlockCosts(gathering, once.times(1 / samples), readers, held, traced, back, walk)
     readers = [[place(m, name) for m in inputs.matrices] for inputs in collect(model, block, matrices, [state], [call])]
+    return BlockCosts(gather(), once.times(1 / samples), readers, held, traced, back)
+
+
+def _rehearse_gathering(
+    model: nn.Module, block: nn.Module, matrices: Sequence[Matrix], state: Tensor, call: BlockCall
+) -> Line:
     one, two = (
         seconds(partial(collect, model, block, matrices, [state] * n, [call] * n), state.device) for n in (1, 2)
     )
-    each = max(two - one, 0.0) / samples
-    return BlockCosts(
-        Line(max(one - each * samples, 0.0), each),
-        once.times(1 / samples),
-        readers,
-        held,
-        traced,
-        back,
-    )
+    each = max(two - one, 0.0) / len(state)
+    return Line(max(one - each * len(state), 0.0), each)
 
 
 def _there_and_back(block: nn.Module, state: Tensor, call: BlockCall) -> None:
@@ -302,21 +308,50 @@ def rehearse_solver(
 
     They are polished as often as those that are ``shaped`` afterwards, or not.
     """
+    rounds = rounds_before(shaped)
+
+    def trial(columns: int) -> tuple[Line, Cost]:
+        hessian, factor, cost = _factor(columns, damp_percent, device, rough)
+        solve = partial(_solve, hessian=hessian, factor=factor, spec=spec, effort=effort, rounds=rounds)
+        line = _line(solve, rows, columns, device)
+        if effort.exact_share:
+            correct = partial(_correct, hessian=hessian.whole)
+            line = Line(line.fixed, line.each + _line(correct, rows, columns, device).each)
+            cost = replace(cost, seconds=cost.seconds + seconds(partial(correct, hessian.whole[:1]), device))
+        return line, cost
+
+    solve, cost = _at_width(trial, width)
+    return SolveCosts(cost, solve, width * _weight_bytes(spec, device, effort))
+
+
+def rehearse_sensitivity(width: int, spec: QuantSpec, rows: int, damp_percent: float, device: torch.device) -> Line:
+    """What all choices of bits take for matrices of ``width`` columns, the largest of which has ``rows`` rows."""
+
+    def trial(columns: int) -> tuple[Line, Cost]:
+        hessian, factor, cost = _factor(columns, damp_percent, device, rough=False)
+
+        def measure(weight: Tensor) -> None:
+            for bits in BITS:
+                output_errors(weight, hessian.whole, factor, replace(spec, bits=bits))
+
+        return _line(measure, rows, columns, device), cost
+
+    line, cost = _at_width(trial, width)
+    return Line(cost.seconds + line.fixed, line.each)
+
+
+def _at_width(trial: Callable[[int], tuple[Line, Cost]], width: int) -> tuple[Line, Cost]:
+    """What a trial says of so many columns; of wide matrices it is told by smaller ones."""
     tried = min(width, WIDEST)
-    solve_line = partial(_solve_line, spec=spec, rows=rows, effort=effort, rounds=rounds_before(shaped))
-    hessian, factor, cost = _factor(tried, damp_percent, device, rough)
-    if effort.exact_share:
-        correct = partial(_correct, hessian.whole[:1], hessian.whole)
-        cost = replace(cost, seconds=cost.seconds + seconds(correct, device))
-    solve = solve_line(hessian, factor)
+    line, cost = trial(tried)
     if tried < width:
         # Each column has a cost of its own; each row one that grows with the columns, and with their square.
-        half = solve_line(*_factor(tried // 2, damp_percent, device, rough)[:2])
-        square = max(solve.each - 2 * half.each, 0.0) * 2 / tried**2
-        linear = solve.each / tried - square * tried
-        solve = Line(solve.fixed * width / tried, linear * width + square * width**2)
+        half, _ = trial(tried // 2)
+        square = max(line.each - 2 * half.each, 0.0) * 2 / tried**2
+        linear = line.each / tried - square * tried
+        line = Line(line.fixed * width / tried, linear * width + square * width**2)
         cost = Cost(cost.seconds * (width / tried) ** 3, cost.bytes * (width / tried) ** 2)
-    return SolveCosts(cost, solve, width * _weight_bytes(spec, device, effort))
+    return line, cost
 
 
 def rehearse_shaping(
@@ -339,19 +374,14 @@ def _factor(width: int, damp_percent: float, device: torch.device, rough: bool) 
     return damp(hessian, factor.damping, rough), factor, cost
 
 
-def _solve_line(hessian: Damped, factor: Factor, spec: QuantSpec, rows: int, effort: Effort, rounds: int) -> Line:
+def _line(function: Callable[[Tensor], object], rows: int, columns: int, device: torch.device) -> Line:
+    """What a function takes for so many rows of a weight, by two trials with fewer."""
     large = min(max(rows, 2), _ROWS[1])
     small = min(_ROWS[0], large // 2)
-    device = factor.upper.device
-    weight = _random((large, len(factor.order)), device)
-    solve = partial(_solve, hessian=hessian, factor=factor, spec=spec, effort=effort, rounds=rounds)
-    one, other = (seconds(partial(solve, weight[:n]), device) for n in (small, large))
+    weight = _random((large, columns), device)
+    one, other = (seconds(partial(function, weight[:n]), device) for n in (small, large))
     each = max(other - one, 0.0) / (large - small)
-    fixed = one - each * small
-    if effort.exact_share:
-        few, many = (seconds(partial(_correct, weight[:n], hessian.whole), device) for n in (small, large))
-        each += max(many - few, 0.0) / (large - small)
-    return Line(max(fixed, 0.0), each)
+    return Line(max(one - each * small, 0.0), each)
 
 
 def _solve(

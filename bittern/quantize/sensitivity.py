@@ -26,7 +26,7 @@ from bittern.errors import BitternError
 from bittern.model import Matrix, Piece
 from bittern.processes import add_up, share
 from bittern.quantize.backward import go_back
-from bittern.quantize.gptq import factorize, gptq
+from bittern.quantize.gptq import Factor, factorize, gptq
 from bittern.quantize.hessian import Inputs, collect, fused_experts
 from bittern.weight import BITS, QuantSpec
 
@@ -117,14 +117,19 @@ class Sensitivity:
         importance = torch.cat([squares[matrix] for matrix in members])
         harms: list[dict[int, float]] = [{} for _ in members]
         for bits in BITS:
-            change = gptq(stacked, factor, replace(grids[members[0]], bits=bits)).weight.dequantize() - stacked
-            errors = ((change @ inputs.hessian) * change).sum(1).clamp_min(0).double()
+            errors = output_errors(stacked, inputs.hessian, factor, replace(grids[members[0]], bits=bits)).double()
             parts = torch.split(errors * importance / (2 * tokens), [matrix.out_features for matrix in members])
             for harm, matrix, part in zip(harms, members, parts, strict=True):
                 harm[bits] = float(part.sum())
                 if not harm[bits] < float("inf"):
                     raise BitternError(f"{matrix.label}: its sensitivity is no number: a gradient is NaN or infinite")
         return list(zip(members, harms, strict=True))
+
+
+def output_errors(weight: Tensor, hessian: Tensor, factor: Factor, spec: QuantSpec) -> Tensor:
+    """E[dy_o^2] of every row of a weight as GPTQ solves it, fp32 (out_features,)."""
+    change = gptq(weight, factor, spec).weight.dequantize() - weight
+    return ((change @ hessian) * change).sum(1).clamp_min(0)
 
 
 class _OutputGradients(TorchFunctionMode):
