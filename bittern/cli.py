@@ -76,7 +76,7 @@ def _leave(code: int) -> NoReturn:
     Threads of gloo drop the last tensors when they get to it, and need the GIL for that: one that asks an interpreter
     for it that is ending aborts the process, after all was done (docs/log.md).
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
         sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -306,7 +306,7 @@ def _chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: G
 @_command
 @click.argument("model")
 @click.option("--text", type=click.Path(path_type=Path), help="Text to predict.")
-@click.option("--seqlen", type=click.IntRange(min=2), help="Tokens in a window of the text.  [default: 1024]")
+@click.option("--seqlen", type=click.IntRange(min=2), help="Tokens in a window.  [default: 1024, or a shorter context]")
 @click.option("--windows", type=click.IntRange(min=1), help="Windows, from the text's start.  [default: 64]")
 @click.option("--bos", is_flag=True, help="Begin every window with BOS, without which Gemma predicts badly.")
 @click.option("--against", metavar="BASE", help="Also what this model is worth, and how far from it MODEL is.")
@@ -321,7 +321,7 @@ def eval_(model: str, record: bool, as_json: bool, **options: Any) -> None:
     from dataclasses import asdict
 
     from bittern.progress import figures, share_bar
-    from bittern.record import check_recordable, measure
+    from bittern.record import check_recordable, finite, measure
     from bittern.record import record as put
 
     if options["text"] is None and not options["tasks"]:
@@ -334,7 +334,9 @@ def eval_(model: str, record: bool, as_json: bool, **options: Any) -> None:
     print(f"kernels: {found.kernels}", file=sys.stderr)
     text = {} if found.text is None else asdict(found.text)
     if as_json:
-        shown = [json.dumps({"model": model, **text, "tasks": found.tasks})]
+        tasks = [{name: finite(value) for name, value in each.items()} for each in found.tasks]
+        text = {name: finite(value) for name, value in text.items()}
+        shown = [json.dumps({"model": model, **text, "tasks": tasks})]
     else:
         shown = [figures(each) for each in ([text] if text else []) + found.tasks]
     print("\n".join(shown))

@@ -219,7 +219,7 @@ class Comparison:
             if mine.packed and theirs.packed:
                 self._compare_packed(start, stop, mine, theirs)
                 continue
-            step = stop - start if mine.packed or theirs.packed else max(1, _PIECE // mine.width)
+            step = stop - start if mine.packed or theirs.packed else max(1, _PIECE // max(1, mine.width))
             for first in range(start, stop, step):
                 last = min(first + step, stop)
                 exact = self._source.rows(theirs, first, last)
@@ -313,7 +313,7 @@ class Comparison:
             and torch.equal(view.rows(other, first, last), view.rows(chunk, first, last))
             for chunk in view.chunks[parameter]
             for start, stop in [(chunk.start, chunk.stop)]
-            for first, last in _pieces(start, stop, max(1, _PIECE // chunk.width))
+            for first, last in _pieces(start, stop, max(1, _PIECE // max(1, chunk.width)))
         )
 
 

@@ -352,12 +352,12 @@ def _split_fused(layout: Layout) -> str | None:
 
 
 def _exllamav2(layout: Layout) -> tuple[bool, str]:
+    if layout.format is not None and layout.format not in (V1, V2):
+        return False, f"takes GPTQ, this is {_NAMES[layout.format]}"
     if not layout.old_rope:
         return False, _NO_OLD_ROPE
     if layout.format is None:
         return layout.safetensors, f"{_PLAIN} of an architecture that it has" if layout.safetensors else _NO_SAFETENSORS
-    if layout.format not in (V1, V2):
-        return False, f"takes GPTQ, this is {_NAMES[layout.format]}"
     if not layout.sym:
         return False, "asymmetric: silently wrong weights in groups whose zero is 0, and in their neighbours"
     return _answer(_wrong_bits(layout, (4,), "it"), "4-bit GPTQ")
@@ -389,6 +389,9 @@ def _llama_cpp(layout: Layout) -> tuple[bool, str]:
 
 
 def _mlx(layout: Layout) -> tuple[bool, str]:
+    if layout.format not in (None, "mlx", "awq"):
+        found = "no g_idx" if layout.format in (V1, V2) and layout.has_g_idx else f"no {_NAMES[layout.format]}"
+        return False, f"takes {found}"
     if not layout.old_rope:
         return False, _NO_OLD_ROPE
     if layout.format is None:
@@ -400,9 +403,6 @@ def _mlx(layout: Layout) -> tuple[bool, str]:
         elif layout.experts and layout.model_type == "qwen3_moe":
             refusal = "mlx-lm takes no packed experts of Qwen3-MoE"
         return _answer(refusal, "mlx-lm, of an architecture that it has")
-    if layout.format != "awq":
-        found = "no g_idx" if layout.format in (V1, V2) and layout.has_g_idx else f"no {_NAMES[layout.format]}"
-        return False, f"takes {found}"
     if layout.experts:
         return False, "takes no experts through AWQ"
     return _answer(_wrong_bits(layout, (4,), "its AWQ") or _wrong_group(layout, _MLX_AWQ_GROUPS), "mlx-lm repacks it")

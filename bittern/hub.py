@@ -299,7 +299,9 @@ def file_names(repo_id: str, revision: str | None = None) -> tuple[str, ...]:
 
 
 def read_text(repo_id: str, name: str, revision: str | None = None) -> str | None:
-    """A text file of a repository as it is there now; None when it, its revision or the repository is not there.
+    """A text file of a repository as it is there now; None when it or the repository is not there.
+
+    A branch that is not there yet begins with what the default branch holds.
 
     Raises:
         BitternError: when the Hub cannot be reached or refuses.
@@ -313,6 +315,8 @@ def read_text(repo_id: str, name: str, revision: str | None = None) -> str | Non
         except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError) as error:
             if passing(error):  # nothing in the cache either, but the Hub was not asked
                 raise
+            if revision is not None and isinstance(error, RevisionNotFoundError):
+                return read_text(repo_id, name)
             return None
         return Path(path).read_text(encoding="utf-8-sig")
 

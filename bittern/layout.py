@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from bittern.rope import says_old_rope, with_old_rope
+from bittern.ties import ties_embeddings
 from bittern.weight import QuantSpec
 
 if TYPE_CHECKING:
@@ -117,7 +118,11 @@ def layout_of(artifact: Artifact) -> Layout:
     """The layout of a checkpoint that exists."""
     tensors, config, found = artifact.checkpoint.tensors, artifact.checkpoint.config, artifact.found
     scheme = artifact.scheme
-    matrices = [name for name, info in artifact.plain.items() if len(info.shape) >= 2 and _IN_A_BLOCK.search(name)]
+    matrices = [
+        name
+        for name, info in artifact.plain.items()
+        if (len(info.shape) >= 2 and _IN_A_BLOCK.search(name)) or (len(info.shape) >= 3 and EXPERTS.search(name))
+    ]
     return Layout(
         format=artifact.format,
         packed={name: layer.spec for name, layer in artifact.layers.items()},
@@ -130,7 +135,7 @@ def layout_of(artifact: Artifact) -> Layout:
         dequantize=bool(found.get("dequantize")),
         old_key=bool(found) and found is config.get("compression_config"),
         quantizer=() if scheme is None else scheme.quantizer,
-        tied=bool(config.get("tie_word_embeddings")) and not any(name.startswith("lm_head.") for name in tensors),
+        tied=ties_embeddings(config) and not any(name.startswith("lm_head.") for name in tensors),
         safetensors=artifact.checkpoint.gguf is None and any(artifact.checkpoint.folder.glob("*.safetensors")),
         **_of_the_model(config),
     )

@@ -297,7 +297,7 @@ def uptrain_options(function: Command) -> Command:
             type=click.FloatRange(0, 1),
             default=0.9,
             show_default=True,
-            help="Share of the KL to the source in the loss; the rest is next-token loss (not of --sampled text).",
+            help="Share of the KL to the source in the loss, the rest is of next tokens; all of the source's own text.",
         ),
         click.option(
             "--micro-batch", type=click.IntRange(min=1), default=4, show_default=True, help="Windows at once."

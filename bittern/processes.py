@@ -38,7 +38,7 @@ def together(device: str) -> Iterator[torch.device]:
     Args:
         device: see :func:`bittern.model.pick_device`; of several CUDA devices each process gets its own.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
         yield live.pick_device(device)
         return
     store, rank, size = next(rendezvous("env://", timeout=WAIT))

@@ -16,7 +16,7 @@ from bittern.evaluate import EvalResult, check_fit, evaluate, read_text, text_wi
 from bittern.report import MANIFEST_FILE, file_record
 from bittern.schema import LARGEST_FLOAT, problem, read_manifest
 from bittern.tasks import TaskResult, evaluate_task, read_task
-from bittern.tokenizer import check_same_tokens, wants_bos
+from bittern.tokenizer import check_same_tokens, context_length, wants_bos
 from bittern.writer import explained, replace_file
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def measure(
         bar: makes a progress bar of a title.
         model: an artifact, or any checkpoint.
         text, seqlen, windows: the text to predict, and how it is cut; see :func:`bittern.evaluate.text_windows`. By
-            default :data:`WINDOWS` of :data:`SEQLEN` tokens.
+            default :data:`WINDOWS` of :data:`SEQLEN` tokens, or of the model's whole context where that is shorter.
         against: the base: KL divergence and agreement on the text, and its own figures on everything.
         tasks, limit: files of requests, and how many questions of each.
         batch_size: windows, or requests of a task, at a time; None for one, and eight.
@@ -89,7 +89,7 @@ def measure(
     for name, value in (("seqlen", seqlen), ("windows", windows)):
         if value is not None and text is None:
             raise BitternError(f"{name}: it cuts a text, and there is none")
-    seqlen, windows = seqlen or SEQLEN, windows or WINDOWS
+    windows = windows or WINDOWS
     if against is not None:
         check_utf8("against", against)
     if limit is not None and not tasks:
@@ -101,6 +101,10 @@ def measure(
     live, tokenizer = load(model, decoder=False, **place)
     ids = None
     if text is not None:
+        if seqlen is None:
+            seqlen = min(SEQLEN, context_length(live.config) or SEQLEN)
+            if seqlen < SEQLEN:
+                found.notes.append(f"windows of {seqlen} tokens: the model's context is no longer")
         ids = text_windows(text, tokenizer, seqlen=seqlen, windows=windows, bos=bos)
         check_fit(live, tokenizer, ids)
         if len(ids) < windows:
@@ -116,7 +120,7 @@ def measure(
     kernels = str(vars(live)["kernels"])
     settings = {**{name: place.get(name) for name in _SETTINGS}, "kernels": kernels}
     about = {"settings": settings, "base": against}
-    if text is not None and ids is not None:
+    if text is not None and ids is not None and seqlen is not None:
         with bar("windows") as on_progress:
             found.text = evaluate(live, ids, against=base, batch_size=batch_size or 1, on_progress=on_progress)
         entry = _text_entry(text, seqlen, found.text) | about
@@ -199,15 +203,15 @@ def _text_entry(text: Path, seqlen: int, result: EvalResult) -> dict[str, Any]:
         "seqlen": seqlen,
         "windows": result.windows,
         "tokens": result.tokens,
-        "perplexity": _finite(result.perplexity),
-        "kl": _finite(result.kl),
+        "perplexity": finite(result.perplexity),
+        "kl": finite(result.kl),
         "top1_agreement": result.top1_agreement,
-        "base_perplexity": _finite(result.base_perplexity),
+        "base_perplexity": finite(result.base_perplexity),
     }
 
 
 def _task_entry(file: Path, answer: dict[str, Any]) -> dict[str, Any]:
-    figures = {name: _finite(value) for name, value in answer.items() if name != "task"}
+    figures = {name: finite(value) for name, value in answer.items() if name != "task"}
     base = {"base_accuracy": None}  # a key that every task has
     return {"what": "task", "name": answer["task"], "sha256": file_record(file)["sha256"], **base, **figures}
 
@@ -217,6 +221,6 @@ def _figures(result: TaskResult) -> list[str]:
     return [name for name in asdict(result) if name not in ("task", "questions", "truncated")]
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no infinity: None stands for it, and for what a manifest does not take for a number."""
     return None if isinstance(value, float) and not abs(value) < LARGEST_FLOAT else value

@@ -32,6 +32,8 @@ def with_old_rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def says_old_rope(config: Mapping[str, Any]) -> bool:
     """Whether who reads the old words alone reads what is meant: a base of 10000 need not be said of a Llama."""
+    if isinstance(config.get("text_config"), dict) and not says_old_rope(config["text_config"]):
+        return False
     old = _old_rope(config)
     if old is None:
         return False

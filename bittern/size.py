@@ -12,6 +12,7 @@ from bittern.checkpoint import plain_config
 from bittern.errors import BitternError
 from bittern.layout import EXPERTS
 from bittern.shards import TensorInfo
+from bittern.ties import tied_heads
 from bittern.tokenizer import context_length
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ def count_parameters(plain: Iterable[TensorInfo], packed: Mapping[str, tuple[int
 def artifact_parameters(artifact: Artifact) -> Counter[str]:
     """Parameters of the dequantized model, per kind of layer."""
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in artifact.layers.items()}
-    return count_parameters(artifact.plain.values(), shapes)
+    tied = tied_heads(artifact.checkpoint)  # stored once more, and no parameters of their own
+    return count_parameters((info for name, info in artifact.plain.items() if name not in tied), shapes)
 
 
 def stored_bytes(checkpoint: Checkpoint) -> dict[str, int]:

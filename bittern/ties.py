@@ -5,6 +5,7 @@ A configuration ties them with ``tie_word_embeddings``; some checkpoints store t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def tied_tensors(checkpoint: Checkpoint) -> list[str]:
     """
     return [
         head
-        for head in _tied_heads(checkpoint)
+        for head in tied_heads(checkpoint)
         if any(_is_copy(checkpoint, head, name, exactly=True) for name in checkpoint.tensors if name != head)
     ]
 
@@ -36,7 +37,7 @@ def refuse_untied(checkpoint: Checkpoint) -> None:
     Raises:
         BitternError: naming it.
     """
-    for head in _tied_heads(checkpoint):
+    for head in tied_heads(checkpoint):
         if not any(_is_copy(checkpoint, head, name, exactly=False) for name in checkpoint.tensors if name != head):
             raise BitternError(
                 f"{checkpoint.source}: {head} is no copy of the embedding, but tie_word_embeddings is true; expected"
@@ -44,13 +45,14 @@ def refuse_untied(checkpoint: Checkpoint) -> None:
             )
 
 
-def _tied_heads(checkpoint: Checkpoint) -> list[str]:
+def tied_heads(checkpoint: Checkpoint) -> list[str]:
     """Heads that are stored although the configuration ties them."""
     heads = [name for name in checkpoint.tensors if name.removesuffix(".weight").rpartition(".")[2] in _HEADS]
-    return heads if heads and _ties_embeddings(checkpoint.config) else []
+    return heads if heads and ties_embeddings(checkpoint.config) else []
 
 
-def _ties_embeddings(config: dict[str, Any]) -> bool:
+def ties_embeddings(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration ties the head to the embedding, by its model type's default where it does not say."""
     for part in (config, config.get("text_config")):
         if isinstance(part, dict) and "tie_word_embeddings" in part:
             return bool(part["tie_word_embeddings"])

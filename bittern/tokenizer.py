@@ -76,13 +76,18 @@ def check_length(config: PretrainedConfig, seqlen: int) -> None:
         raise BitternError(f"seqlen {seqlen}: this model's context is {context} tokens")
 
 
+_PADDED_POSITIONS = ("roberta", "camembert", "data2vec-text", "xmod")
+
+
 def context_length(config: PretrainedConfig) -> int | None:
     """Tokens that a model was made for; None where its config sets no limit (ALiBi, state spaces)."""
     text = config.get_text_config(decoder=True)
     for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
         value = getattr(text, key, None)
         if isinstance(value, int) and value > 0:
-            return value
+            # RoBERTa and its kin count positions from behind that of padding on.
+            padded = any(name in text.model_type for name in _PADDED_POSITIONS)
+            return value - 1 - (text.pad_token_id or 0) if padded else value
     return None
 
 

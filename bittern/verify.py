@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -44,7 +45,8 @@ _PIECE = 2**21  # elements of plain tensors that are looked at at once
 _NAMED = 5  # names in a message
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
 # What may differ between the configurations of an artifact and of its source.
-_NO_ARCHITECTURE = {"architectures", "dtype", *CONFIG_KEYS, "transformers_version"}
+_NO_ARCHITECTURE = {"architectures", "dtype", *CONFIG_KEYS, "transformers_version", "use_cache"}
+_IDLE = re.compile(r"^_|^initializer_|(dropout|_pdrop|layerdrop|_dropout_prob)$|^router_aux_loss_coef$|^output_router")
 
 
 @dataclass(frozen=True)
@@ -275,7 +277,7 @@ def _values(view: View, step: OnStep) -> Check:
 def _config(view: View, source: View) -> Check:
     """Both configurations describe the same model."""
     found, expected = (side.model.config.to_dict() for side in (view, source))
-    names = sorted(name for name in {*found, *expected} - _NO_ARCHITECTURE if not name.startswith("_"))
+    names = sorted(name for name in {*found, *expected} - _NO_ARCHITECTURE if not _IDLE.search(name))
     differing = [
         f"{name} is {found.get(name)!r}, {expected.get(name)!r} in the source"
         for name in names

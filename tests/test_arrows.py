@@ -34,8 +34,8 @@ ALLOWED = {
     "licence": {"errors", "origin"},
     "artifact": {"errors", "weight", "formats", "checkpoint"},
     "fit": {"errors", "artifact", "model"},
-    "layout": {"weight", "artifact", "rope"},
-    "size": {"errors", "shards", "tokenizer", "checkpoint", "artifact", "layout"},
+    "layout": {"weight", "artifact", "rope", "ties"},
+    "size": {"errors", "shards", "tokenizer", "checkpoint", "artifact", "layout", "ties"},
     "consumers": {"errors", "weight", "formats", "layout"},
     "convert": {
         "disk",

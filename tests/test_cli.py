@@ -497,6 +497,17 @@ def test_run_says_what_computes(run: Bittern, artifact: Path, options: list[obje
     assert said in shown.err or not native.available()
 
 
+@pytest.mark.skipif(not native.available(), reason="no native kernels were built")
+def test_activations_that_no_layer_rounds_are_not_claimed(run: Bittern, model: Path) -> None:
+    shown = run("run", model, "--prompt", "the cat", "--max-new-tokens", 3, "--activations", "a8")
+    assert shown.code == 0 and "activations as they are (no layer is packed)" in shown.err
+
+
+def test_an_empty_number_of_processes_is_one(run: Bittern, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert run("--version").code == 0
+
+
 def test_run_without_native_kernels(run: Bittern, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_load", lambda: (None, "it was not built"))
     options = ["--prompt", "the cat", "--max-new-tokens", 3]
@@ -724,7 +735,8 @@ def test_the_defaults_in_the_help_are_the_real_ones(run: Bittern) -> None:
     from bittern.writer import MAX_SHARD_SIZE
 
     shown = " ".join(run("eval", "--help").out.split())
-    assert f"window of the text. [default: {SEQLEN}]" in shown and f"start. [default: {WINDOWS}]" in shown
+    assert f"in a window. [default: {SEQLEN}, or a shorter context]" in shown
+    assert f"start. [default: {WINDOWS}]" in shown
     shown = " ".join(run("convert", "--help").out.split())
     assert "of a folder. [default: 5GB]" in shown and byte_size("5GB") == MAX_SHARD_SIZE
 

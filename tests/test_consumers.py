@@ -442,6 +442,8 @@ def test_who_reads_the_old_words_alone(kind: str, rope: dict[str, Any], said: bo
     config = {"model_type": kind, "rope_parameters": rope}
     assert says_old_rope(config) == said
     assert says_old_rope(with_old_rope(config)) == (kind != "lfm3")
+    whole = {"model_type": "gemma3", "text_config": config}  # of text and pictures
+    assert says_old_rope(whole) == said and says_old_rope(with_old_rope(whole)) == (kind != "lfm3")
 
 
 @pytest.mark.parametrize(

@@ -604,6 +604,18 @@ def test_biases_of_zeros_that_no_model_has_are_dropped(artifacts: Any, tmp_path:
     assert not [tensor.name for tensor in summary.tensors if tensor.name.endswith("bias")]
 
 
+def test_biases_of_zeros_that_a_model_has_stay(tmp_path: Path) -> None:
+    model = tiny.random_model("llama", attention_bias=True)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") and "o_proj" not in name:
+                parameter.normal_(0, 0.1)
+    bittern.quantize(tiny.save(model, tmp_path / "source"), tmp_path / "q", bits=4, group_size=32, method="rtn")
+    write(tmp_path / "q", tmp_path / "a.gguf", tokenizer=False)
+    with open_checkpoint(tmp_path / "a.gguf") as checkpoint:
+        assert checkpoint.config["attention_bias"] and "model.layers.0.self_attn.o_proj.bias" in checkpoint.tensors
+
+
 def edited(source: Path, out: Path, without: str | None = None, **config: Any) -> Path:
     """A copy that lacks what begins with a name, or says something else of itself."""
     from safetensors.torch import load_file, save_file

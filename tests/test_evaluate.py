@@ -23,6 +23,8 @@ from transformers import (
 from bittern import evaluate as module
 from bittern.errors import BitternError
 from bittern.evaluate import check_fit, evaluate, read_text, text_windows
+from bittern.tokenizer import context_length
+from tests import tiny
 
 VOCAB = 97
 
@@ -101,6 +103,17 @@ def test_distance_is_the_formula(model: LlamaForCausalLM, windows: Tensor) -> No
     reverse = evaluate(base, windows, against=model).kl
     assert reverse == pytest.approx(oracle_kl(model, base, windows)[0], rel=1e-4)
     assert reverse != pytest.approx(kl, rel=1e-3)  # KL has a direction, and it is the documented one
+
+
+def test_a_context_whose_positions_begin_behind_padding(tokenizer: PreTrainedTokenizerFast) -> None:
+    """RoBERTa's 22 rows of positions are for 20 tokens: its first one is at padding's place and one."""
+    model = tiny.random_model("roberta", is_decoder=True, max_position_embeddings=22, pad_token_id=1)
+    assert context_length(model.config) == 20
+    ids = torch.randint(3, 40, (2, 20), generator=torch.Generator().manual_seed(0))
+    check_fit(model, tokenizer, ids)
+    assert evaluate(model, ids).tokens == 38
+    with pytest.raises(BitternError, match="expected at most 20"):
+        check_fit(model, tokenizer, torch.cat([ids, ids[:, :1]], dim=1))
 
 
 def test_a_model_is_no_way_from_itself(model: LlamaForCausalLM, windows: Tensor) -> None:

@@ -376,3 +376,16 @@ def test_what_tensors_and_config_say_reaches_the_verdicts(tmp_path: Path) -> Non
     reasons = {verdict["consumer"]: verdict["reason"] for verdict in inspect(tmp_path / "gptq")["loads"]}
     assert reasons["transformers"] == "aborts without g_idx"
     assert reasons["auto-gptq"] == "loads tied embeddings as zeros"
+
+
+def test_a_tied_head_that_is_stored_too_is_counted_once(tmp_path: Path) -> None:
+    model = build("gemma2", {**GROUPED, "head_dim": 16})
+    model.save_pretrained(tmp_path)
+    counted = inspect(tmp_path)["parameters"]
+    stored = load_file(tmp_path / "model.safetensors")
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["tie_word_embeddings"]  # as on the Hub: of this model type they are tied
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert inspect(tmp_path)["parameters"] == counted == sum(p.numel() for p in model.parameters())

@@ -480,6 +480,15 @@ def test_what_somebody_wrote_into_the_card_on_the_hub_is_kept(
     assert "4-bit" in held.data["tags"]  # its metadata are completed
 
 
+def test_a_new_branch_begins_with_the_card_of_the_default_branch(hub: Hub, client: Client, artifact: Path) -> None:
+    card = b"---\nlicense: apache-2.0\n---\n# Mine\n\nA tale of seven stones.\n"
+    hub.create("me/tiny", README__md=card)
+    client.push(artifact, "me/tiny", "--revision", "4bit")
+    assert hub.files("me/tiny") == {"README.md": card}
+    held = ModelCard(hub.files("me/tiny", "4bit")["README.md"].decode())
+    assert held.text == ModelCard(card.decode()).text and held.data["license"] == "apache-2.0"
+
+
 def test_a_repository_made_on_the_web_has_a_card_of_metadata_alone(hub: Hub, client: Client, artifact: Path) -> None:
     hub.create("me/tiny", README__md=b"---\nlicense: apache-2.0\n---\n")
     client.push(artifact, "me/tiny")

@@ -115,6 +115,35 @@ def test_the_figures_are_recorded_with_the_base_s_own(
     }  # fmt: skip
 
 
+def test_windows_are_no_longer_than_the_context(
+    source: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((source / "config.json").read_text())
+    short = shutil.copytree(source, tmp_path / "short")
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 48}))
+    asked = [short, "--text", text, "--windows", 3, "--device", "cpu", "--json"]
+    code, out, err = run(capsys, *asked)
+    assert code == 0 and json.loads(out)["tokens"] == 3 * 47
+    assert "note: windows of 48 tokens: the model's context is no longer" in err
+    code, _, err = run(capsys, *asked, "--seqlen", 49)  # asked for: not shortened
+    assert code == 1 and "expected at most 48, the model's context length, found 49" in err
+
+
+def test_infinite_figures_are_null_in_json(
+    source: Path, text: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny.random_model()
+    model.lm_head.weight.data *= 1e6
+    code, out, _ = run(capsys, tiny.save(model, tmp_path / "model", tokenizer), *options(text), "--json")
+
+    def strict(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    assert code == 0 and json.loads(out, parse_constant=strict)["perplexity"] is None
+    code, out, _ = run(capsys, tmp_path / "model", *options(text))
+    assert code == 0 and "inf" in out
+
+
 def test_a_base_that_reads_the_text_otherwise_is_refused(
     source: Path, artifact: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

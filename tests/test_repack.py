@@ -89,6 +89,15 @@ def test_there_and_back(format: str, bits: int, sym: bool, source: Path, tmp_pat
     assert torch.equal(logits(tmp_path / "there"), logits(first))
 
 
+def test_the_size_of_shards_is_part_of_the_command(source: Path, tmp_path: Path) -> None:
+    first = quantized(source, tmp_path / "first")
+    for name, format in (("ct", "compressed-tensors"), ("plain", None)):
+        bittern.convert(first, tmp_path / name, format=format, max_shard_size=30_000)
+        told = json.loads((tmp_path / name / "bittern_manifest.json").read_text())
+        assert len(list((tmp_path / name).glob("*.safetensors"))) > 1
+        assert told["command"][-2:] == ["--max-shard-size", "30000"]
+
+
 def test_damping_is_stated_as_the_source_states_it(source: Path, tmp_path: Path) -> None:
     def stated(name: str) -> float:
         return float(json.loads((tmp_path / name / "quantize_config.json").read_text())["damp_percent"])

@@ -172,6 +172,14 @@ def test_ends_at_an_end_of_sequence_token(tokenizer: PreTrainedTokenizerFast) ->
         assert result.token_ids == whole[:last]
 
 
+@pytest.mark.parametrize("ends", ["5", [1, "x"], {"a": 1}, 2.5])
+def test_an_end_that_is_no_token_is_refused(ends: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny(tokenizer)
+    model.generation_config.eos_token_id = ends
+    with pytest.raises(BitternError, match="eos_token_id: expected the number of a token, or several, found"):
+        run(model, tokenizer, ignore_eos=False)
+
+
 def test_sampling_repeats_with_its_seed(tokenizer: PreTrainedTokenizerFast) -> None:
     model = tiny(tokenizer)
     options: dict[str, Any] = {"temperature": 1.5, "top_k": 50, "top_p": 0.95}

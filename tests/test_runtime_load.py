@@ -260,6 +260,14 @@ def test_artifacts_in_bfloat16(tmp_path: Path) -> None:
         torch.testing.assert_close(found.float(), expected(ids).logits.float(), atol=0.05, rtol=0.05)
 
 
+@pytest.mark.parametrize("found", ["[]", '{"suppress_tokens": 5}', "{", "5"])
+def test_a_generation_config_that_is_none_is_named(found: str, tmp_path: Path) -> None:
+    made = make(tmp_path)
+    (made.artifact / "generation_config.json").write_text(found)
+    with pytest.raises(BitternError, match=r"generation_config\.json: "):
+        bittern.load(made.artifact, device="cpu")
+
+
 def test_is_a_transformers_model(tmp_path: Path) -> None:
     made = make(tmp_path)
     settings = {"eos_token_id": [5, 6], "max_length": 30}

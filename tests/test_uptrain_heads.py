@@ -144,9 +144,40 @@ def test_a_number_that_does_not_divide_is_refused_with_those_that_do(wanted: int
 
 
 def test_a_layer_without_rope_is_told_from_those_that_have_it() -> None:
+    model = tiny.random_model("smollm3", num_key_value_heads=4, no_rope_layers=[0, 1], vocab_size=64)
+    assert pairings(model) == [["half", "interleaved"], ["half"]]
+
+
+def test_pairs_are_found_where_large_biases_make_scores_coarse() -> None:
+    sizes = {"hidden_size": 256, "head_dim": 64, "num_hidden_layers": 1, "vocab_size": 64}
+    model = tiny.random_model("qwen2", num_key_value_heads=4, **sizes)
+    attention = model.model.layers[0].self_attn
+    with torch.no_grad():
+        for name, parameter in attention.named_parameters():
+            parameter.normal_(0, 0.1 if parameter.ndim == 2 else 0.3)
+            if name in ("k_proj.bias", "q_proj.bias"):  # on the slowest pair, as trained models have them
+                parameter.view(4, 64)[:, 31] += 3000 if name == "k_proj.bias" else 500
+                parameter.view(4, 64)[:, 63] -= 1500 if name == "k_proj.bias" else 250
+    assert pairings(model) == [["half"]]
+
+
+def test_attention_that_blocks_share_is_refused() -> None:
+    types = ["mamba", "hybrid", "mamba", "hybrid"]
+    config: dict[str, Any] = {
+        "num_hidden_layers": 4,
+        "n_mamba_heads": 2,
+        "layers_block_type": types,
+        "mamba_d_state": 4,
+    }
+    model = tiny.random_model("zamba", num_key_value_heads=4, **config)
+    with pytest.raises(BitternError, match="shares its weights with another block"):
+        head_counts(model, 2)
+
+
+def pairings(model: PreTrainedModel) -> list[list[str]]:
+    """What is found in each layer."""
     from bittern.uptrain.heads import find_pairings
 
-    model = tiny.random_model("smollm3", num_key_value_heads=4, no_rope_layers=[0, 1], vocab_size=64)
     counts = head_counts(model, 2)
     seen: list[dict[str, Any]] = []
     layers = model.model.layers
@@ -158,11 +189,10 @@ def test_a_layer_without_rope_is_told_from_those_that_have_it() -> None:
     for hook in hooks:
         hook.remove()
     hidden = [kwargs.pop("hidden_states") for kwargs in seen]
-    found = [
+    return [
         find_pairings(layer.self_attn, counts, kwargs, state, counts.dim)
         for layer, kwargs, state in zip(layers, seen, hidden, strict=True)
     ]
-    assert found == [["half", "interleaved"], ["half"]]
 
 
 @pytest.mark.parametrize("stated", [True, False])

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,6 +24,8 @@ from bittern.page.page import write_page
 from bittern.replay import BlockCall
 from bittern.report import runs
 from bittern.schema import read_manifest
+from bittern.training.text import HELD_OUT, Windows
+from bittern.uptrain import pipeline
 from bittern.uptrain.heads import Counts
 from bittern.uptrain.output import degraded
 from bittern.uptrain.pipeline import uptrain
@@ -190,6 +193,28 @@ def test_each_stage_brings_a_block_nearer_to_the_source() -> None:
         assert stages == sorted(stages, reverse=True) and stages[3] < 0.98 * stages[1]
     assert [record["layer"] for record in records] == ["model.layers.0", "model.layers.1"]
     assert live.blocks(student)[1][0].self_attn.k_proj.out_features == 16  # type: ignore[union-attr]
+
+
+def test_an_attention_whose_values_are_zero_is_passed() -> None:
+    teacher = tiny.random_model("llama", num_key_value_heads=4)
+    teacher.requires_grad_(False)
+    teacher.model.layers[1].self_attn.v_proj.weight.zero_()
+    student = make_student(teacher, teacher.config.to_dict(), 2)
+    batches = list(torch.split(torch.randint(256, (8, 16), generator=torch.Generator().manual_seed(0)), 4))
+    records = list(regroup(teacher, student, batches, Recipe(passes=2), Counts(4, 4, 16)))
+    assert all(math.isfinite(record["error_distilled"]) for record in records)
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_what_the_source_wrote_is_known_wherever_it_was_asked_for(held: bool) -> None:
+    """Of 100 windows of a text, 100 of the source's own in the place of text, and 30 that go on with both."""
+    ids = np.arange(230, dtype=np.int32)[:, None] * np.ones(4, dtype=np.int32)
+    text = None if held else torch.zeros(1, 4, dtype=torch.int64)
+    tokens = 4 * (229 - (HELD_OUT if held else 0))
+    given = {"sampled": 120, "seqlen": 4, "dataset": ["words.txt", "self"], "tokens": tokens, "nsamples": 1}
+    windows, _ = pipeline._split(Windows(ids, 0), text, given)
+    own = windows.is_own(torch.arange(len(windows.ids)))
+    assert torch.equal(own, torch.from_numpy(windows.ids[:, 0] >= 100)) and (len(own) < 230) == held
 
 
 @torch.no_grad()

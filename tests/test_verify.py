@@ -235,6 +235,8 @@ def test_a_tied_head_may_be_left_out_only_when_it_is_the_embedding(tmp_path: Pat
 def test_an_altered_config_is_found(source: Path, copy: Path) -> None:
     path = copy / "config.json"
     config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "initializer_range": 0.5, "use_cache": False, "attention_dropout": 0.5}))
+    assert failed(verify(copy, source, logits=False)) == ["files"]  # of training alone
     path.write_text(json.dumps({**config, "rms_norm_eps": 0.125}))
     assert failed(verify(copy, source, logits=False)) == ["files", "source config"]
     rehash(copy)

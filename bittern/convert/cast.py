@@ -28,7 +28,7 @@ from bittern.origin import source_record
 from bittern.report import base_manifest, with_origin
 from bittern.schema import carried, told_by_gguf
 from bittern.size import count_parameters, planned_size, size_record, stored_bytes
-from bittern.ties import tied_tensors
+from bittern.ties import tied_heads, tied_tensors
 from bittern.writer import MAX_SHARD_SIZE, check_output
 
 if TYPE_CHECKING:
@@ -374,7 +374,9 @@ def _manifest(
         notes=notes,
         seconds=summary.seconds,
     )
-    source = size_record(count_parameters(checkpoint.tensors.values()), stored_bytes(checkpoint))
+    tied = tied_heads(checkpoint)
+    counted = count_parameters(info for name, info in checkpoint.tensors.items() if name not in tied)
+    source = size_record(counted, stored_bytes(checkpoint))
     made |= {
         "size": {"source": source, "output": size},
         "dtype": summary.dtype,

@@ -142,8 +142,7 @@ def check_gguf(
             raise BitternError(f"{name}: GGUF has one tensor of all experts, expected one type, found {each}")
     model = read_model(checkpoint.config)
     artifact = Artifact(checkpoint)
-    fit(artifact)
-    plan = plan_tensors(artifact, model, [], None, allow_inexact=True)
+    plan = plan_tensors(artifact, fit(artifact), model, [], None, allow_inexact=True)
     read_vocabulary(checkpoint, _rows(checkpoint, plan))
 
 
@@ -183,10 +182,10 @@ def write_gguf(
     out, checkpoint = Path(output), artifact.checkpoint
     _check_output(out, checkpoint.path, overwrite)
     model = read_model(checkpoint.config)
-    fit(artifact)
+    fitted = fit(artifact)
     checkpoint.fetch()
     tied = tied_tensors(checkpoint)
-    plan = plan_tensors(artifact, model, tied, dtype, allow_inexact)
+    plan = plan_tensors(artifact, fitted, model, tied, dtype, allow_inexact)
     vocabulary = read_vocabulary(checkpoint, _rows(checkpoint, plan)) if tokenizer else None
     written: list[Written] = []
     total = sum(tensor.nbytes for tensor in plan)

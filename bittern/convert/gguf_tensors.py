@@ -14,6 +14,7 @@ from bittern.artifact import Artifact
 from bittern.convert.cast import DTYPES, cast_values
 from bittern.convert.gguf_model import GgufModel, merged_name
 from bittern.errors import BitternError
+from bittern.fit import Fit
 from bittern.formats import gguf as blocks
 from bittern.formats.gguf_rope import FREQUENCIES
 
@@ -42,11 +43,11 @@ class PlannedTensor:
 
 
 def plan_tensors(
-    artifact: Artifact, model: GgufModel, tied: list[str], dtype: str | None, allow_inexact: bool
+    artifact: Artifact, fitted: Fit, model: GgufModel, tied: list[str], dtype: str | None, allow_inexact: bool
 ) -> list[PlannedTensor]:
     """Every tensor of the file, in the order of the checkpoint."""
     names = model.names()
-    zero = _zero_biases(artifact, model)
+    zero = _zero_biases(artifact, fitted)
     found: dict[str, list[str]] = {}
     for name in [*artifact.plain, *(f"{layer}.weight" for layer in artifact.layers)]:
         if name in tied or name in zero or name.endswith("rotary_emb.inv_freq"):
@@ -94,10 +95,10 @@ def _expert(name: str) -> int:
     return int(found.group(1)) if found else 0
 
 
-def _zero_biases(artifact: Artifact, model: GgufModel) -> set[str]:
+def _zero_biases(artifact: Artifact, fitted: Fit) -> set[str]:
     """Biases of zeros that AutoGPTQ gave to layers whose architecture has none."""
-    own = ("q_proj", "k_proj", "v_proj") if model.architecture == "qwen2" else ()
-    names = (f"{layer}.bias" for layer in artifact.layers if not layer.endswith(own or ("\0",)))
+    own = {piece.source for pieces in fitted.sources.values() for piece in pieces}
+    names = {f"{layer}.bias" for layer in artifact.layers} - own
     return {name for name in names if name in artifact.plain and not bool(artifact.checkpoint.read(name).any())}
 
 

@@ -102,7 +102,8 @@ def repack(
             (without ``allow_inexact``), what :func:`bittern.fit.fit` refuses, or an output that
             may not or cannot be written.
     """
-    options = {"format": format, "dtype": dtype, "allow_inexact": allow_inexact, "target": target}
+    options: dict[str, Any] = {"format": format, "dtype": dtype, "allow_inexact": allow_inexact, "target": target}
+    options["max_shard_size"] = max_shard_size
     started = time.monotonic()
     with open_checkpoint(source, revision) as checkpoint:
         contents = _contents(checkpoint)
@@ -174,7 +175,7 @@ def dequantize(
         BitternError: see :func:`repack`; for values that ``dtype`` cannot hold, and for a bias of a packed layer
             that the model has no place for, unless it is zeros.
     """
-    options = {"format": "safetensors", "dtype": dtype}
+    options = {"format": "safetensors", "dtype": dtype, "max_shard_size": max_shard_size}
     started = time.monotonic()
     with open_checkpoint(source, revision) as checkpoint:
         contents = _contents(checkpoint, to_floats=True)

@@ -36,7 +36,7 @@ V2 = "gptq_v2"  # stores zero
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 # vLLM looks a fused layer up in ``dynamic`` by its own name; it exists when all of its parts share a grid.
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-_EXPERT = re.compile(r"(.*\.experts)\.\d+\.")
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+\.|\w+\.\d+$)")  # or one of a tensor, as bittern.model names it
 
 
 def names(layer: str) -> dict[str, str]:

@@ -348,7 +348,10 @@ def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[
     for holder in (model.generation_config, model.config, tokenizer):
         found = getattr(holder, "eos_token_id", None)
         if found is not None:
-            return set(found) if isinstance(found, list) else {found}
+            ids = found if isinstance(found, list) else [found]
+            if not all(isinstance(each, int) for each in ids):
+                raise BitternError(f"eos_token_id: expected the number of a token, or several, found {found!r}")
+            return set(ids)
     return set()
 
 

@@ -166,7 +166,9 @@ def _choose_tier(model: PreTrainedModel, settings: native.Settings | None, decod
         description = f"torch (native runtime: {why})" if why else "torch"
     else:
         whole = "whole model" if attached is not None else f"layer by layer ({reason})"
-        description = f"native {native.instructions()}, activations {settings.activations}, {whole}"
+        rounding = settings.activations == "a16" or any(isinstance(module, NativeMatrix) for module in model.modules())
+        activations = settings.activations if rounding else "as they are (no layer is packed)"
+        description = f"native {native.instructions()}, activations {activations}, {whole}"
     if keeps_nothing(model):
         description += f"; a {model.config.model_type} keeps nothing: every new token computes the whole text anew"
     vars(model).update(kernels=description)
@@ -279,7 +281,7 @@ def _finish(model: PreTrainedModel, checkpoint: Checkpoint, packed: bool) -> Non
     if checkpoint.gguf is None and (checkpoint.folder / "generation_config.json").is_file():
         try:
             model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError, AttributeError) as error:  # whatever stands there instead of settings
             raise BitternError(f"{checkpoint.folder}/generation_config.json: {error}") from error
     if packed:
         model.save_pretrained = _refuse_to_save  # type: ignore[method-assign]

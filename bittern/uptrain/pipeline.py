@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bittern import model as live
-from bittern.calibration import check_files, dataset_title, tokens_hash
+from bittern.calibration import check_files, dataset_title, shares, tokens_hash
 from bittern.checkpoint import Checkpoint, open_checkpoint
 from bittern.convert.cast import DTYPES, refuse_quantized
 from bittern.errors import BitternError
@@ -191,7 +191,7 @@ def _recipe(init: str, group: str | None, passes: int | None, seed: int) -> Reci
 
 def _training(given: dict[str, Any]) -> Training:
     """The training options, checked."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = int(os.environ.get("WORLD_SIZE") or 1)
     for name, least in (
         ("tokens", 0),
         ("sampled", 0),
@@ -263,9 +263,9 @@ def _prepare(
         attention.use(model)
     parameters = trained_parameters(student, options.trained if options.steps else "attention")
     write = partial(_write_text, folder, checkpoint, teacher, given, text, on_sampled)
+    if rank == 0 and given["dtype"] is not None:
+        check_dtype(checkpoint, teacher, set(parameters), given["dtype"])
     if rank == 0 and not state.exists():
-        if given["dtype"] is not None:
-            check_dtype(checkpoint, teacher, set(parameters), given["dtype"])
         story = _convert(write, teacher, student, counts, recipe, given, text, on_block)
         # Frozen parameters are the teacher's own tensors; what is trained gets memory of its own.
         story |= {"settings": settings, "step": 0, "curve": [], "seconds": time.monotonic() - began}
@@ -358,7 +358,7 @@ def _write_text(
         given["dataset"],
         checkpoint.tokenizer(),
         seqlen=given["seqlen"],
-        count=_wanted(given) + (HELD_OUT if text is None else 0),
+        count=_windows_asked(given, text),
         vocab_size=teacher.config.get_text_config(decoder=True).vocab_size,
         sampled=-(-given["sampled"] // given["seqlen"]),
         model=teacher,
@@ -397,16 +397,23 @@ def _held_out(
 
 def _split(windows: Windows, text: Tensor | None, given: dict[str, Any]) -> tuple[Windows, Tensor]:
     """The windows to train on, and those to measure on: of another text, or spread evenly over the dataset's."""
-    own = -(-given["sampled"] // given["seqlen"])  # what the source writes comes last
+    sampled = -(-given["sampled"] // given["seqlen"])  # what the source writes comes last, first what the dataset asks
+    asked = dict(shares(given["dataset"], _windows_asked(given, text) - sampled)).get("self", 0)
     if text is not None:
-        return replace(windows, own=own), text
-    count = len(windows.ids) - own
+        return replace(windows, own=asked + sampled), text
+    count = len(windows.ids) - sampled
     if count < 2:
         named = dataset_title(given["dataset"])
         raise BitternError(f"{named}: expected two windows of {given['seqlen']} tokens at least, found {count}")
     held = kept_apart(count)
     others = sorted(set(range(len(windows.ids))) - set(held))
+    own = sum(row >= count - asked for row in others)
     return Windows(windows.ids[others], windows.seed, own), torch.from_numpy(windows.ids[held]).long()
+
+
+def _windows_asked(given: dict[str, Any], text: Tensor | None) -> int:
+    """Windows to train on, and where there is no other text those to measure on."""
+    return _wanted(given) + (HELD_OUT if text is None else 0)
 
 
 def _train(run: Run, options: Training, on_progress: Report | None) -> None:

@@ -47,6 +47,11 @@ if TYPE_CHECKING:
 RIDGE = 1e-4
 """Of the least squares for the output projection, as a share of the mean diagonal."""
 
+_UNKNOWN_ROPE = (
+    "{}: turning keys and queries by RoPE's pairs changes the output, or cannot be tried, so its rotary embedding is"
+    " none of those known; --init mean --group neighbour does without"
+)
+
 UNSEEN = 1e-6
 """Energy, as a share of the mean, of directions that calibration text never takes: heads keep what they can there."""
 
@@ -268,6 +273,9 @@ def _rotary(
     """The dimensions that RoPE turns, and how it pairs them."""
     embeddings = observed.kwargs.get("position_embeddings")
     if embeddings is None:
+        own = any("rotary" in each for each, _ in attention.named_modules())
+        if own and not keys_fixed and (recipe.init == "aligned" or recipe.group == "similar"):
+            raise BitternError(_UNKNOWN_ROPE.format(name))
         return 0, PAIRINGS[0]
     if not isinstance(embeddings, tuple) or len(embeddings) != 2:
         raise BitternError(
@@ -280,10 +288,7 @@ def _rotary(
     if len(pairings) > 1 and rotary > 2:
         return 0, PAIRINGS[0]  # a layer without RoPE, which is given the embeddings as the others are
     if not pairings:
-        raise BitternError(
-            f"{name}: turning keys and queries by RoPE's pairs changes the output, so its rotary embedding is none of"
-            " those known; --init mean --group neighbour does without"
-        )
+        raise BitternError(_UNKNOWN_ROPE.format(name))
     return rotary, pairings[0]
 
 
@@ -350,7 +355,7 @@ def lesson(block: nn.Module, attention: str, stream: Stream, outputs: Sequence[T
     finally:
         for handle in handles:
             handle.remove()
-    damping = RIDGE * gram.diagonal().mean()
+    damping = RIDGE * (float(gram.diagonal().mean()) or 1.0)  # values that are all zero teach nothing
     gram.diagonal().add_(damping)
     before = projection.weight.detach().clone()
     errors, solutions = [block_error(block, stream)], [before]

@@ -46,9 +46,14 @@ def head_counts(model: PreTrainedModel, kv_heads: int) -> Counts:
         allowed = ", ".join(map(str, fitting)) or "none, for it has multi-query attention already"
         raise BitternError(f"--kv-heads {kv_heads}: {kind} with {heads} key-value heads can have {allowed}")
     prefix, blocks = live.blocks(model)
+    tied = live.tied_names(model)
     for index, (block, name) in enumerate(zip(blocks, names, strict=True)):
         if name is not None:
-            check_attention(block.get_submodule(name), counts, f"{prefix}.{index}.{name}")
+            attention, whole = block.get_submodule(name), f"{prefix}.{index}.{name}"
+            check_attention(attention, counts, whole)
+            shared = next((each for each, _ in attention.named_parameters(whole) if each in tied), None)
+            if shared is not None:
+                raise BitternError(f"{shared}: shares its weights with another block, which is not supported")
     return counts
 
 
