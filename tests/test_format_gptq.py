@@ -383,17 +383,24 @@ def test_read_config_of_other_tools() -> None:
 
 
 @pytest.mark.parametrize("other", [QuantSpec(8, 32), None])
-def test_experts_that_are_alike_have_a_pattern_that_their_module_matches(other: QuantSpec | None) -> None:
+@pytest.mark.parametrize(
+    ("layer", "single"),
+    [("{}.up_proj", r"0\.(up_proj)"), ("up_proj.{}", r"up_proj\.(0)")],
+    ids=["own", "in one tensor"],
+)
+def test_experts_that_are_alike_have_a_pattern_that_their_module_matches(
+    layer: str, single: str, other: QuantSpec | None
+) -> None:
     """vLLM asks for the module of all experts, GPTQModel for each layer; both by re.match."""
     four = QuantSpec(4, 32)
-    names = [f"model.layers.{block}.mlp.experts.{expert}.up_proj" for block in (0, 1, 10) for expert in (0, 1)]
+    names = [f"model.layers.{block}.mlp.experts.{layer.format(n)}" for block in (0, 1, 10) for n in (0, 1)]
     layers = dict.fromkeys(names, four) | dict.fromkeys(names[:2], other) | {names[2]: other}
     layers |= {"model.layers.0.mlp.experts_gate": four}
     found = gptq.config(four, checkpoint_format="gptq", layers=layers)
     patterns = {key[2:]: values for key, values in found["dynamic"].items()}
     assert list(patterns) == [
         r"^model\.layers\.0\.mlp\.experts(\.|$)",
-        r"^model\.layers\.1\.mlp\.experts\.0\.(up_proj)$",
+        rf"^model\.layers\.1\.mlp\.experts\.{single}$",
     ]
     asked = [*layers, *(f"model.layers.{block}.mlp.experts" for block in (0, 1, 10))]
     matched = {name for name in asked if any(re.match(pattern, name) for pattern in patterns)}

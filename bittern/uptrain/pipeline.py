@@ -397,7 +397,8 @@ def _held_out(
 
 def _split(windows: Windows, text: Tensor | None, given: dict[str, Any]) -> tuple[Windows, Tensor]:
     """The windows to train on, and those to measure on: of another text, or spread evenly over the dataset's."""
-    sampled = -(-given["sampled"] // given["seqlen"])  # what the source writes comes last, first what the dataset asks
+    # What the source writes stands last: for --dataset self, and behind that what goes on with the dataset.
+    sampled = -(-given["sampled"] // given["seqlen"])
     asked = dict(shares(given["dataset"], _windows_asked(given, text) - sampled)).get("self", 0)
     if text is not None:
         return replace(windows, own=asked + sampled), text
