@@ -334,9 +334,7 @@ def eval_(model: str, record: bool, as_json: bool, **options: Any) -> None:
     print(f"kernels: {found.kernels}", file=sys.stderr)
     text = {} if found.text is None else asdict(found.text)
     if as_json:
-        tasks = [{name: finite(value) for name, value in each.items()} for each in found.tasks]
-        text = {name: finite(value) for name, value in text.items()}
-        shown = [json.dumps({"model": model, **text, "tasks": tasks})]
+        shown = [json.dumps({"model": model, **finite(text), "tasks": [finite(each) for each in found.tasks]})]
     else:
         shown = [figures(each) for each in ([text] if text else []) + found.tasks]
     print("\n".join(shown))

@@ -219,7 +219,7 @@ class Comparison:
             if mine.packed and theirs.packed:
                 self._compare_packed(start, stop, mine, theirs)
                 continue
-            step = stop - start if mine.packed or theirs.packed else max(1, _PIECE // max(1, mine.width))
+            step = stop - start if mine.packed or theirs.packed else _rows_at_once(mine.width)
             for first in range(start, stop, step):
                 last = min(first + step, stop)
                 exact = self._source.rows(theirs, first, last)
@@ -313,7 +313,7 @@ class Comparison:
             and torch.equal(view.rows(other, first, last), view.rows(chunk, first, last))
             for chunk in view.chunks[parameter]
             for start, stop in [(chunk.start, chunk.stop)]
-            for first, last in _pieces(start, stop, max(1, _PIECE // max(1, chunk.width)))
+            for first, last in _pieces(start, stop, _rows_at_once(chunk.width))
         )
 
 
@@ -321,6 +321,10 @@ def _rows(shape: tuple[int, ...]) -> tuple[int, int]:
     """A shape flattened to two dimensions; elements of a vector are rows of one."""
     size = torch.Size(shape).numel()
     return (size, 1) if len(shape) < 2 else (torch.Size(shape[:-1]).numel(), shape[-1])
+
+
+def _rows_at_once(width: int) -> int:
+    return max(1, _PIECE // max(1, width))
 
 
 def _pieces(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:

@@ -29,6 +29,11 @@ class Fit:
     sources: dict[str, tuple[Piece, ...]]
     matrices: list[Matrix]
 
+    @property
+    def tensors(self) -> set[str]:
+        """Names of the checkpoint's tensors that the model has a place for."""
+        return {piece.source for pieces in self.sources.values() for piece in pieces}
+
 
 def fit(artifact: Artifact) -> Fit:
     """Find every parameter of the architecture, in the shape that config.json asks for, and a place for every tensor.

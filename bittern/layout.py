@@ -135,7 +135,7 @@ def layout_of(artifact: Artifact) -> Layout:
         dequantize=bool(found.get("dequantize")),
         old_key=bool(found) and found is config.get("compression_config"),
         quantizer=() if scheme is None else scheme.quantizer,
-        tied=ties_embeddings(config) and not any(name.startswith("lm_head.") for name in tensors),
+        tied=not any(name.startswith("lm_head.") for name in tensors) and ties_embeddings(config),
         safetensors=artifact.checkpoint.gguf is None and any(artifact.checkpoint.folder.glob("*.safetensors")),
         **_of_the_model(config),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -203,15 +203,12 @@ def _text_entry(text: Path, seqlen: int, result: EvalResult) -> dict[str, Any]:
         "seqlen": seqlen,
         "windows": result.windows,
         "tokens": result.tokens,
-        "perplexity": finite(result.perplexity),
-        "kl": finite(result.kl),
-        "top1_agreement": result.top1_agreement,
-        "base_perplexity": finite(result.base_perplexity),
+        **finite({name: getattr(result, name) for name in ("perplexity", "kl", "top1_agreement", "base_perplexity")}),
     }
 
 
 def _task_entry(file: Path, answer: dict[str, Any]) -> dict[str, Any]:
-    figures = {name: finite(value) for name, value in answer.items() if name != "task"}
+    figures = finite({name: value for name, value in answer.items() if name != "task"})
     base = {"base_accuracy": None}  # a key that every task has
     return {"what": "task", "name": answer["task"], "sha256": file_record(file)["sha256"], **base, **figures}
 
@@ -221,6 +218,9 @@ def _figures(result: TaskResult) -> list[str]:
     return [name for name in asdict(result) if name not in ("task", "questions", "truncated")]
 
 
-def finite(value: Any) -> Any:
+def finite(figures: Mapping[str, Any]) -> dict[str, Any]:
     """JSON has no infinity: None stands for it, and for what a manifest does not take for a number."""
-    return None if isinstance(value, float) and not abs(value) < LARGEST_FLOAT else value
+    return {
+        name: None if isinstance(value, float) and not abs(value) < LARGEST_FLOAT else value
+        for name, value in figures.items()
+    }

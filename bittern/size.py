@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -42,26 +42,28 @@ def kind(tensor: str) -> str:
     return next((name for name, pattern in _PATTERNS.items() if re.search(pattern, module)), "other")
 
 
-def count_parameters(plain: Iterable[TensorInfo], packed: Mapping[str, tuple[int, ...]] | None = None) -> Counter[str]:
+def count_parameters(
+    plain: Iterable[TensorInfo], packed: Mapping[str, tuple[int, ...]] | None = None, tied: Collection[str] = ()
+) -> Counter[str]:
     """Parameters per kind of layer.
 
     Args:
         plain: tensors of floats.
         packed: packed layer -> the shape of its matrix.
+        tied: tensors that only repeat another, as of :func:`bittern.ties.tied_heads`: no parameters of their own.
     """
     count: Counter[str] = Counter()
     for name, shape in (packed or {}).items():
         count[kind(name)] += prod(shape)
     for info in plain:
-        count[kind(info.name)] += 0 if _is_buffer(info) else info.numel
+        count[kind(info.name)] += 0 if _is_buffer(info) or info.name in tied else info.numel
     return count
 
 
 def artifact_parameters(artifact: Artifact) -> Counter[str]:
     """Parameters of the dequantized model, per kind of layer."""
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in artifact.layers.items()}
-    tied = tied_heads(artifact.checkpoint)  # stored once more, and no parameters of their own
-    return count_parameters((info for name, info in artifact.plain.items() if name not in tied), shapes)
+    return count_parameters(artifact.plain.values(), shapes, tied_heads(artifact.checkpoint))
 
 
 def stored_bytes(checkpoint: Checkpoint) -> dict[str, int]:

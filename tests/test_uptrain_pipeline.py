@@ -24,7 +24,7 @@ from bittern.page.page import write_page
 from bittern.replay import BlockCall
 from bittern.report import runs
 from bittern.schema import read_manifest
-from bittern.training.text import HELD_OUT, Windows
+from bittern.training.text import Windows
 from bittern.uptrain import pipeline
 from bittern.uptrain.heads import Counts
 from bittern.uptrain.output import degraded
@@ -210,9 +210,8 @@ def test_what_the_source_wrote_is_known_wherever_it_was_asked_for(held: bool) ->
     """Of 100 windows of a text, 100 of the source's own in the place of text, and 30 that go on with both."""
     ids = np.arange(230, dtype=np.int32)[:, None] * np.ones(4, dtype=np.int32)
     text = None if held else torch.zeros(1, 4, dtype=torch.int64)
-    tokens = 4 * (229 - (HELD_OUT if held else 0))
-    given = {"sampled": 120, "seqlen": 4, "dataset": ["words.txt", "self"], "tokens": tokens, "nsamples": 1}
-    windows, _ = pipeline._split(Windows(ids, 0), text, given)
+    given = {"sampled": 120, "seqlen": 4}
+    windows, _ = pipeline._split(Windows(ids, 0, own=130), text, given)
     own = windows.is_own(torch.arange(len(windows.ids)))
     assert torch.equal(own, torch.from_numpy(windows.ids[:, 0] >= 100)) and (len(own) < 230) == held
 

@@ -208,7 +208,9 @@ def test_several_texts_give_the_same_share_of_the_windows(tmp_path: Path, tokeni
     assert (
         write_windows(tmp_path / "w.safetensors", [texts[0], "self"], tokenizer, count=11, model=model, **options) == 11
     )
-    mixed = read_windows(tmp_path / "w.safetensors", 0).ids
+    written = read_windows(tmp_path / "w.safetensors", 0)
+    mixed = written.ids
+    assert written.own == 5
     assert mixed[:6].tolist() == parts[0] and mixed[6, 0] == tokenizer.bos_token_id
 
 

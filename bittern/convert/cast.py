@@ -374,8 +374,7 @@ def _manifest(
         notes=notes,
         seconds=summary.seconds,
     )
-    tied = tied_heads(checkpoint)
-    counted = count_parameters(info for name, info in checkpoint.tensors.items() if name not in tied)
+    counted = count_parameters(checkpoint.tensors.values(), tied=tied_heads(checkpoint))
     source = size_record(counted, stored_bytes(checkpoint))
     made |= {
         "size": {"source": source, "output": size},

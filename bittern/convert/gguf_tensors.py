@@ -97,8 +97,7 @@ def _expert(name: str) -> int:
 
 def _zero_biases(artifact: Artifact, fitted: Fit) -> set[str]:
     """Biases of zeros that AutoGPTQ gave to layers whose architecture has none."""
-    own = {piece.source for pieces in fitted.sources.values() for piece in pieces}
-    names = {f"{layer}.bias" for layer in artifact.layers} - own
+    names = {f"{layer}.bias" for layer in artifact.layers} - fitted.tensors
     return {name for name in names if name in artifact.plain and not bool(artifact.checkpoint.read(name).any())}
 
 

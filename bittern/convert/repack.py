@@ -102,8 +102,13 @@ def repack(
             (without ``allow_inexact``), what :func:`bittern.fit.fit` refuses, or an output that
             may not or cannot be written.
     """
-    options: dict[str, Any] = {"format": format, "dtype": dtype, "allow_inexact": allow_inexact, "target": target}
-    options["max_shard_size"] = max_shard_size
+    options = {
+        "format": format,
+        "dtype": dtype,
+        "allow_inexact": allow_inexact,
+        "target": target,
+        "max_shard_size": max_shard_size,
+    }
     started = time.monotonic()
     with open_checkpoint(source, revision) as checkpoint:
         contents = _contents(checkpoint)
@@ -317,7 +322,7 @@ def _contents(checkpoint: Checkpoint, to_floats: bool = False) -> _Contents:
     if not artifact.layers:
         raise BitternError(f"{checkpoint.source}: expected packed layers, found none; bittern quantize makes them")
     found = fit(artifact)
-    expected = {piece.source for pieces in found.sources.values() for piece in pieces}
+    expected = found.tensors
     kept, zeros = dict(artifact.plain), []
     for name in [f"{layer}.bias" for layer in artifact.layers]:
         # AutoGPTQ gave every layer a bias; other loaders refuse one that the model has not.

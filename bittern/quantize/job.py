@@ -12,13 +12,12 @@ from bittern.model import Matrix
 from bittern.quantize.rehearsal import BlockCosts, place
 from bittern.quantize.resume import stored_bytes
 from bittern.quantize.solve import Solver
+from bittern.quantize.stopwatch import FP32
 from bittern.quantize.tune import HELD_OUT
 from bittern.weight import QuantSpec
 
 Entries = Sequence[tuple[Matrix, QuantSpec]]
 """The matrices of a block that are quantized, and their grids."""
-
-_FP32 = 4
 
 
 @dataclass(frozen=True)
@@ -67,9 +66,14 @@ class Job:
         """Of a block."""
         return sum(tensor.numel() for tensor in live.blocks(self.solver.model)[1][position].state_dict().values())
 
+    @property
+    def inside(self) -> int:
+        """Parameters of all blocks."""
+        return sum(self.parameters(position) for position in range(len(self.solver.plan.blocks)))
+
     def curvature_bytes(self, entries: Entries) -> int:
         """Moments of the outputs of a block's matrices."""
-        return sum(_FP32 * matrix.out_features**2 for matrix in self.solver.effort.shaped(entries))
+        return sum(FP32 * matrix.out_features**2 for matrix in self.solver.effort.shaped(entries))
 
     def groups(self, position: int, block: BlockCosts) -> list[tuple[int, list[tuple[Matrix, QuantSpec]]]]:
         """The matrices of a block that share an input, and its width."""
@@ -87,5 +91,5 @@ class Job:
             grids = [(matrix, spec) for block in self.solver.plan.blocks for matrix, spec in block]
             scales = sum(matrix.out_features * spec.groups(matrix.in_features) for matrix, spec in grids)
             # Factors and two moments of each, the old ones until the new ones stand; and windows of text.
-            kept += 2 * 3 * _FP32 * scales + _FP32 * (self.tune_tokens + HELD_OUT * self.seqlen)
+            kept += 2 * 3 * FP32 * scales + FP32 * (self.tune_tokens + HELD_OUT * self.seqlen)
         return kept

@@ -8,10 +8,10 @@ from dataclasses import replace
 from bittern import model as live
 from bittern.quantize.job import Job
 from bittern.quantize.rehearsal import BlockCosts, Line
+from bittern.quantize.stopwatch import FP32
 from bittern.quantize.tune import HELD_OUT, MICRO, SHORTLIST
 from bittern.weight import BITS, QuantSpec
 
-_FP32 = 4
 _HOLES = 1.3  # times what a step of training makes is what the heap takes for it: measured on two models
 
 
@@ -31,7 +31,7 @@ def measuring_seconds(
 
 def measuring_bytes(job: Job, blocks: Sequence[BlockCosts], positions: int, solving: Sequence[float]) -> float:
     """The way back, window by window; all second moments of a block, and what ``solving`` one of its matrices takes."""
-    moments = [sum(_FP32 * width**2 for width, _ in job.groups(*block)) for block in enumerate(blocks)]
+    moments = [sum(FP32 * width**2 for width, _ in job.groups(*block)) for block in enumerate(blocks)]
     held = [sum(each) for each in zip(moments, solving, strict=True)]
     return _back_bytes(job, blocks, job.measured_samples, 1, positions, held)
 
@@ -43,9 +43,8 @@ def any_bits(width: int, spec: QuantSpec) -> tuple[int, QuantSpec]:
 
 def guiding_seconds(job: Job, blocks: Sequence[BlockCosts], scale: float, read: float) -> float:
     """The way back, and the moments of outputs."""
-    inside = sum(job.parameters(position) for position in range(len(blocks)))
-    values = sum(job.curvature_bytes(entries) for entries in job.solver.plan.blocks) / _FP32
-    moments = sum(block.advance.seconds for block in blocks) * scale * values / (2 * inside)
+    values = sum(job.curvature_bytes(entries) for entries in job.solver.plan.blocks) / FP32
+    moments = sum(block.advance.seconds for block in blocks) * scale * values / (2 * job.inside)
     windows = job.guiding_windows
     return float(_back_seconds(job, blocks, windows, scale, read) + windows * moments)
 
@@ -59,11 +58,10 @@ def guiding_bytes(job: Job, blocks: Sequence[BlockCosts], positions: int) -> flo
 
 def _back_seconds(job: Job, blocks: Sequence[BlockCosts], windows: int, scale: float, read: float) -> float:
     """Windows sent forwards and back through all blocks, each of which is read twice."""
-    inside = sum(job.parameters(position) for position in range(len(blocks)))
     config = job.solver.model.config.get_text_config(decoder=True)
-    head = config.vocab_size * config.hidden_size / inside
+    head = config.vocab_size * config.hidden_size / job.inside
     back = sum(block.back for block in blocks) * scale * (1 + 2 / 3 * head)  # the head is not computed twice
-    return float(windows * back + 2 * read * _FP32 * inside)
+    return float(windows * back + 2 * read * FP32 * job.inside)
 
 
 def _back_bytes(
@@ -83,33 +81,31 @@ def _back_bytes(
     if job.solver.device.type != "cpu":
         return float(kept)
     prefix, state = f"{live.blocks(job.solver.model)[0]}.", job.solver.model.state_dict()
-    outside = _FP32 * sum(state[name].numel() for name in job.solver.sources if not name.startswith(prefix))
-    logits = 3 * _FP32 * job.seqlen * config.vocab_size
+    outside = FP32 * sum(state[name].numel() for name in job.solver.sources if not name.startswith(prefix))
+    logits = 3 * FP32 * job.seqlen * config.vocab_size
     inside = [
-        _FP32 * job.parameters(position) + own + batch * job.seqlen * block.traced / positions
+        FP32 * job.parameters(position) + own + batch * job.seqlen * block.traced / positions
         for position, (block, own) in enumerate(zip(blocks, held, strict=True))
     ]
-    return float(kept + 2 * _FP32 * tokens * config.hidden_size + _HOLES * max(outside + logits, *inside))
+    return float(kept + 2 * FP32 * tokens * config.hidden_size + _HOLES * max(outside + logits, *inside))
 
 
 def tuning_seconds(job: Job, blocks: Sequence[BlockCosts], scale: float) -> float:
     """Four passes over the text and what measures it; a head costs as blocks of its size do."""
     config = job.solver.model.config.get_text_config(decoder=True)
-    inside = sum(job.parameters(position) for position in range(len(blocks)))
     window = sum(block.advance.seconds for block in blocks) * scale
     passes = ((4 * job.tune_tokens / job.seqlen, _listed(config.vocab_size)), (8 * HELD_OUT, config.vocab_size))
-    return float(window * sum(count * (1 + words * config.hidden_size / inside) for count, words in passes))
+    return float(window * sum(count * (1 + words * config.hidden_size / job.inside) for count, words in passes))
 
 
 def tuning_bytes(job: Job, blocks: Sequence[BlockCosts], positions: int) -> float:
     """Both models, the codes, and of a step logits, their gradient and what a forward pass leaves, or what measures."""
     config = job.solver.model.config.get_text_config(decoder=True)
-    inside = sum(job.parameters(position) for position in range(len(blocks)))
     solved = sum(m.in_features * m.out_features for block in job.solver.plan.blocks for m, _ in block)
-    whole = inside + config.vocab_size * config.hidden_size
-    step = MICRO * (sum(block.traced for block in blocks) / positions + 3 * _FP32 * _listed(config.vocab_size))
-    measuring = 3 * _FP32 * job.seqlen * config.vocab_size
-    return float(_FP32 * (whole + solved) + solved + _HOLES * max(step, measuring))
+    whole = job.inside + config.vocab_size * config.hidden_size
+    step = MICRO * (sum(block.traced for block in blocks) / positions + 3 * FP32 * _listed(config.vocab_size))
+    measuring = 3 * FP32 * job.seqlen * config.vocab_size
+    return float(FP32 * (whole + solved) + solved + _HOLES * max(step, measuring))
 
 
 def _listed(vocab_size: int) -> int:

@@ -224,9 +224,9 @@ def quantize(
         nbytes = sum(info.nbytes for info in planned)
         beside = nbytes if chosen == "gguf" else 0  # a GGUF file is made of another artifact
         count = 0 if method == "rtn" else nsamples if tokens is None else len(tokens.ids)
-        unmeasured = isinstance(bits, float) and dry_run
-        trials = guiding_windows(seqlen), tuned_on, share_of(windows_to_measure(count, seqlen)) if unmeasured else 0
-        job = Job(solver, packing, kept, share_of(count), seqlen, batch_size, *trials, beside)
+        to_measure = share_of(windows_to_measure(count, seqlen)) if isinstance(bits, float) and dry_run else 0
+        guiding, samples = guiding_windows(seqlen), share_of(count)
+        job = Job(solver, packing, kept, samples, seqlen, batch_size, guiding, tuned_on, to_measure, beside)
         grid = plan.commonest if isinstance(bits, float) else QuantSpec(bits, plan.group_size, sym)
         files = config_files(job, grid, kept_dtype)
         order = Order(job, chosen, Path(output), planned, files, max_shard_size, overwrite, tokens, options, mixed)

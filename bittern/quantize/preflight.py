@@ -40,14 +40,13 @@ from bittern.quantize.rehearsal import (
     rehearse_solver,
 )
 from bittern.quantize.resume import stored_bytes
-from bittern.quantize.stopwatch import Cost, read_rate, resident_memory, rounding_rate, waited, write_rate
+from bittern.quantize.stopwatch import FP32, Cost, read_rate, resident_memory, rounding_rate, waited, write_rate
 from bittern.report import peak_memory
 from bittern.weight import QuantSpec
 
 ERRORS = {"seconds": 0.25, "peak_memory_bytes": 0.15, "bytes": 0.01}
 """How far off a prediction may be on the machine that it was made on, as shares."""
 
-_FP32 = 4
 _PIECES = 48 * 2**20  # that casting keeps in memory of however large a model
 _MEASURING = "what fewer bits of each layer would cost"
 _GUIDING, _TUNING = "what tokens and outputs count", "training of scales and norms"
@@ -156,14 +155,14 @@ def predict(job: Job, size: int, started: float) -> Prediction:
     per_block, held = [], [float(_outside_bytes(job)) if job.samples else 0.0]
     for position, entries in enumerate(job.solver.plan.blocks):
         stored = job.parameters(position)
-        took = {"reading": _FP32 * stored * read}
+        took = {"reading": FP32 * stored * read}
         if job.samples:
             last = position + 1 == len(job.solver.plan.blocks)
             took |= _block_seconds(job, position, blocks[position], solver, shaping, scale, last)
             held.append(_block_bytes(job, position, blocks[position], solver, scale) + job.curvature_bytes(entries))
         else:
             took["rounding to nearest"] = sum(m.out_features * m.in_features * rounding[spec] for m, spec in entries)
-            held.append(_FP32 * (stored + 4 * max((m.out_features * m.in_features for m, _ in entries), default=0)))
+            held.append(FP32 * (stored + 4 * max((m.out_features * m.in_features for m, _ in entries), default=0)))
         took["writing"] = sum(m.out_features * m.in_features * write[spec].seconds for m, spec in entries)
         for name, value in took.items():
             stages[name] = stages.get(name, 0.0) + value
@@ -181,11 +180,11 @@ def predict(job: Job, size: int, started: float) -> Prediction:
         held.append(tuning_bytes(job, blocks, positions))
     for matrix, spec in job.solver.plan.outside:
         count = matrix.out_features * matrix.in_features
-        each = _FP32 * read + rounding[spec] + write[spec].seconds
+        each = FP32 * read + rounding[spec] + write[spec].seconds
         stages["embedding and head"] = stages.get("embedding and head", 0.0) + count * each
-        held.append(count * (_FP32 + write[spec].bytes))
+        held.append(count * (FP32 + write[spec].bytes))
     stages["start"] = time.monotonic() - started
-    stages["everything else"] = 2 * read * sum(_FP32 * info.numel for info, _ in job.kept)
+    stages["everything else"] = 2 * read * sum(FP32 * info.numel for info, _ in job.kept)
     pieces = min(_PIECES, 3 * sum(job.solver.checkpoint.tensors[stored].nbytes for _, stored in job.kept))
     held.append(pieces + max(_writing_bytes(entries, write) for entries in job.solver.plan.blocks))
     peak = max(peak_memory(), base + int(max(held)))
@@ -246,15 +245,15 @@ def _block_bytes(
 ) -> float:
     """What the stage of a block that holds most holds, with all that is there meanwhile."""
     if job.solver.device.type != "cpu":
-        return float(_FP32 * job.parameters(position))  # the rest is in the device's memory
+        return float(FP32 * job.parameters(position))  # the rest is in the device's memory
     batch = min(job.batch_size, job.samples) * scale
     groups = job.groups(position, block)
-    moments = [_FP32 * width**2 for width, _ in groups]
+    moments = [FP32 * width**2 for width, _ in groups]
     activations = batch * block.advance.bytes
     solving = _solving_bytes(job, position, block, solver)
     hidden, call = block.held
     if block.walk is None:
-        inputs = batch * job.seqlen / scale * _FP32 * sum(width for width, _ in groups)
+        inputs = batch * job.seqlen / scale * FP32 * sum(width for width, _ in groups)
         most = (
             job.samples * hidden * scale
             + max(
@@ -270,7 +269,7 @@ def _block_bytes(
             for each, exact, moment, solve in waiting
         )
     codes = stored_bytes([job.solver.plan.blocks[position]])
-    return most + 2 * call * scale + _FP32 * job.parameters(position) + codes
+    return most + 2 * call * scale + FP32 * job.parameters(position) + codes
 
 
 def _solving_bytes(
@@ -281,7 +280,7 @@ def _solving_bytes(
     return [
         max(
             solver[_key(members, shaped)].factorize.bytes,
-            2 * _FP32 * width**2 + sum(m.out_features for m, _ in members) * solver[_key(members, shaped)].row_bytes,
+            2 * FP32 * width**2 + sum(m.out_features for m, _ in members) * solver[_key(members, shaped)].row_bytes,
         )
         for width, members in job.groups(position, block)
     ]
@@ -305,8 +304,8 @@ def _outside_bytes(job: Job) -> int:
     cast = [job.solver.checkpoint.tensors[piece.source] for name in names for piece in job.solver.sources[name]]
     stored = max((info.nbytes for info in cast if info.dtype != torch.float32), default=0)
     width = job.solver.model.config.get_text_config(decoder=True).hidden_size
-    wide = _FP32 * sum(state[name].numel() for name in names)
-    return int(wide + stored + job.samples * job.seqlen * width * _FP32)
+    wide = FP32 * sum(state[name].numel() for name in names)
+    return int(wide + stored + job.samples * job.seqlen * width * FP32)
 
 
 def _writing_bytes(entries: Entries, write: Mapping[QuantSpec, Cost]) -> float:

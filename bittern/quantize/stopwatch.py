@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 _ROUNDS = 3
 _LONG = 1.0  # seconds; what takes more is done once
-_FP32 = 4
+FP32 = 4
+"""Bytes of a number."""
+
 _SAMPLE_BYTES = 4 * 2**20
 _TRIED = torch.Size((128, 1024))  # weights that are rounded and packed to try; every group size divides its columns
 
@@ -97,7 +99,7 @@ def read_rate(solver: Solver) -> float:
     if solver.checkpoint.headers_only:
         return 0.0
     state = solver.model.state_dict()
-    sizes = {name: _FP32 * state[name].numel() for name in solver.sources}
+    sizes = {name: FP32 * state[name].numel() for name in solver.sources}
     fitting = [name for name, size in sizes.items() if size <= _SAMPLE_BYTES] or [min(sizes, key=lambda n: sizes[n])]
     name = max(fitting, key=lambda n: sizes[n])
     shape = tuple(state[name].shape)

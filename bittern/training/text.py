@@ -134,7 +134,7 @@ def write_windows(
         prompts = _prompts(ids, sampled, seed)
         drawn = write_on(writer(model, False), prompts, seqlen, seed, on_sampled)
         ids = np.concatenate([ids, drawn.numpy().astype(np.int32)])
-    save_state(path, {_IDS: torch.from_numpy(ids)}, None, {"sha256": _hash(ids)})
+    save_state(path, {_IDS: torch.from_numpy(ids)}, None, {"sha256": _hash(ids), "own": own + sampled})
     return len(ids)
 
 
@@ -161,11 +161,12 @@ def read_windows(path: Path, seed: int) -> Windows:
     Raises:
         BitternError: when they are not what was written.
     """
-    expected = read_story(path).get("sha256")
+    story = read_story(path)
+    expected, own = story.get("sha256"), story.get("own")
     ids: Rows = read_tensor(path, _IDS).numpy()
-    if _hash(ids) != expected:
+    if own is None or _hash(ids) != expected:
         raise BitternError(f"{path}: expected the windows that its header has the hash of, found others")
-    return Windows(ids, seed, sha256=expected)
+    return Windows(ids, seed, own, expected)
 
 
 def find_windows(path: Path, seed: int) -> Windows | None:

@@ -6,7 +6,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bittern import model as live
-from bittern.calibration import check_files, dataset_title, shares, tokens_hash
+from bittern.calibration import check_files, dataset_title, tokens_hash
 from bittern.checkpoint import Checkpoint, open_checkpoint
 from bittern.convert.cast import DTYPES, refuse_quantized
 from bittern.errors import BitternError
@@ -358,7 +357,7 @@ def _write_text(
         given["dataset"],
         checkpoint.tokenizer(),
         seqlen=given["seqlen"],
-        count=_windows_asked(given, text),
+        count=_wanted(given) + (HELD_OUT if text is None else 0),
         vocab_size=teacher.config.get_text_config(decoder=True).vocab_size,
         sampled=-(-given["sampled"] // given["seqlen"]),
         model=teacher,
@@ -397,24 +396,16 @@ def _held_out(
 
 def _split(windows: Windows, text: Tensor | None, given: dict[str, Any]) -> tuple[Windows, Tensor]:
     """The windows to train on, and those to measure on: of another text, or spread evenly over the dataset's."""
-    # What the source writes stands last: for --dataset self, and behind that what goes on with the dataset.
-    sampled = -(-given["sampled"] // given["seqlen"])
-    asked = dict(shares(given["dataset"], _windows_asked(given, text) - sampled)).get("self", 0)
     if text is not None:
-        return replace(windows, own=asked + sampled), text
-    count = len(windows.ids) - sampled
+        return windows, text
+    count = len(windows.ids) - -(-given["sampled"] // given["seqlen"])  # what goes on with the dataset comes last
     if count < 2:
         named = dataset_title(given["dataset"])
         raise BitternError(f"{named}: expected two windows of {given['seqlen']} tokens at least, found {count}")
     held = kept_apart(count)
     others = sorted(set(range(len(windows.ids))) - set(held))
-    own = sum(row >= count - asked for row in others)
+    own = int(windows.is_own(torch.tensor(others)).sum())
     return Windows(windows.ids[others], windows.seed, own), torch.from_numpy(windows.ids[held]).long()
-
-
-def _windows_asked(given: dict[str, Any], text: Tensor | None) -> int:
-    """Windows to train on, and where there is no other text those to measure on."""
-    return _wanted(given) + (HELD_OUT if text is None else 0)
 
 
 def _train(run: Run, options: Training, on_progress: Report | None) -> None:

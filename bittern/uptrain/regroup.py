@@ -272,9 +272,9 @@ def _rotary(
 ) -> tuple[int, str]:
     """The dimensions that RoPE turns, and how it pairs them."""
     embeddings = observed.kwargs.get("position_embeddings")
+    wanted = not keys_fixed and (recipe.init == "aligned" or recipe.group == "similar")
     if embeddings is None:
-        own = any("rotary" in each for each, _ in attention.named_modules())
-        if own and not keys_fixed and (recipe.init == "aligned" or recipe.group == "similar"):
+        if wanted and any("rotary" in each for each, _ in attention.named_modules()):
             raise BitternError(_UNKNOWN_ROPE.format(name))
         return 0, PAIRINGS[0]
     if not isinstance(embeddings, tuple) or len(embeddings) != 2:
@@ -282,7 +282,7 @@ def _rotary(
             f"{name}: expected position embeddings of cosines and sines, found {type(embeddings).__name__}"
         )
     rotary = int(embeddings[0].shape[-1])
-    if keys_fixed or (recipe.init != "aligned" and recipe.group != "similar"):
+    if not wanted:
         return rotary, PAIRINGS[0]
     pairings = find_pairings(attention, counts, observed.kwargs, observed.hidden, rotary) if rotary else []
     if len(pairings) > 1 and rotary > 2:
