@@ -21,6 +21,7 @@ from bittern.checkpoint import open_checkpoint
 from bittern.convert.gguf import GgufSummary, check_gguf, write_gguf
 from bittern.convert.gguf_model import read_model
 from bittern.errors import BitternError
+from bittern.formats.gguf_file import GgufFile
 from bittern.model import build
 from bittern.runtime import attention
 from bittern.weight import QuantSpec, QuantWeight
@@ -192,6 +193,23 @@ def test_dtype_is_that_of_matrices(dtype: str, kind: str, folder: Path, tmp_path
         assert torch.equal(found.read(name), source.read(name).to(cast).float())
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_floats_of_a_gguf_file_stay_as_they_are(
+    dtype: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its reader gives them all as float32, those in blocks too."""
+    write(folder, tmp_path / "a.gguf", dtype=dtype, tokenizer=False)
+    write(tmp_path / "a.gguf", tmp_path / "b.gguf", tokenizer=False)
+    first, second = (gguf.GGUFReader(tmp_path / name).tensors for name in ("a.gguf", "b.gguf"))
+    assert {tensor.tensor_type.name for tensor in first} == {"F32", {"bf16": "BF16", "fp16": "F16"}[dtype]}
+    stored = {tensor.name: (tensor.tensor_type, tensor.data.tobytes()) for tensor in first}
+    assert {tensor.name: (tensor.tensor_type, tensor.data.tobytes()) for tensor in second} == stored
+    monkeypatch.setattr(GgufFile, "kinds", lambda file, name: {"Q6_K"})
+    summary = write(tmp_path / "a.gguf", tmp_path / "c.gguf", tokenizer=False)
+    assert {tensor.kind for tensor in summary.tensors} == {"F16", "F32"}
+    assert {tensor.kind for tensor in summary.tensors if "norm" in tensor.name} == {"F32"}
+
+
 def test_the_tokenizer_comes_back(folder: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     summary = write(folder, tmp_path / "a.gguf")
     found = fields(tmp_path / "a.gguf")
@@ -281,6 +299,46 @@ def test_a_file_ends_where_its_source_does_and_takes_nothing_from_beside_it(fold
         refused(source, tmp_path / "c.gguf", "generation_config.json")
 
 
+def test_ends_without_a_generation_config(folder: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    source = edited(folder, tmp_path / "m", None, eos_token_id=[1, 7, 9, 7, 11])
+    (source / "generation_config.json").unlink()
+    summary = write(source, tmp_path / "a.gguf")
+    found = fields(tmp_path / "a.gguf")
+    assert [found[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot", "eom")] == [1, 7, 9]
+    left = [note for note in summary.notes if note.startswith("left out tokens that end a text")]
+    assert len(left) == 1 and left[0].endswith(f": {tokenizer.convert_ids_to_tokens(11)}")
+    with open_checkpoint(tmp_path / "a.gguf") as checkpoint:
+        assert checkpoint.config["eos_token_id"] == [1, 7, 9]
+
+
+def test_several_chat_templates_come_back(folder: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    source = shutil.copytree(folder, tmp_path / "m")
+    (source / "additional_chat_templates").mkdir()
+    named = {name: f"{{{{ {name} }}}}" for name in ("tool_use", "rag", "plain", "code")}
+    for name, template in named.items():
+        (source / "additional_chat_templates" / f"{name}.jinja").write_text(template)
+    for default in (None, "{{ messages }}"):
+        expected = dict(named)
+        if default is not None:
+            (source / "chat_template.jinja").write_text(default)
+            expected["default"] = default
+        write(source, tmp_path / "a.gguf", overwrite=True)
+        with open_checkpoint(tmp_path / "a.gguf") as checkpoint:
+            assert checkpoint.tokenizer().chat_template == expected
+    listed = gguf.GGUFReader(tmp_path / "a.gguf").fields["tokenizer.chat_templates"].contents()
+    assert listed == sorted(named)  # in one order in all processes: the same command makes the same bytes
+    bittern.convert(tmp_path / "a.gguf", tmp_path / "folder")
+    with open_checkpoint(tmp_path / "folder") as checkpoint:
+        assert checkpoint.tokenizer().chat_template == expected
+        assert "additional_chat_templates/rag.jinja" in checkpoint.side_files()
+    manifest = json.loads((tmp_path / "folder" / "bittern_manifest.json").read_text())
+    assert "additional_chat_templates/rag.jinja" in manifest["files"]
+    data = (tmp_path / "a.gguf").read_bytes()
+    (tmp_path / "b.gguf").write_bytes(data.replace(b"chat_template.tool_use", b"chat_template.../../us"))
+    with open_checkpoint(tmp_path / "b.gguf") as checkpoint:
+        assert set(checkpoint.tokenizer().chat_template or ()) == {"default", "______us", "rag", "plain", "code"}
+
+
 def test_yarn_with_scales_of_its_own(tmp_path: Path) -> None:
     rope = ROPE | {"rope_type": "yarn", "factor": 16.0}
     for more in (
@@ -339,6 +397,34 @@ def test_sentencepiece_scores_put_merges_in_their_order(tmp_path: Path) -> None:
     incomplete = sentencepiece([merge for merge in merges if merge != ("a", "bc")])
     other = tiny.save(model, tmp_path / "other", incomplete)
     refused(other, tmp_path / "b.gguf", "tokenizer: its merges do not join 'a' and 'bc'")
+
+
+def test_spaces_are_llama_cpps_when_read_back(tmp_path: Path) -> None:
+    """A space goes before text that begins with one too, and after special tokens; llm_tokenizer_spm in llama.cpp."""
+    merges = [("▁", "▁"), ("a", "b"), ("▁", "a"), ("▁", "ab"), ("▁a", "b")]
+    tokenizer, texts = sentencepiece(merges), ("ab", " a", "  ab  c", "<s>ab</s>a\n", "</s> ab", "", " ")
+    strip = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence(strip)
+    model, out = tiny.random_model(vocab_size=len(tokenizer)), tmp_path / "a.gguf"
+    assert not write(tiny.save(model, tmp_path / "m", tokenizer), out).notes
+    bittern.convert(out, tmp_path / "folder")
+    for source in (out, tmp_path / "folder"):
+        with open_checkpoint(source) as checkpoint:
+            back = checkpoint.tokenizer()
+        for text in texts:
+            ids = tokenizer(text)["input_ids"]
+            assert back(text)["input_ids"] == ids, text
+            assert back.decode(ids) == tokenizer.decode(ids)
+        assert back.decode(back("  ab\n c")["input_ids"]) == "  ab\n c"
+    tokenizer.backend_tokenizer.normalizer = None
+    for scheme, words in (("first", "with one, and after special tokens, where"), ("always", "with one, where")):
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+        summary = write(tiny.save(model, tmp_path / "m", tokenizer), out, overwrite=True)
+        assert len(summary.notes) == 1 and words in summary.notes[0]
+        with open_checkpoint(out) as checkpoint:
+            back = checkpoint.tokenizer()
+        for text, alike in (("ab", True), (" a", False), ("</s>ab", scheme == "always")):
+            assert (back(text)["input_ids"] == tokenizer(text)["input_ids"]) is alike, (scheme, text)
 
 
 @pytest.mark.parametrize(

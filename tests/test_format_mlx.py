@@ -122,6 +122,14 @@ def test_rounded_scales_are_measured_too() -> None:
     assert float(mlx.pack(weight, torch.float16, exact=False)["biases"]) == -8
 
 
+def test_what_float32_rounds_has_another_hint() -> None:
+    codes, zeros = torch.zeros(1, 32, dtype=torch.uint8), torch.full((1, 1), 7, dtype=torch.uint8)
+    weight = QuantWeight(codes, torch.tensor([[1 + 2.0**-23]]), zeros, QuantSpec(4, 32, sym=False))
+    with pytest.raises(BitternError, match=r"^biases: float32 rounds -zero \* scale; --allow-inexact lets it$"):
+        mlx.pack(weight, torch.float32)
+    assert mlx.pack(weight, torch.float32, exact=False)["biases"].dtype == torch.float32
+
+
 def test_refuses_to_write() -> None:
     assert mlx.refuse(QuantSpec(4, 16), torch.float16) == (
         "MLX has groups of 32, 64 and 128, and their multiples by repeating; found 16"

@@ -35,7 +35,7 @@ from bittern.formats.packing import check_name
 from bittern.origin import LICENCE_KEYS, base_model, checkpoint_card, lineage, source_name
 from bittern.report import MANIFEST_FILE, changed_names, degraded_notes, degraded_reason
 from bittern.shards import write_elements
-from bittern.ties import tied_tensors
+from bittern.ties import refuse_untied, tied_tensors
 from bittern.weight import QuantSpec
 from bittern.writer import explained, fsync
 
@@ -161,7 +161,8 @@ def write_gguf(
     Args:
         artifact: of an architecture of :data:`bittern.formats.gguf.ARCHITECTURES`.
         output: a .gguf file that does not exist yet, unless ``overwrite``.
-        dtype: of matrices that are not packed: "bf16", "fp16" or "fp32"; None as they are.
+        dtype: of matrices that are not packed: "bf16", "fp16" or "fp32"; None as they are, fp16 where a GGUF file has
+            them in blocks.
         allow_inexact: round what no block type holds, rather than refuse it; 8-bit asymmetric layers and groups that
             are no multiple of 32 become floats (``dtype``, else fp16), and 4-bit asymmetric ones Q4_1, which is smaller
             than Q5_0. The summary says how far that moved them.
@@ -184,6 +185,7 @@ def write_gguf(
     model = read_model(checkpoint.config)
     fitted = fit(artifact)
     checkpoint.fetch()
+    refuse_untied(checkpoint)
     tied = tied_tensors(checkpoint)
     plan = plan_tensors(artifact, fitted, model, tied, dtype, allow_inexact)
     vocabulary = read_vocabulary(checkpoint, _rows(checkpoint, plan)) if tokenizer else None
@@ -344,7 +346,7 @@ def _partial(out: Path, overwrite: bool) -> Iterator[tuple[Path, int]]:
     path = out.with_name(f".{out.name}.partial")
     with explained(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     owned = False
     try:
         try:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from bittern.errors import BitternError
 from bittern.fit import Fit
 from bittern.formats import gguf as blocks
 from bittern.formats.gguf_rope import FREQUENCIES
+
+if TYPE_CHECKING:
+    from bittern.formats.gguf_file import GgufFile
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PIECE = 2**21  # elements
@@ -138,7 +142,17 @@ def _float_kind(artifact: Artifact, there: str, sources: list[str], dtype: str |
             raise BitternError(f"{info.name}: expected shape {infos[0].shape} as {infos[0].name}, found {info.shape}")
     if len(infos[0].shape) < 2 or "ffn_gate_inp" in there:  # a router; llama.cpp wants both in F32
         return "F32", infos[0].shape
+    if dtype is None and artifact.checkpoint.gguf is not None:
+        return _stored_kind(artifact.checkpoint.gguf, sources), infos[0].shape
     return _name_of(infos[0].dtype if dtype is None else DTYPES[dtype]), infos[0].shape
+
+
+def _stored_kind(file: GgufFile, sources: list[str]) -> str:
+    """The type of tensors of a GGUF file, which reads them all as float32; F16 where they are in blocks."""
+    kinds = {kind for source in sources for kind in file.kinds(source)}
+    if len(kinds) == 1 and kinds <= FLOATS.keys():
+        return kinds.pop()
+    return "F32" if kinds & FLOATS.keys() else "F16"
 
 
 def _name_of(dtype: torch.dtype) -> str:

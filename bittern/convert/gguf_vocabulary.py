@@ -38,7 +38,7 @@ class Vocabulary:
         scores: of "llama".
         merges: of "gpt2", as "left right".
         space_prefix: a space is put before text; for "llama".
-        ids: "bos", "eos", "eot", "unk" and "pad" -> id, those that there are.
+        ids: "bos", "eos", "eot", "eom", "unk" and "pad" -> id, those that there are.
         add_bos, add_eos: whether every text gets them.
         chat_template: one, or several by name.
         notes: what is not quite the same in llama.cpp.
@@ -72,10 +72,16 @@ class Vocabulary:
             getattr(writer, f"add_{name}_token_id")(number)
         writer.add_add_bos_token(self.add_bos)
         writer.add_add_eos_token(self.add_eos)
-        if isinstance(self.chat_template, str):
-            writer.add_chat_template(self.chat_template)
-        elif self.chat_template:
-            writer.add_chat_template([{"name": k, "template": v} for k, v in self.chat_template.items()])
+        named = self.chat_template or {}
+        named = {"default": named} if isinstance(named, str) else named
+        # Not in one call of the writer's: it would list the names in another order in each process.
+        others = {re.sub(r"[^A-Za-z0-9]", "_", name): named[name] for name in sorted(named) if name != "default"}
+        for name, template in others.items():
+            writer.add_string(f"tokenizer.chat_template.{name}", template)
+        if others:
+            writer.add_array("tokenizer.chat_templates", list(others))
+        if "default" in named:
+            writer.add_chat_template(named["default"])
 
 
 def read_vocabulary(checkpoint: Checkpoint, rows: int) -> Vocabulary:
@@ -101,12 +107,12 @@ def read_vocabulary(checkpoint: Checkpoint, rows: int) -> Vocabulary:
     space_prefix, scores, pre = False, [], "default"
     tokens, types = _tokens(found, rows, notes)
     if model.get("byte_fallback"):
-        space_prefix = _check_spaces(found)
+        space_prefix = _check_spaces(found, notes)
         scores = _scores(tokens, types, merges)
     else:
         pre = _pre_tokenizer(found, notes)
     start: list[int] = tokenizer("a", verbose=False)["input_ids"]
-    ids = _special_ids(checkpoint, tokenizer, rows)
+    ids = _special_ids(checkpoint, tokenizer, tokens, notes)
     if "eos" not in ids:
         raise _refused("expected an end-of-text token, found none")
     return Vocabulary(
@@ -191,7 +197,7 @@ def _pre_tokenizer(found: dict[str, Any], notes: list[str]) -> str:
     return name
 
 
-def _check_spaces(found: dict[str, Any]) -> bool:
+def _check_spaces(found: dict[str, Any], notes: list[str]) -> bool:
     """Whether a space is put before text, for a tokenizer whose spaces are SentencePiece's."""
     prefix = replaced = False
     for step in _steps(found["normalizer"], "normalizers"):
@@ -203,7 +209,11 @@ def _check_spaces(found: dict[str, Any]) -> bool:
             raise _refused(f"llama.cpp has nothing like the normalizer {json.dumps(step, ensure_ascii=False)}")
     for step in _steps(found["pre_tokenizer"], "pretokenizers"):
         if step["type"] == "Metaspace" and step["replacement"] == _SPACE:
-            replaced, prefix = True, prefix or step["prepend_scheme"] != "never"
+            replaced, scheme = True, step["prepend_scheme"]
+            if scheme != "never" and not prefix:
+                prefix = True
+                after = ", and after special tokens," if scheme == "first" else ","
+                notes.append(f"a space is put before text that begins with one{after} where transformers puts none")
         elif not (
             replaced and step["type"] == "Split" and step["pattern"] == {"String": " "}
         ):  # finds none, as Gemma's
@@ -231,13 +241,13 @@ def _is_id(found: Any, rows: int) -> TypeGuard[int]:
     return isinstance(found, int) and not isinstance(found, bool) and 0 <= found < rows
 
 
-def _special_ids(checkpoint: Checkpoint, tokenizer: Any, rows: int) -> dict[str, int]:
-    """Ids of the tokens that have a part in generation."""
-    stated = None
-    if checkpoint.gguf is not None:
-        stated = checkpoint.config.get("eos_token_id")
-    elif (checkpoint.folder / "generation_config.json").is_file():
+def _special_ids(checkpoint: Checkpoint, tokenizer: Any, tokens: list[str], notes: list[str]) -> dict[str, int]:
+    """Ids of the tokens that have a part in generation; what ends a text is what transformers would stop at."""
+    rows, stated = len(tokens), None
+    if checkpoint.gguf is None and (checkpoint.folder / "generation_config.json").is_file():
         stated = read_json(contained(checkpoint.folder, "generation_config.json")).get("eos_token_id")
+    if stated is None:
+        stated = checkpoint.config.get("eos_token_id")
     ends = [end for end in (stated if isinstance(stated, list) else [stated]) if _is_id(end, rows)]
     ids: dict[str, int] = {}
     for name in ("bos", "eos", "unk", "pad"):
@@ -247,7 +257,9 @@ def _special_ids(checkpoint: Checkpoint, tokenizer: Any, rows: int) -> dict[str,
         if _is_id(number, rows):
             ids[name] = number
     ids.setdefault("eos", ends[0]) if ends else None
-    others = [end for end in ends if end != ids.get("eos")]
-    if others:
-        ids["eot"] = others[0]  # llama.cpp stops at either
+    others = list(dict.fromkeys(end for end in ends if end != ids.get("eos")))
+    ids.update(zip(("eot", "eom"), others, strict=False))  # llama.cpp stops at any of them
+    if len(others) > 2:
+        more = ", ".join(tokens[end] for end in others[2:])
+        notes.append(f"left out tokens that end a text, for GGUF has places for three: {more}")
     return ids

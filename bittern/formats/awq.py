@@ -29,7 +29,7 @@ from torch import Tensor
 
 from bittern.errors import BitternError
 from bittern.formats.bits import check_in_order, check_range, check_tensor, check_zeros, exact_scales, float_scales
-from bittern.formats.scheme import PackedLayer, Scheme
+from bittern.formats.scheme import PackedLayer, Scheme, wrong_key
 from bittern.shards import TensorInfo
 from bittern.weight import QuantSpec, QuantWeight
 
@@ -203,26 +203,26 @@ def read_config(found: Mapping[str, Any]) -> Scheme:
     """
     method = found.get("quant_method", found.get("method", "awq"))
     if method != "awq":
-        raise _found("quant_method", "'awq'", method)
+        raise wrong_key("quant_method", "'awq'", method)
     version = str(found.get("version") or found.get("format") or found.get("checkpoint_format") or "gemm")
     if version.lower() != "gemm":
-        raise _found("version", "'gemm', the only layout of AWQ that bittern reads", version)
+        raise wrong_key("version", "'gemm', the only layout of AWQ that bittern reads", version)
     dynamic = found.get("dynamic") or {}
     if not isinstance(dynamic, Mapping) or not all(key.startswith("-:") for key in dynamic):
-        raise _found("dynamic", "skipped layers alone in AWQ", dynamic)
+        raise wrong_key("dynamic", "skipped layers alone in AWQ", dynamic)
     bits, size = found.get("bits", found.get("w_bit")), found.get("group_size", found.get("q_group_size", 128))
     zero_point = found.get("zero_point", True)
     if bits != 4:
-        raise _found("bits", "4", bits)
+        raise wrong_key("bits", "4", bits)
     if type(size) is not int or type(zero_point) is not bool:
-        raise _found("group_size and zero_point", "an integer and true or false", (size, zero_point))
+        raise wrong_key("group_size and zero_point", "an integer and true or false", (size, zero_point))
     skipped = found.get("modules_to_not_convert") or []
     if not isinstance(skipped, list) or not all(isinstance(part, str) for part in skipped):
-        raise _found("modules_to_not_convert", "a list of names", skipped)
+        raise wrong_key("modules_to_not_convert", "a list of names", skipped)
     own = found.get("bittern", {})
     sym, unlike = (own.get("sym", not zero_point), own.get("unlike", [])) if isinstance(own, Mapping) else (None, None)
     if type(sym) is not bool or not isinstance(unlike, list) or not all(isinstance(name, str) for name in unlike):
-        raise _found("bittern", "an object with sym and a list of layers", own)
+        raise wrong_key("bittern", "an object with sym and a list of layers", own)
     overrides: list[tuple[str, Mapping[str, Any] | None]] = [(f".*{re.escape(part)}", None) for part in skipped]
     overrides += [(key.removeprefix("-:"), None) for key in dynamic]
     overrides += [(f"{re.escape(name)}$", {"sym": not sym}) for name in unlike]
@@ -254,7 +254,3 @@ def _check(what: str, out_features: int, in_features: int, spec: QuantSpec) -> N
         raise BitternError(f"{what}: AWQ needs out_features divisible by 8, found {out_features}")
     if in_features % spec.columns_per_group(in_features):
         raise BitternError(f"{what}: group_size {spec.group_size} does not divide in_features {in_features}")
-
-
-def _found(key: str, expected: str, found: Any) -> BitternError:
-    return BitternError(f"quantization_config: {key}: expected {expected}, found {found!r}")

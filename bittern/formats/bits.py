@@ -95,9 +95,7 @@ def exact_scales(weight: QuantWeight, dtype: torch.dtype) -> Tensor:
     scales = weight.scales.to(dtype)
     if not bool(torch.isfinite(scales).all()) or not torch.equal(scales.float(), weight.scales.float()):
         hint = "" if dtype == torch.float32 else "; with --dtype fp32, compressed-tensors and MLX hold them"
-        raise BitternError(
-            f"scales: expected finite values that {str(dtype).removeprefix('torch.')} holds exactly, found others{hint}"
-        )
+        raise BitternError(f"scales: expected finite values that {dtype_name(dtype)} holds exactly, found others{hint}")
     return scales
 
 
@@ -111,7 +109,7 @@ def check_tensor(
     """
     tensor = tensors.get(suffix)
     if tensor is None or tensor.dtype not in dtypes or tuple(tensor.shape) != shape or 0 in shape:
-        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        expected = " or ".join(map(dtype_name, dtypes))
         raise BitternError(f"{suffix}: expected {expected} of shape {shape}, found {describe(tensor)}")
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         raise BitternError(f"{suffix}: expected finite values, found others")
@@ -125,4 +123,9 @@ def float_scales(scales: Tensor) -> Tensor:
 
 def describe(tensor: Tensor | None) -> str:
     """A tensor in an error message."""
-    return "none" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
+    return "none" if tensor is None else f"{dtype_name(tensor.dtype)} of shape {tuple(tensor.shape)}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype in an error message."""
+    return str(dtype).removeprefix("torch.")

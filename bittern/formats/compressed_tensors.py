@@ -38,7 +38,7 @@ from bittern.formats.bits import (
     unpack_rows,
     words,
 )
-from bittern.formats.scheme import PackedLayer, Scheme
+from bittern.formats.scheme import PackedLayer, Scheme, wrong_key
 from bittern.shards import TensorInfo
 from bittern.weight import QuantSpec, QuantWeight
 
@@ -242,28 +242,28 @@ def read_config(found: Mapping[str, Any]) -> Scheme:
     """
     for key in ("kv_cache_scheme", "transform_config"):
         if found.get(key):
-            raise _found(key, "none", found[key])
+            raise wrong_key(key, "none", found[key])
     sparsity = found.get("sparsity_config")
     if sparsity and not (isinstance(sparsity, Mapping) and sparsity.get("format") == "dense"):
-        raise _found("sparsity_config", "none", sparsity)
+        raise wrong_key("sparsity_config", "none", sparsity)
     groups = found.get("config_groups")
     if not isinstance(groups, Mapping) or not groups or not all(isinstance(g, Mapping) for g in groups.values()):
-        raise _found("config_groups", "an object of groups", groups)
+        raise wrong_key("config_groups", "an object of groups", groups)
     ranked: list[tuple[int, str, QuantSpec]] = []
     desc_act = False
     for name, group in groups.items():
         form = group.get("format") or found.get("format")
         if form != _FORMAT:
-            raise _found("format", repr(_FORMAT), form)
+            raise wrong_key("format", repr(_FORMAT), form)
         spec, permuted = _weights(name, group)
         desc_act = desc_act or permuted
         targets = group.get("targets")
         if not isinstance(targets, list) or not targets or not all(isinstance(target, str) for target in targets):
-            raise _found(f"config_groups.{name}.targets", "a list of names", targets)
+            raise wrong_key(f"config_groups.{name}.targets", "a list of names", targets)
         ranked += [(2 if target == "Linear" else int(target.startswith("re:")), target, spec) for target in targets]
     ignore = found.get("ignore") or []
     if not isinstance(ignore, list) or not all(isinstance(target, str) for target in ignore):
-        raise _found("ignore", "a list of names", ignore)
+        raise wrong_key("ignore", "a list of names", ignore)
     overrides: list[tuple[str, Mapping[str, Any] | None]] = [(_pattern(target), None) for target in ignore]
     for _, target, spec in sorted(ranked, key=lambda entry: entry[:2]):
         grid = {"bits": spec.bits, "group_size": spec.group_size, "sym": spec.sym}
@@ -283,18 +283,20 @@ def _weights(name: str, group: Mapping[str, Any]) -> tuple[QuantSpec, bool]:
     where = f"config_groups.{name}"
     for key in ("input_activations", "output_activations"):
         if group.get(key):
-            raise _found(f"{where}.{key}", "none: bittern quantizes weights alone", "activations too")
+            raise wrong_key(f"{where}.{key}", "none: bittern quantizes weights alone", "activations too")
     weights = group.get("weights")
     if not isinstance(weights, Mapping):
-        raise _found(f"{where}.weights", "an object", weights)
+        raise wrong_key(f"{where}.weights", "an object", weights)
     if weights.get("type", "int") != "int" or weights.get("dynamic", False):
-        raise _found(f"{where}.weights", "static integers", f"{weights.get('type')}, dynamic {weights.get('dynamic')}")
+        raise wrong_key(
+            f"{where}.weights", "static integers", f"{weights.get('type')}, dynamic {weights.get('dynamic')}"
+        )
     bits, size, sym = weights.get("num_bits"), weights.get("group_size"), weights.get("symmetric", True)
     if type(bits) is not int or type(sym) is not bool:
-        raise _found(f"{where}.weights", "num_bits and symmetric", f"{bits!r} and {sym!r}")
+        raise wrong_key(f"{where}.weights", "num_bits and symmetric", f"{bits!r} and {sym!r}")
     strategy = weights.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
     if strategy not in ("group", "channel") or (strategy == "group" and type(size) is not int):
-        raise _found(f"{where}.weights.strategy", "'group' with a size, or 'channel'", f"{strategy!r} of {size}")
+        raise wrong_key(f"{where}.weights.strategy", "'group' with a size, or 'channel'", f"{strategy!r} of {size}")
     try:
         spec = QuantSpec(bits, -1 if strategy == "channel" else size, sym)  # type: ignore[arg-type]
     except BitternError as error:
@@ -380,7 +382,3 @@ def _check(what: str, out_features: int, in_features: int, spec: QuantSpec, dtyp
         raise BitternError(
             f"{what}: one group a row needs in_features that fill words of 32 bits, found {in_features} of {spec.bits}"
         )
-
-
-def _found(key: str, expected: str, found: Any) -> BitternError:
-    return BitternError(f"quantization_config: {key}: expected {expected}, found {found!r}")

@@ -69,9 +69,10 @@ def read_config(parsed: dict[str, Any], reader: GGUFReader, architecture: str) -
     with torch.device("meta"):
         model: nn.Module = factory.from_config(config)
     stated = {key: value for key, value in config.to_dict().items() if not key.startswith("_")}
-    end, turn_end = stated.get("eos_token_id"), read_field(reader, "tokenizer.ggml.eot_token_id")
-    if isinstance(end, int) and isinstance(turn_end, int) and turn_end != end:
-        stated["eos_token_id"] = [end, turn_end]  # llama.cpp stops at either
+    others = (read_field(reader, f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom"))
+    ends = list(dict.fromkeys(end for end in (stated.get("eos_token_id"), *others) if isinstance(end, int)))
+    if len(ends) > 1:
+        stated["eos_token_id"] = ends  # llama.cpp stops at any of them
     return stated | {"architectures": [type(model).__name__], "dtype": "float32"}, model
 
 

@@ -6,12 +6,15 @@ Names and expressions as in llama.cpp's llama-vocab.cpp.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bittern.errors import BitternError
+from bittern.formats.gguf_config import read_field
 
 if TYPE_CHECKING:
+    from gguf import GGUFReader
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
@@ -48,28 +51,28 @@ _ALIASES = {
     **dict.fromkeys(("deepseek-r1-qwen", "hunyuan", "megrez", "stablelm2"), "qwen2"),
     "dbrx": "smaug-bpe",
 }
+_TEMPLATE = "tokenizer.chat_template"
 _LEFT_ALONE = ("default", "qwen35", "gpt-4o", "llama4")
 """Those that transformers has a way with and bittern does not."""
 
 
 def mend_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """Make a tokenizer that transformers read from a GGUF file cut text as the file says.
+    """Make a tokenizer that transformers read from a GGUF file cut text as the file says, and give it all templates.
 
     transformers 5.23 knows a part of the names of what cuts text into words, and takes any other for GPT-2's; it keeps
     merges where whole words win; respells control and user-defined tokens that are not written in bytes as if they
-    were, and so cuts them; and puts a space before SentencePiece's text whatever the file says.
+    were, and so cuts them; puts a space before SentencePiece's text whatever the file says, but none where text begins
+    with one or a special token came before; and reads the default alone of several chat templates.
 
     Raises:
         BitternError: for a name of what cuts text into words that neither knows.
     """
     from gguf import GGUFReader
-    from tokenizers import decoders, pre_tokenizers
 
     reader = GGUFReader(path)
 
     def stated(key: str) -> Any:
-        field = reader.get_field(f"tokenizer.ggml.{key}")
-        return None if field is None else field.contents()
+        return read_field(reader, f"tokenizer.ggml.{key}")
 
     backend: Any = tokenizer.backend_tokenizer
     if stated("model") == "gpt2":
@@ -77,11 +80,34 @@ def mend_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
         pre = stated("pre")
         if pre is not None:
             _cut_words(backend, pre)
-    no_space = stated("model") == "llama" and stated("add_space_prefix") is False
-    if no_space and isinstance(backend.pre_tokenizer, pre_tokenizers.Metaspace):
-        backend.pre_tokenizer.prepend_scheme = "never"
-        spaces = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        backend.decoder = decoders.Sequence(spaces)  # there is no space to strip again
+    if stated("model") == "llama":
+        _place_spaces(backend, stated("add_space_prefix") is not False)
+    tokenizer.chat_template = _chat_templates(reader)
+
+
+def _chat_templates(reader: GGUFReader) -> str | dict[str, str] | None:
+    """The chat template, or several by name, as transformers has them."""
+    found: dict[str, str] = {}
+    for key in (key for key in reader.fields if key.startswith(f"{_TEMPLATE}.")):
+        name = re.sub(r"\W", "_", key.removeprefix(f"{_TEMPLATE}."), flags=re.ASCII)  # as gguf writes it; names a file
+        template = read_field(reader, key)
+        if isinstance(template, str):
+            found[name] = template
+    default = read_field(reader, _TEMPLATE)
+    if isinstance(default, str):
+        return found | {"default": default} if found else default
+    return found or None
+
+
+def _place_spaces(backend: Any, prefix: bool) -> None:
+    """Spell spaces as llama.cpp does SentencePiece's; with ``prefix``, one more before all text between tokens."""
+    from tokenizers import decoders, normalizers
+
+    spelled = normalizers.Replace(" ", "▁")
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spelled]) if prefix else spelled
+    backend.pre_tokenizer = None
+    parts: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)] if prefix else parts)
 
 
 def _cut_words(backend: Tokenizer, pre: str) -> None:

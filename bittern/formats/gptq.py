@@ -26,8 +26,8 @@ from torch import Tensor
 
 from bittern import __version__
 from bittern.errors import BitternError
-from bittern.formats.bits import WORD, check_range, exact_scales, pack_rows, unpack_rows, words
-from bittern.formats.scheme import PackedLayer, Scheme
+from bittern.formats.bits import WORD, check_range, describe, exact_scales, pack_rows, unpack_rows, words
+from bittern.formats.scheme import PackedLayer, Scheme, wrong_key
 from bittern.shards import TensorInfo
 from bittern.weight import QuantSpec, QuantWeight
 
@@ -150,7 +150,7 @@ def unpack(tensors: Mapping[str, Tensor], layer: PackedLayer, scheme: Scheme) ->
     """
     for suffix in ("qweight", "qzeros", "scales"):
         if suffix not in tensors or tensors[suffix].ndim != 2:
-            raise BitternError(f"{suffix}: expected a tensor of two dimensions, found {_describe(tensors.get(suffix))}")
+            raise BitternError(f"{suffix}: expected a tensor of two dimensions, found {describe(tensors.get(suffix))}")
     qweight, qzeros, scales = tensors["qweight"], tensors["qzeros"], tensors["scales"]
     for suffix in ("qweight", "qzeros"):
         if tensors[suffix].dtype != torch.int32:
@@ -232,7 +232,9 @@ def config(
         "checkpoint_format": checkpoint_format,
         "format": checkpoint_format,
         "damp_percent": damp_percent,
-        "true_sequential": False,  # a block's matrices are all calibrated in one pass
+        # Of plain effort and of experts: all matrices of a block are calibrated in one pass. Other efforts calibrate on
+        # the quantized matrices before; the config is the same for all of them, and readers pass the key over.
+        "true_sequential": False,
         "static_groups": True,  # grids are frozen before the solver moves a weight
         "pack_dtype": "int32",
         "meta": {"quantizer": [f"bittern:{__version__}"]},
@@ -256,21 +258,21 @@ def read_config(found: Mapping[str, Any]) -> Scheme:
     """
     method = found.get("quant_method", found.get("method", "gptq"))
     if method != "gptq":
-        raise BitternError(f"quantization_config: quant_method: expected 'gptq', found {method!r}")
+        raise wrong_key("quant_method", "'gptq'", method)
     # AutoGPTQ before 0.7 wrote neither of them; newer tools write both.
     checkpoint_format = found.get("checkpoint_format", found.get("format", V1))
     if found.get("is_marlin_format", False):
         checkpoint_format = "marlin"
     _is_v1(checkpoint_format)
     if found.get("pack_dtype", "int32") != "int32":
-        raise BitternError(f"quantization_config: pack_dtype: expected 'int32', found {found['pack_dtype']!r}")
+        raise wrong_key("pack_dtype", "'int32'", found["pack_dtype"])
     for key, kind in {"bits": int, "group_size": int, "sym": bool, "desc_act": bool}.items():
         if type(found.get(key, kind())) is not kind or (key == "bits" and key not in found):
-            raise BitternError(f"quantization_config: {key}: expected {kind.__name__}, found {found.get(key)!r}")
+            raise wrong_key(key, kind.__name__, found.get(key))
     meta, dynamic = found.get("meta") or {}, found.get("dynamic") or {}
     for key, value in {"meta": meta, "dynamic": dynamic}.items():
         if not isinstance(value, Mapping):
-            raise BitternError(f"quantization_config: {key}: expected an object, found {value!r}")
+            raise wrong_key(key, "an object", value)
     quantizer, patterns = meta.get("quantizer") or (), tuple(_patterns(dynamic))
     return Scheme(
         format=checkpoint_format,
@@ -351,7 +353,7 @@ def _is_v1(checkpoint_format: str) -> bool:
 def _infer_groups(g_idx: Tensor, in_features: int, groups: int) -> tuple[int, Tensor | None]:
     """The group size, and the g_idx unless columns are in order."""
     if tuple(g_idx.shape) != (in_features,) or g_idx.dtype not in (torch.int32, torch.int64):
-        raise BitternError(f"g_idx: expected int32 of shape ({in_features},), found {_describe(g_idx)}")
+        raise BitternError(f"g_idx: expected int32 of shape ({in_features},), found {describe(g_idx)}")
     if int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
         raise BitternError(f"g_idx: expected groups 0 to {groups - 1}, found {int(g_idx.min())} to {int(g_idx.max())}")
     if groups == 1:
@@ -363,7 +365,3 @@ def _infer_groups(g_idx: Tensor, in_features: int, groups: int) -> tuple[int, Te
     if not torch.equal(g_idx.long().sort().values, in_order):
         raise BitternError(f"g_idx: expected each of {groups} groups for {group_size} columns, found another number")
     return group_size, None if torch.equal(g_idx.long(), in_order) else g_idx.to(torch.int32)
-
-
-def _describe(tensor: Tensor | None) -> str:
-    return "none" if tensor is None else f"{tensor.dtype} of shape {tuple(tensor.shape)}"

@@ -33,12 +33,13 @@ from bittern.formats.bits import (
     check_range,
     check_tensor,
     check_zeros,
+    dtype_name,
     exact_scales,
     float_scales,
     pack_rows,
     unpack_rows,
 )
-from bittern.formats.scheme import PackedLayer, Scheme
+from bittern.formats.scheme import PackedLayer, Scheme, wrong_key
 from bittern.shards import TensorInfo
 from bittern.weight import QuantSpec, QuantWeight
 
@@ -72,7 +73,7 @@ def refuse(spec: QuantSpec, dtype: torch.dtype) -> str | None:
         return _no_block(spec)
     if not spec.sym and dtype != torch.float32:
         return (
-            f"MLX stores -zero * scale, which {_name(dtype)} rounds in asymmetric layers; "
+            f"MLX stores -zero * scale, which {dtype_name(dtype)} rounds in asymmetric layers; "
             "float32 scales and biases hold it exactly"
         )
     return None
@@ -145,9 +146,10 @@ def pack(weight: QuantWeight, dtype: torch.dtype = torch.float16, *, exact: bool
     biases = _biases(scales, weight.zeros)
     stored = biases.to(dtype)
     if not bool(torch.isfinite(stored).all() and torch.isfinite(scales).all()):
-        raise BitternError(f"biases: expected values that {_name(dtype)} holds, found larger ones")
+        raise BitternError(f"biases: expected values that {dtype_name(dtype)} holds, found larger ones")
     if exact and not torch.equal(stored.double(), biases):
-        raise BitternError(f"biases: {_name(dtype)} rounds -zero * scale; float32 scales and biases hold it exactly")
+        hint = "--allow-inexact lets it" if dtype == torch.float32 else "float32 scales and biases hold it exactly"
+        raise BitternError(f"biases: {dtype_name(dtype)} rounds -zero * scale; {hint}")
     if exact and not spec.sym and bool(((scales == 0) & (weight.zeros != spec.mid_code)).any()):
         raise BitternError("scales: expected none of 0, beside which MLX cannot store a zero, found one")
     repeats = spec.columns_per_group(weight.in_features) // block
@@ -229,7 +231,7 @@ def read_config(found: Mapping[str, Any]) -> Scheme:
     """
     own = found.get("bittern")
     if own is not None and not (isinstance(own, Mapping) and isinstance(own.get("layers", {}), Mapping)):
-        raise _found("bittern", "an object", own)
+        raise wrong_key("bittern", "an object", own)
     default = _spec("", found)
     if own is not None:
         default = _spec("bittern", own)
@@ -254,10 +256,10 @@ def _spec(name: str, grid: Mapping[str, Any]) -> QuantSpec:
     """The grid that an object of the config states; mlx's own are never symmetric by name."""
     where = f"{name}." if name else ""
     if grid.get("mode", "affine") != "affine":
-        raise _found(f"{where}mode", "'affine'", grid["mode"])
+        raise wrong_key(f"{where}mode", "'affine'", grid["mode"])
     bits, size, sym = grid.get("bits"), grid.get("group_size"), grid.get("sym", False)
     if type(bits) is not int or type(size) is not int or type(sym) is not bool:
-        raise _found(f"{where}bits and group_size", "integers", (bits, size))
+        raise wrong_key(f"{where}bits and group_size", "integers", (bits, size))
     try:
         return QuantSpec(bits, size, sym)
     except BitternError as error:
@@ -316,11 +318,3 @@ def _check(what: str, out_features: int, in_features: int, spec: QuantSpec, dtyp
 
 def _no_block(spec: QuantSpec) -> str:
     return f"MLX has groups of 32, 64 and 128, and their multiples by repeating; found {spec.group_size}"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _found(key: str, expected: str, found: Any) -> BitternError:
-    return BitternError(f"quantization_config: {key}: expected {expected}, found {found!r}")

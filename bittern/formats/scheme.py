@@ -59,7 +59,7 @@ class Scheme:
             _compiled(self.overrides[position][0])
         for pattern, values in self.overrides:
             if values is not None and not isinstance(values, Mapping):
-                raise BitternError(f"quantization_config: {pattern!r}: expected an object, found {values!r}")
+                raise wrong_key(repr(pattern), "an object", values)
 
     @property
     def any_desc_act(self) -> bool:
@@ -115,6 +115,11 @@ class Scheme:
             else:
                 names.setdefault(re.sub(r"\\(.)", r"\1", found[1]), position)
         return names, patterns
+
+
+def wrong_key(key: str, expected: str, found: Any) -> BitternError:
+    """What is wrong with a key of a quantization config."""
+    return BitternError(f"quantization_config: {key}: expected {expected}, found {found!r}")
 
 
 @cache
