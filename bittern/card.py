@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from bittern.card_text import FILE_SUFFIXES, Facts, card_text, degraded_block, uptrained_since_base
+from bittern.card_text import Facts, card_text, degraded_block, evaluation_records, is_file, uptrained_since_base
 from bittern.errors import BitternError, first_line
 from bittern.origin import HUB_ID, lineage, split_card
-from bittern.story import conditions
+from bittern.story import conditions, datasets
 
 EVALUATIONS = ".eval_results"
 """Folder of the results that the Hub collects for its benchmarks."""
@@ -64,7 +64,8 @@ def update_card(own: str, facts: Facts) -> str:
     merged["tags"] = [*tags, *(tag for tag in ours["tags"] if tag not in tags)]
     body = body if body.strip() else card_text(facts)
     if facts.degraded is not None and facts.degraded not in body:
-        body = f"\n{degraded_block(facts.degraded)}\n{body}"
+        block = degraded_block(facts.degraded)
+        body = body if block in body else f"\n{block}\n{body}"
     return _join(merged, body)
 
 
@@ -104,7 +105,7 @@ def card_metadata(facts: Facts) -> dict[str, Any]:
 def evaluation_results(facts: Facts) -> list[dict[str, Any]]:
     """The recorded evaluations as arguments of huggingface_hub's EvalResult."""
     found = []
-    for record in _evaluations(facts.manifest):
+    for record in evaluation_records(facts.manifest):
         name = str(record.get("name"))
         dataset = {"task_type": "text-generation", "dataset_name": name, "dataset_type": _dataset_type(name)}
         if record.get("what") == "text":  # tells apart results on one text with other windows
@@ -151,7 +152,7 @@ def evaluation_files(manifest: Mapping[str, Any]) -> dict[str, str]:
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
     files = {}
-    for record in _evaluations(manifest):
+    for record in evaluation_records(manifest):
         match = _BENCHMARK.fullmatch(str(record.get("name")))
         if record.get("what") != "task" or match is None or not isinstance(record.get("accuracy"), int | float):
             continue
@@ -187,11 +188,6 @@ def _model_index(facts: Facts, results: Sequence[Mapping[str, Any]]) -> list[dic
     return eval_results_to_model_index(name, [EvalResult(**result) for result in results])
 
 
-def _evaluations(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    found = manifest.get("evaluations")
-    return [record for record in found if isinstance(record, Mapping)] if isinstance(found, list) else []
-
-
 def _dataset_type(name: str) -> str:
     match = _BENCHMARK.fullmatch(name)
     return match["id"] if match else re.sub(r"[^\w.-]+", "-", PurePosixPath(name).name) or "text"
@@ -204,14 +200,8 @@ def _run(facts: Facts, kind: str) -> Mapping[str, Any] | None:
 
 def _datasets(facts: Facts) -> list[str] | None:
     """What it was calibrated or trained on, of what is on the Hub."""
-    found = []
-    for run in lineage(dict(facts.manifest)):
-        calibration = run.get("calibration")
-        names = str(calibration.get("source", "")) if isinstance(calibration, Mapping) else ""
-        for name in names.split(", "):
-            name = re.split("[:@#]", name)[0]
-            if HUB_ID.fullmatch(name) and not name.endswith(FILE_SUFFIXES):
-                found.append(name)
+    asked = [name for run in lineage(dict(facts.manifest)) for name in datasets(run) if not is_file(name)]
+    found = [name for name in (re.split("[:@#]", each)[0] for each in asked) if HUB_ID.fullmatch(name)]
     return list(dict.fromkeys(found)) or None
 
 

@@ -9,18 +9,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import quote
 
 from bittern.licence import files_among
 from bittern.origin import lineage, since_base
 from bittern.report import layer_records
-from bittern.story import conditions
+from bittern.story import METHODS, conditions, datasets, percent
 
-_METHODS = {"gptq": "GPTQ", "rtn": "round to nearest"}
 FILE_SUFFIXES = (".txt", ".json", ".jsonl", ".parquet", ".arrow", ".gz")
 """Of datasets that are files."""
 
 _LOCAL = re.compile(r"[/~]|\.\.?/|[^/]+/[^/]*/")  # begins what is a path on the machine that made it
 _SHOWN = 5  # names or notes in a list
+_IN_LINKS = "/:?#@!$&'*+,;=%~"  # of what is neither letter nor digit; all else could end a link
 
 
 @dataclass(frozen=True)
@@ -90,26 +91,29 @@ def _opening(facts: Facts) -> str:
     at = f" (commit `{facts.base_revision[:12]}`)" if facts.base_revision else ""
     version = runs[0].get("versions", {}).get("bittern")
     tool = f"bittern {version}" if version else "bittern"
-    quantization = facts.found.get("quantization")
+    quantization, records = facts.found.get("quantization"), layer_records(dict(facts.manifest))
+    packed = ""
+    if quantization:  # without records by somebody else
+        how = "quantized to {} bits" if records else "kept at {} bits and repacked as {}"
+        packed = how.format(_bits(facts), quantization["format"])
     if uptrained_since_base(facts):
-        what = "with its attention heads merged into groups"
-        what += f" and quantized to {_bits(facts)} bits" if quantization else ""
-    elif quantization:
-        what = f"quantized to {_bits(facts)} bits"
-    elif records := layer_records(dict(facts.manifest)):
+        what = "with its attention heads merged into groups" + (f" and {packed}" if packed else "")
+    elif packed:
+        what = packed
+    elif records:
         bits = dict.fromkeys(str(each["bits"]) for each in records if "bits" in each)
         what = f"quantized to {' and '.join(bits)} bits and stored as floats"
     else:
         what = f"converted to {runs[0].get('dtype') or 'another format'}"
-    record = "`bittern_manifest.json` has the record of every layer and the hash of every file."
-    return f"{base}{at}, {what} by {tool}. {record}"
+    recorded = "the record of every layer and the hash of every file" if records else "the hash of every file"
+    return f"{base}{at}, {what} by {tool}. `bittern_manifest.json` has {recorded}."
 
 
 def _source_name(run: Mapping[str, Any]) -> str:
     """A local source by its last name: where it lay is nobody's business."""
     source = run.get("source")
     name = source.get("name") if isinstance(source, Mapping) else None
-    return f"`{PurePosixPath(str(name)).name}`" if name else "A model"
+    return _code(PurePosixPath(str(name)).name) if name else "A model"
 
 
 def _bits(facts: Facts) -> str:
@@ -135,7 +139,7 @@ def _done(facts: Facts) -> str:
     records = layer_records(dict(facts.manifest))
     if records:
         methods = Counter(str(record.get("method")) for record in records)
-        names = [_METHODS.get(name, name) for name, _ in methods.most_common()]
+        names = [METHODS.get(name, name) for name, _ in methods.most_common()]
         rows.append(("method", " and ".join(names) + (" for some layers" if len(names) > 1 else "")))
         fallbacks = sum(bool(record.get("fallback")) for record in records)
         if fallbacks:
@@ -171,10 +175,15 @@ def _calibration(run: Mapping[str, Any]) -> str:
     found = run.get("calibration")
     if not isinstance(found, Mapping):
         return "none"
-    names = ", ".join(f"`{_dataset(name)}`" for name in str(found.get("source")).split(", "))
+    names = ", ".join(_code(_dataset(name)) for name in datasets(run))
     options = run.get("options") or {}
     windows = f", windows of {options['seqlen']}" if options.get("seqlen") else ""
     return f"{names}, {_number(found.get('tokens_found'))} tokens{windows}, seed {options.get('seed')}"
+
+
+def is_file(dataset: str) -> bool:
+    """Whether the name of a dataset is that of a file; behind a # a column may be named."""
+    return dataset.endswith(FILE_SUFFIXES) or dataset.rpartition("#")[0].endswith(FILE_SUFFIXES)
 
 
 def _dataset(name: str) -> str:
@@ -185,10 +194,15 @@ def _dataset(name: str) -> str:
     return PurePosixPath(name).name if _LOCAL.match(name) or name.endswith(FILE_SUFFIXES) else name
 
 
+def evaluation_records(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The recorded measurements of a manifest that may be anybody's, in their order."""
+    found = manifest.get("evaluations")
+    return [record for record in found if isinstance(record, Mapping)] if isinstance(found, list) else []
+
+
 def _kept(facts: Facts) -> str:
     """The recorded evaluations beside the base's."""
-    found = facts.manifest.get("evaluations")
-    records = [record for record in found if isinstance(record, Mapping)] if isinstance(found, list) else []
+    records = evaluation_records(facts.manifest)
     texts = [
         (
             f"{record.get('name')}, {record.get('windows')} x {record.get('seqlen')} tokens{conditions(record)}",
@@ -303,13 +317,13 @@ def _licence(facts: Facts) -> str:
     name = ", ".join(licence) if isinstance(licence, list) else str(licence)
     name = str(facts.licence.get("license_name", name))
     link = facts.licence.get("license_link")
-    shown = f"[{name}]({link})" if link else f"`{name}`"
+    shown = _link(name, str(link)) if link else _code(name)
     base = f"[{facts.base_id}](https://huggingface.co/{facts.base_id})" if facts.base_id else "its base"
     inherited = facts.base.get("license") == licence
     lines = [f"{shown}, inherited from {base}." if inherited else f"{shown}, as its publisher states."]
     texts = files_among(facts.files)
     if texts:
-        lines.append("Its text and notices: " + ", ".join(f"[{text}]({text})" for text in texts) + ".")
+        lines.append("Its text and notices: " + ", ".join(_link(text, text) for text in texts) + ".")
     if facts.base.get("gated"):
         lines.append("The base is gated: who uses this must have accepted the base's terms.")
     return " ".join(lines)
@@ -321,12 +335,29 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    return _line(text).replace("|", "\\|")
 
 
 def _plain(text: str) -> str:
     """What may come from a file, on one line and without a full stop at its end."""
-    return " ".join(text.split()).rstrip(".")
+    return _line(text).rstrip(".")
+
+
+def _line(text: str) -> str:
+    """A text on one line, and no HTML."""
+    return " ".join(text.split()).replace("<", "&lt;")
+
+
+def _code(text: str) -> str:
+    """A name between backticks, without any of its own."""
+    name = " ".join(text.split()).replace("`", "'")
+    return f"`{name}`"
+
+
+def _link(text: str, target: str) -> str:
+    """A link that ends where it should, whatever its text and its target hold."""
+    shown = re.sub(r"([\\\[\]])", r"\\\1", _line(text))
+    return f"[{shown}]({quote(target, _IN_LINKS)})"
 
 
 def _few(names: Iterable[str]) -> str:
@@ -340,7 +371,7 @@ def _figure(value: Any) -> str:
 
 
 def _share(value: Any) -> str:
-    return f"{100 * value:.1f} %" if isinstance(value, int | float) and not isinstance(value, bool) else "-"
+    return percent(value) if isinstance(value, int | float) and not isinstance(value, bool) else "-"
 
 
 def _layers_of(count: int) -> str:

@@ -118,7 +118,7 @@ def split_card(text: str) -> tuple[dict[str, Any], str]:
 
 
 def inherited_fields(found: dict[str, Any]) -> dict[str, Any]:
-    """Of a card's metadata, what is inherited from it; texts and lists of texts alone."""
+    """Of a card's metadata, what is inherited from it; texts of one line and lists of them alone."""
     kept: dict[str, Any] = {key: value for key in CARD_KEYS if (value := _plain(found.get(key), key)) is not None}
     if any(str(key).startswith("extra_gated_") for key in found):
         kept["gated"] = True
@@ -128,8 +128,8 @@ def inherited_fields(found: dict[str, Any]) -> dict[str, Any]:
 def _plain(value: Any, key: str) -> str | list[str] | None:
     if value is False and key == "language":
         return "no"  # Norwegian, which YAML takes for a truth value
-    if isinstance(value, str) and 0 < len(value) <= _MAX_CHARACTERS:
-        return value
+    if isinstance(value, str) and len(value) <= _MAX_CHARACTERS and len(value.strip().splitlines()) == 1:
+        return value.strip()
     if isinstance(value, list) and 0 < len(value) <= _MAX_ITEMS:
         texts = [text for item in value if isinstance(text := _plain(item, key), str)]
         return texts or None

@@ -14,6 +14,9 @@ from bittern.report import runs
 
 Words = Callable[[float], str]
 
+METHODS = {"gptq": "GPTQ", "rtn": "round to nearest"}
+"""How layers were quantized, as manifests name it: in words."""
+
 
 def kind_of(run: Mapping[str, Any]) -> str:
     """quantize, convert, repack or uptrain; the first schema had no key for it."""
@@ -81,6 +84,17 @@ def tell_evaluation(found: Mapping[str, Any]) -> str:
     return f"{found['name']}{conditions(found)}: {', '.join(said)}, {_count(found['questions'], 'question')}"
 
 
+def datasets(run: Mapping[str, Any]) -> list[str]:
+    """What a run was calibrated on, each as asked for; where its options do not say, what stands between commas."""
+    options, found = run.get("options"), run.get("calibration")
+    if not isinstance(found, Mapping):
+        return []
+    asked = options.get("dataset") if isinstance(options, Mapping) else None
+    if isinstance(asked, list | tuple):
+        return [str(name) for name in asked]
+    return [asked] if isinstance(asked, str) else str(found.get("source", "?")).split(", ")
+
+
 def grids(layers: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
     """The grids of layer records in words, and how many layers have each, the commonest first."""
     found = Counter((layer["bits"], layer["group_size"], layer["sym"]) for layer in layers)
@@ -114,8 +128,7 @@ def warnings(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _quantization(run: Mapping[str, Any]) -> str:
     layers = run["layers"]
     methods = Counter(str(layer["method"]) for layer in layers)
-    names = {"gptq": "GPTQ", "rtn": "round to nearest"}
-    how = " and ".join(names.get(name, name) for name, _ in methods.most_common()) or "nothing quantized"
+    how = " and ".join(METHODS.get(name, name) for name, _ in methods.most_common()) or "nothing quantized"
     kinds = grids(layers)
     if len(kinds) == 1:
         what = f"{_count(len(layers), 'layer')} at {kinds[0][0]}"
@@ -130,7 +143,7 @@ def _calibration(run: Mapping[str, Any]) -> str:
     found = run.get("calibration")
     if not found or "tokens_found" not in found:
         return ""
-    names = ", ".join(short_name(name) for name in str(found.get("source", "?")).split(", "))
+    names = ", ".join(map(short_name, datasets(run)))
     return f", calibrated on {_count(found['tokens_found'], 'token')} of {names}"
 
 

@@ -81,14 +81,15 @@ def read_task(path: str | os.PathLike[str], limit: int | None = None) -> tuple[s
     """The task's name and its first ``limit`` questions, in the order of the file.
 
     Raises:
-        BitternError: a line that is no such request, or a question without its right choice.
+        BitternError: a line that is no such request, or of another task than those before, and a question without
+            its right choice, or with several.
     """
     path = Path(path)
     check_utf8("task", path)
-    name, documents = path.name.removesuffix(".gz").removesuffix(".jsonl"), dict[int, list[dict[str, Any]]]()
+    name, documents = "", dict[int, list[dict[str, Any]]]()
     for line, row in _rows(path):
         try:
-            doc_id, choice, _ = row["doc_id"], row["idx"], row["label"]
+            doc_id, choice, label = row["doc_id"], row["idx"], row["label"]
             texts = (row["request"]["context"], row["request"]["continuation"])
         except (KeyError, TypeError) as error:
             raise BitternError(f"{path}, line {line}: expected a request with {first_line(error)}") from error
@@ -100,18 +101,27 @@ def read_task(path: str | os.PathLike[str], limit: int | None = None) -> tuple[s
             )
         for text in texts:
             check_text(text, f"{path}, line {line}")
-        name = row.get("task_name", name)
-        if not isinstance(name, str):
-            raise BitternError(f"{path}, line {line}: expected a task_name of text, found {name!r}")
+        named = row.get("task_name", name)
+        if not isinstance(named, str):
+            raise BitternError(f"{path}, line {line}: expected a task_name of text, found {named!r}")
+        if name and named != name:
+            raise BitternError(
+                f"{path}, line {line}: expected the task_name {name!r} of the lines before, found {named!r}"
+            )
+        name = named
         if doc_id >= REPEATS or (limit is not None and doc_id not in documents and len(documents) == limit):
             continue
-        documents.setdefault(doc_id, []).append(row)
+        rows = documents.setdefault(doc_id, [])
+        if rows and label != rows[0]["label"]:
+            expected = f"the label {rows[0]['label']!r} of the other lines of doc_id {doc_id}"
+            raise BitternError(f"{path}, line {line}: expected {expected}, found {label!r}")
+        rows.append(row)
     if not documents:
         raise BitternError(f"{path}: expected requests, found none")
     questions = [_question(path, doc_id, rows) for doc_id, rows in documents.items()]
     if len({question.gold is None for question in questions}) > 1:
         raise BitternError(f"{path}: expected questions with choices or last words, found both")
-    return name, questions
+    return name or path.name.removesuffix(".gz").removesuffix(".jsonl"), questions
 
 
 def evaluate_task(
@@ -207,7 +217,8 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
     """Line numbers and parsed lines."""
     line = 0
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        encoding = "utf-8-sig"  # a byte order mark is no JSON
+        with gzip.open(path, "rt", encoding=encoding) if path.suffix == ".gz" else path.open(encoding=encoding) as file:
             for line, text in enumerate(file, start=1):
                 if text.strip():
                     yield line, json.loads(text)

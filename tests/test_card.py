@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 import bittern
 from bittern.errors import BitternError
 from bittern.inspect import inspect
+from bittern.origin import inherited_fields
 from bittern.push import push
 from bittern.story import conditions, evaluations
 from tests import tiny
@@ -394,12 +395,12 @@ def test_the_commands_that_make_it_again_name_no_place_on_this_machine(artifact:
         "bittern convert org/base -o OUT",
         "bittern quantize fp32 -o OUT --dataset 'my wiki.txt' --skip 'a|b'",
     ]
-    change(artifact, calibration={"source": "/home/me/c#/mine.txt, /home/me/c#/rows.jsonl#body"})
+    change(artifact, options={"dataset": ["/home/me/c#/mine.txt", "/home/me/c#/rows.jsonl#body"]})
     assert "| calibration | `mine.txt`, `rows.jsonl#body`" in card_of(artifact)
     near = ["bittern", "quantize", "acme/base", "-o", "OUT", "--dataset", "acme/mails.jsonl#body"]
     near += ["--dataset", "org/data"]
     change(artifact, command=near, source={"name": "acme/base", "revision": None})
-    change(artifact, calibration={"source": "acme/mails.jsonl#body, org/data"})
+    change(artifact, options={"dataset": ["acme/mails.jsonl#body", "org/data"]})
     text = card_of(artifact)
     assert "bittern quantize base -o OUT --dataset 'mails.jsonl#body' --dataset org/data" in text
     assert "| calibration | `mails.jsonl#body`, `org/data`" in text and "acme/" not in text
@@ -438,15 +439,47 @@ def test_a_gguf_file_has_the_name_of_the_current_folder(
 
 
 def test_every_dataset_of_the_hub_is_named(artifact: Path) -> None:
-    change(artifact, calibration={"source": "org/one:en@train#body, /home/me/mine.txt, org/two, me/rows.jsonl#a/b"})
+    names = ["org/one:en@train#body", "/home/me/mine.txt", "org/two", "me/rows.jsonl#a/b"]
+    change(artifact, options={"dataset": names})
     text = card_of(artifact)
     assert data_of(text)["datasets"] == ["org/one", "org/two"]
     assert "| calibration | `org/one:en@train#body`, `mine.txt`, `org/two`, `rows.jsonl#a/b`, 128 tokens" in text
     assert "/home/me" not in text
+    change(artifact, options={"dataset": None}, calibration={"source": ", ".join(names)})  # as older ones say it
+    assert data_of(card_of(artifact))["datasets"] == ["org/one", "org/two"]
+
+
+@pytest.mark.parametrize("name", ["acme/mails@2024.jsonl", "acme/a:b.txt#body", "acme/one#two.json", "acme/a, b.txt"])
+def test_a_file_is_no_dataset_of_the_hub(artifact: Path, name: str) -> None:
+    for asked in (name, [name, "self"]):
+        change(artifact, options={"dataset": asked}, calibration={"source": name})
+        text = card_of(artifact)
+        assert "datasets" not in data_of(text) and "acme" not in text
+
+
+def test_what_somebody_else_quantized_is_said_to_be_repacked(artifact: Path, tmp_path: Path) -> None:
+    (artifact / "bittern_manifest.json").unlink()
+    bittern.convert(artifact, tmp_path / "moved", format="compressed-tensors")
+    text = card_of(tmp_path / "moved", license="mit")
+    assert "`tiny-4bit`, kept at 4 and 8 bits and repacked as compressed-tensors by bittern" in text
+    assert "`bittern_manifest.json` has the hash of every file." in text and "quantized to" not in text
+
+
+def test_a_base_s_licence_is_no_markdown(artifact: Path) -> None:
+    name = "x\n\n# INJECTED\n\n[a](https://evil) <script>"
+    licence = {"license": "other", "license_name": name, "license_link": "https://example.org/a)\n\n# b"}
+    change(artifact, source={"card": licence})
+    section = card_of(artifact).split("## Licence\n\n")[1]
+    shown = r"x # INJECTED \[a\](https://evil) &lt;script>"
+    assert section.startswith(f"[{shown}](https://example.org/a%29%0A%0A#%20b), inherited from")
+    change(artifact, source={"card": {"license": "a`\n# b"}})
+    assert "\n`a' # b`, inherited from" in card_of(artifact)
+    stated = {"license": "mit\n", "license_name": "x\n\n# y", "language": ["en", "d\ne"]}
+    assert inherited_fields(stated) == {"license": "mit", "language": ["en"]}
 
 
 def test_a_manifest_from_elsewhere_breaks_no_table(artifact: Path) -> None:
-    change(artifact, notes=["a | b\n\n# headline"], source={"name": "/home/somebody/secret place/model"})
+    change(artifact, notes=["a | b\n\n# headline <b>"], source={"name": "/home/somebody/secret place/model"})
     text = card_of(artifact)
-    assert "| note | a \\| b # headline |" in text
+    assert "| note | a \\| b # headline &lt;b> |" in text
     assert "somebody" not in text and "`model`, quantized to" in text

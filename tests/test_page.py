@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import os
@@ -227,6 +228,8 @@ def test_what_the_stages_of_an_effort_brought() -> None:
     assert [(row[2], row[3]) for row in rows(manifest)] == [("83 %", "20"), ("91 %", "21"), ("75 %", "all")]
     refused = {**manifest, "tuning": manifests.tuning(refused="KL rose")}
     assert rows(refused)[-1][2] == "not taken"
+    unknown = {**manifest, "tuning": {**manifests.tuning(), "kl": {"solved": 0.4, "tuned": None}}}
+    assert rows(unknown)[-1][2] == "-"
     plain = {name: value for name, value in manifest.items() if name not in ("stages", "tuning")}
     section = next(section for section in make_sections(plain) if section.name == "layers")
     assert [shown for shown, _ in section.tables] == ["All 21 layers"]
@@ -347,6 +350,33 @@ def test_hostile_strings_stay_text(make: str, first: int) -> None:
     page = "".join(reader.texts)
     assert not any(character in page for character in "\x00\x1b\u202e\u2028\ufeff")
     assert "{{ 7 * 7 }}" in page and "<script>window.hacked" in page  # shown as they are
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where the texts and numbers of a manifest are; of a list those of its first item."""
+    if isinstance(value, (dict, list)):
+        for key in value if isinstance(value, dict) else range(min(len(value), 1)):
+            yield from leaves(value[key], (*path, key))
+    else:
+        yield path
+
+
+@pytest.mark.parametrize("make", ["quantized", "uptrained"])
+def test_whatever_may_be_null_is_passed_over(make: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bittern.page.charts.draw", lambda *_: "<svg></svg>")
+    whole = getattr(manifests, make)()
+    passed = set()
+    for *path, last in leaves(whole):
+        manifest = copy.deepcopy(whole)
+        holder = manifest
+        for key in path:
+            holder = holder[key]
+        holder[last] = None
+        if problem(manifest) is None:
+            render(manifest, make_sections(manifest))
+            passed.add(last)
+    assert {"all", "without_embeddings", "perplexity", "revision"} <= passed
+    assert make == "uptrained" or {"solved", "tuned", "loss"} <= passed
 
 
 @pytest.mark.parametrize("value", [1e149, 5e-324])

@@ -247,6 +247,14 @@ def test_limit_takes_the_first_questions_whole(tmp_path: Path) -> None:
         ),
         (json.dumps({**request(0, 0, 0, "a", " b"), "task_name": None}), r"line 1: expected a task_name of text"),
         (
+            lines((0, 0, 0, "a", " b"), (0, 1, 1, "a", " c")),
+            r"t.jsonl, line 2: expected the label 0 of the other lines of doc_id 0, found 1",
+        ),
+        (
+            lines((0, 0, 0, "a", " b")) + "\n" + json.dumps({**request(0, 1, 0, "a", " c"), "task_name": "egrets"}),
+            r"t.jsonl, line 2: expected the task_name 'herons' of the lines before, found 'egrets'",
+        ),
+        (
             json.dumps(request(0, 0, 0, "a\ud800", " b")),
             r"line 1: expected UTF-8 text, found other bytes at character 1",
         ),
@@ -264,6 +272,15 @@ def test_what_is_refused(content: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(BitternError, match=message) as caught:
         read_task(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_a_byte_order_mark_is_passed_over(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"t{suffix}"
+    content = ("\ufeff" + lines((0, 0, 1, "a", " b"), (0, 1, 1, "a", " c"))).encode()
+    path.write_bytes(gzip.compress(content) if suffix == ".jsonl.gz" else content)
+    name, (question,) = read_task(path)
+    assert (name, question.gold, len(question.choices)) == ("herons", 1, 2)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

@@ -185,8 +185,9 @@ def _stage_table(run: Mapping[str, Any]) -> Table:
     ]
     tuning = run.get("tuning")
     if tuning:
-        kl = tuning["kl"]
-        left = share(kl["tuned"] / kl["solved"]) if not tuning["refused"] and kl["solved"] > 0 else "not taken"
+        solved, tuned = tuning["kl"]["solved"], tuning["kl"]["tuned"]
+        known = solved is not None and tuned is not None
+        left = "not taken" if tuning["refused"] or solved == 0 else share(tuned / solved if known else None)
         rows.append(("Training of scales and norms", "KL to full precision on held-out text", left, "all"))
     columns = ("Stage", "What it lessens", "Left of it", "Layers")
     return Table("Stages of the effort; of several layers the geometric mean", columns, tuple(rows), (0, 1))

@@ -155,7 +155,8 @@ def _facts(manifest: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     size = manifest.get("size")
     if size and size["output"]["bits_per_weight"]["without_embeddings"] is not None:
         bits = size["output"]["bits_per_weight"]
-        found.append(("Bits per weight", f"{bits['without_embeddings']:.2f}", f"{bits['all']:.2f} with embeddings"))
+        whole = "" if bits["all"] is None else f"{bits['all']:.2f} with embeddings"
+        found.append(("Bits per weight", f"{bits['without_embeddings']:.2f}", whole))
     for entry in evaluations(manifest)[:2]:
         found += _measured(entry)
     measured = manifest["measured"]
