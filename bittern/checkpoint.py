@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
 from math import prod
@@ -24,7 +23,7 @@ from bittern.formats.gguf_tokenizer import mend_tokenizer
 from bittern.formats.legacy_bin import BinFiles, read_bin
 from bittern.hub import download, fetch_headers, file_names
 from bittern.shards import SafetensorsFiles, Stored, TensorInfo, read_header
-from bittern.writer import CheckpointWriter, explained
+from bittern.writer import LICENCE_FILES, CheckpointWriter, explained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,11 +47,7 @@ SIDE_FILES = (
     "additional_chat_templates/*.jinja",
     "*processor_config.json",
     "*.py",
-    "LICENSE*",
-    "LICENCE*",
-    "NOTICE*",
-    "COPYING*",
-    "USE_POLICY*",
+    *LICENCE_FILES,
 )
 _MAX_JSON_BYTES = 100_000_000  # the index of a model with 400,000 tensors takes 60 million
 _MAX_NAME = 1000  # characters of a tensor's name
@@ -164,13 +159,17 @@ class Checkpoint:
                 saved = tokenizer.save_pretrained(folder)
             except Exception as error:  # the tokenizers library raises nothing narrower, on a full disk too
                 raise BitternError(f"output {folder}: the tokenizer cannot be written: {_line(error)}") from error
-            return sorted(Path(path).name for path in saved if Path(path).exists())
+            return sorted(str(Path(path).relative_to(folder)) for path in saved if Path(path).exists())
         names = self.side_files()
         for name in names:
             original = contained(self.folder, name)
+            try:
+                values = original.read_bytes()
+            except OSError as error:
+                raise BitternError(f"{original}: cannot be read: {error.strerror}") from error
             with explained(folder):
                 (folder / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(original, folder / name)
+                (folder / name).write_bytes(values)
         return names
 
     def side_files(self) -> list[str]:

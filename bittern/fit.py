@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
@@ -33,6 +35,15 @@ class Fit:
     def tensors(self) -> set[str]:
         """Names of the checkpoint's tensors that the model has a place for."""
         return {piece.source for pieces in self.sources.values() for piece in pieces}
+
+
+def unexpected_tensors(
+    model: PreTrainedModel, sources: dict[str, tuple[Piece, ...]], available: Iterable[str]
+) -> list[str]:
+    """Those of :func:`bittern.model.unused_tensors` that transformers does not know to be useless to it."""
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    unused = live.unused_tensors(model, sources, available)
+    return [name for name in unused if not any(pattern.search(name) for pattern in ignored)]
 
 
 def fit(artifact: Artifact) -> Fit:
@@ -78,7 +89,7 @@ def unplaced_tensors(
     # Float matrices beside packed ones; and AutoGPTQ gave every layer a bias, zeros where the model has none.
     known = {name for layer in used for name in (layer, f"{layer}.weight", f"{layer}.bias")}
     held = [*artifact.plain, *(f"{layer}.weight" for layer in artifact.layers)]
-    return live.unexpected_tensors(model, sources, (name for name in held if name not in known))
+    return unexpected_tensors(model, sources, (name for name in held if name not in known))
 
 
 def refuse_unplaced(

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from bittern.errors import BitternError
 from bittern.hub_errors import downloading, guarded, passing, token, told
 from bittern.shards import MAX_HEADER_BYTES
+from bittern.writer import LICENCE_FILES
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -38,10 +39,7 @@ _ALWAYS = (
     "vocab*",
     "merges*",
     "*.py",
-    "LICEN[CS]E*",
-    "NOTICE*",
-    "COPYING*",
-    "USE_POLICY*",
+    *LICENCE_FILES,
 )
 _NEVER = (
     "consolidated*",

@@ -12,9 +12,7 @@ from typing import Any
 
 from bittern.errors import BitternError
 from bittern.origin import LICENCE_KEYS
-
-FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
-"""Names of the files that a licence may ask to travel along."""
+from bittern.writer import LICENCE_FILES
 
 _IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _UNKNOWN = ("unknown", "none")
@@ -68,7 +66,7 @@ def settle(
 
 def files_among(names: Collection[str]) -> list[str]:
     """The files that a licence may ask to travel along, of those at the top of a repository."""
-    return sorted(name for name in names if any(fnmatchcase(name.upper(), pattern) for pattern in FILES))
+    return sorted(name for name in names if any(fnmatchcase(name, pattern) for pattern in LICENCE_FILES))
 
 
 def _fields(card: Mapping[str, Any]) -> dict[str, Any]:

@@ -368,6 +368,11 @@ def read_tensor(
     return result.view(shape)
 
 
+def stays_fp32(model: PreTrainedModel, name: str) -> bool:
+    """Whether transformers keeps a tensor in fp32 in models of 16 bits, by its name: biases of routers, say."""
+    return any(part in name for part in model._keep_in_fp32_modules_strict or ())
+
+
 def load_tensors(
     model: PreTrainedModel,
     checkpoint: Checkpoint,
@@ -381,6 +386,8 @@ def load_tensors(
     for name in names:
         target = state[name]
         wanted = dtype if target.is_floating_point() else target.dtype
+        if wanted in (torch.float16, torch.bfloat16) and stays_fp32(model, name):
+            wanted = torch.float32
         tensor = read_tensor(checkpoint, sources[name], tuple(target.shape), wanted)
         set_tensor(model, name, tensor.to(device))
 
@@ -424,15 +431,6 @@ def unused_tensors(
     computed = {name for name, _ in model.named_buffers()}
     known = used | ties | computed | {name.removeprefix(prefix) for name in ties | computed}
     return [name for name in available if name not in known and not COMPUTED.search(name)]
-
-
-def unexpected_tensors(
-    model: PreTrainedModel, sources: dict[str, tuple[Piece, ...]], available: Iterable[str]
-) -> list[str]:
-    """Those of :func:`unused_tensors` that transformers does not know to be useless to it."""
-    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
-    unused = unused_tensors(model, sources, available)
-    return [name for name in unused if not any(pattern.search(name) for pattern in ignored)]
 
 
 def pick_device(name: str) -> torch.device:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from bittern import model as live
-from bittern.errors import AlsoFailed, BitternError
+from bittern.errors import AlsoFailed, BitternError, first_line
 
 WAIT = timedelta(days=2)
 """How long a process waits for one that works alone: the one that converts, reads text, or writes."""
@@ -41,7 +41,11 @@ def together(device: str) -> Iterator[torch.device]:
     if int(os.environ.get("WORLD_SIZE") or 1) == 1:
         yield live.pick_device(device)
         return
-    store, rank, size = next(rendezvous("env://", timeout=WAIT))
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=WAIT))
+    except ValueError as error:
+        found = f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {first_line(error)}"
+        raise BitternError(f"expected the variables that torchrun sets, or none of them: {found}") from error
     try:
         place = live.pick_device(device)
         if place.type == "cuda":

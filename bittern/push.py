@@ -21,11 +21,12 @@ from bittern.hub import Published, Upload, model_card, publish, read_text
 from bittern.hub_errors import secret
 from bittern.inspect import inspect
 from bittern.layout import layout_of
-from bittern.licence import FILES, settle
+from bittern.licence import settle
 from bittern.report import MANIFEST_FILE, file_record
 from bittern.verify import check_files
+from bittern.writer import LICENCE_FILES
 
-_BESIDE = (*FILES, f"{EVALUATIONS}/*.yaml", "*.html", "*.png", "*.svg", "*.jpg", "*.gif")
+_BESIDE = (*LICENCE_FILES, f"{EVALUATIONS}/*.yaml", "*.html", "*.png", "*.svg", "*.jpg", "*.gif")
 """What is published though the manifest does not list it: what a publisher adds to a finished artifact."""
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".safetensors.index.json", ".bin.index.json")
 _MAX_TEXT = 50_000_000  # bytes of a file that is looked through for secrets

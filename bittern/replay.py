@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bittern.errors import BitternError
+from bittern.errors import BitternError, first_line
 
 
 @dataclass
@@ -27,11 +27,15 @@ class BlockCall:
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """The block's output for a hidden state of shape (batch, positions, hidden_size)."""
         output = block(hidden, *self.args, **self.kwargs)
-        return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+        return output[0] if isinstance(output, tuple | list) else output  # type: ignore[no-any-return]
 
 
 _FORMS: tuple[Callable[[Tensor], Any], ...] = (lambda x: x, lambda x: (x,), lambda x: (x, None))
 """What blocks return: the hidden state, in a tuple, or with weights of attention that nobody asked for."""
+
+
+_OTHER_FORM = (TypeError, IndexError, ValueError, RuntimeError, AttributeError)
+"""What a model raises where its blocks return something else than it expects."""
 
 
 class _AllBlocksSeen(Exception):
@@ -121,8 +125,8 @@ def _record(
             model(ids, use_cache=False)
         except _AllBlocksSeen:
             pass
-        except (TypeError, IndexError, ValueError, RuntimeError, AttributeError):
-            if not calls:
+        except _OTHER_FORM as error:
+            if not calls or isinstance(error, torch.OutOfMemoryError):
                 raise
             return None
     if len(calls) != len(blocks) or hidden_states[-1] is not hidden_states[0]:
@@ -145,6 +149,7 @@ def logits_after(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, hidden: T
     Raises:
         BitternError: for a model that changes the hidden state between its blocks, or shares keys among them (Gemma 4).
     """
+    reason: Exception | None = None
     for form in _FORMS:
         seen: list[Tensor] = []
 
@@ -155,15 +160,17 @@ def logits_after(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, hidden: T
         with _replaced_forward(blocks, give):
             try:
                 logits: Tensor = model(ids, use_cache=False).logits
-            except (TypeError, IndexError, ValueError, RuntimeError, AttributeError):
-                if not seen:
+            except _OTHER_FORM as error:
+                if not seen or isinstance(error, torch.OutOfMemoryError):
                     raise
+                reason = reason or error
                 continue
         if all(state is hidden for state in seen[1:]) and logits.shape[:2] == hidden.shape[:2]:
             return logits
+    found = "" if reason is None else f" ({type(reason).__name__}: {first_line(reason)})"
     raise BitternError(
-        f"{type(model).__name__}: its blocks are given more of each other than the hidden state that one returns"
-    )
+        f"{type(model).__name__}: its blocks are given more of each other than the hidden state that one returns{found}"
+    ) from reason
 
 
 @contextmanager

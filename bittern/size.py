@@ -106,7 +106,10 @@ def source_size(artifact: Artifact) -> dict[str, Any]:
 
 
 def planned_size(
-    plan: Iterable[TensorInfo], plain: Iterable[TensorInfo], packed: Mapping[str, tuple[int, ...]] | None = None
+    plan: Iterable[TensorInfo],
+    plain: Iterable[TensorInfo],
+    packed: Mapping[str, tuple[int, ...]] | None = None,
+    tied: Collection[str] = (),
 ) -> dict[str, Any]:
     """:func:`size_record` of what is about to be written.
 
@@ -114,8 +117,9 @@ def planned_size(
         plan: every tensor of it.
         plain: those that hold floats.
         packed: packed layer -> the shape of its matrix.
+        tied: those of them that are the embedding once more.
     """
-    return size_record(count_parameters(plain, packed), sum_bytes((info.name, info.nbytes) for info in plan))
+    return size_record(count_parameters(plain, packed, tied), sum_bytes((info.name, info.nbytes) for info in plan))
 
 
 def kv_elements(config: PretrainedConfig) -> int:

@@ -30,6 +30,11 @@ from bittern.shards import TensorInfo, header_bytes, write_elements
 
 MAX_SHARD_SIZE = 5 * 10**9  # bytes
 INDEX_FILE = "model.safetensors.index.json"
+LICENCE_FILES = tuple(
+    "".join(f"[{letter.upper()}{letter}]" if letter.isalpha() else letter for letter in name)
+    for name in ("license*", "licence*", "notice*", "copying*", "use_policy*")
+)
+"""Names, in upper or lower case, of the files that a licence may ask to travel along."""
 _LOCK = ".lock"
 _BESIDE = (MANIFEST_FILE, "README.md", ".gitattributes", _LOCK)  # that a manifest does not list
 _NAMES = (  # of files that are part of a checkpoint where no manifest says so; notes.txt and train.py are a user's
@@ -48,10 +53,7 @@ _NAMES = (  # of files that are part of a checkpoint where no manifest says so; 
     "modeling_*.py",
     "tokenization_*.py",
     "*processing_*.py",
-    "LICEN[CS]E*",
-    "NOTICE*",
-    "COPYING*",
-    "USE_POLICY*",
+    *LICENCE_FILES,
 )
 _FOLDERS = ("additional_chat_templates", ".cache")  # that a checkpoint may have; the latter is the Hub client's
 _REASONS = {
@@ -131,10 +133,11 @@ def lock_folder(folder: Path, busy: str) -> int:
     The lock outlives no process, so a folder that a killed one has left is recognized.
 
     Raises:
-        BitternError: with the text ``busy``, when another process owns it.
+        BitternError: with the text ``busy``, when another process owns it; when it is a link to somewhere else.
     """
     while True:
         folder.mkdir(exist_ok=True)
+        _refuse_link(folder)
         try:
             file = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except FileNotFoundError:
@@ -309,6 +312,7 @@ class CheckpointWriter:
         for path in self.folder.iterdir():
             if path.name != _LOCK:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        _refuse_link(self._replaced)
         if self._replaced.exists():  # a kill between the two renames of _move_into_place
             _remove_checkpoint(self._replaced) if self.out.exists() else self._replaced.rename(self.out)
 
@@ -405,6 +409,12 @@ def explained(out: Path) -> Iterator[None]:
     except OSError as error:
         reason = _REASONS.get(error.errno or 0, f"{error.strerror or error}: {error.filename}")
         raise BitternError(f"output {out}: cannot be written: {reason}") from error
+
+
+def _refuse_link(folder: Path) -> None:
+    """What is in a folder of bittern's own gets removed; what a link in its place leads to is somebody else's."""
+    if folder.is_symlink():
+        raise BitternError(f"{folder}: expected a folder that bittern has made, found a link to {folder.readlink()}")
 
 
 def _remove_checkpoint(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import struct
 from pathlib import Path
@@ -273,9 +274,21 @@ def test_legacy_files_run_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     refused(path.parent, "expected tensors alone")
 
 
+def test_a_side_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make(tmp_path / "c", model={"a": torch.zeros(2)})
+    (folder / "LICENSE").write_text("free")
+
+    def forbid(path: Path) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with open_checkpoint(folder) as checkpoint, pytest.raises(BitternError, match="c/LICENSE: cannot be read: Perm"):
+        monkeypatch.setattr(Path, "read_bytes", forbid)
+        checkpoint.copy_side_files(tmp_path)
+
+
 def test_side_files_travel_and_nothing_else(tmp_path: Path) -> None:
     folder = make(tmp_path / "c", model={"a": torch.zeros(2)})
-    travel = ["LICENSE", "NOTICE.txt", "additional_chat_templates/tools.jinja", "chat_template.jinja"]
+    travel = ["LICENSE", "License.txt", "NOTICE.txt", "additional_chat_templates/tools.jinja", "chat_template.jinja"]
     travel += ["generation_config.json", "merges.txt", "preprocessor_config.json", "spiece.model", "tokenizer.json"]
     stay = [
         "README.md",

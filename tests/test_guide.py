@@ -22,6 +22,7 @@ from bittern.quantize.effort import EFFORTS
 from bittern.quantize.guide import Guide, find_guides, token_weights
 from bittern.quantize.plan import make_plan
 from bittern.quantize.solve import Solver
+from bittern.replay import logits_after
 from tests import tiny
 
 IDS = torch.randint(4, 60, (1, 5), generator=torch.Generator().manual_seed(5))
@@ -202,3 +203,28 @@ def test_best_solves_for_what_counts(
     packed = [name for name in made[0] if "qweight" in name]
     for one, other in ((0, 1), (1, 2)):
         assert any(not torch.equal(made[one][name], made[other][name]) for name in packed)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "words"),
+    [
+        (torch.OutOfMemoryError("tried to allocate 31 GiB"), torch.OutOfMemoryError, "^tried to allocate"),
+        (
+            RuntimeError("can't allocate memory"),
+            BitternError,
+            "one returns .RuntimeError: can't alloc",
+        ),
+    ],
+)
+def test_too_little_memory_is_not_an_architecture(
+    error: Exception, raised: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits are the largest tensor of all; CUDA and CPU say differently that they do not fit."""
+    model: Any = tiny.random_model(vocab_size=64)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(model.lm_head, "forward", fail)
+    with pytest.raises(raised, match=words):
+        logits_after(model, model.model.layers, IDS, torch.zeros(1, 5, 64))

@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from bittern import model as live
 from bittern.checkpoint import open_checkpoint
 from bittern.errors import BitternError
+from bittern.fit import unexpected_tensors
 from tests import tiny
 
 MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -95,7 +96,7 @@ def test_what_no_checkpoint_of_the_kind_holds_is_unexpected(tmp_path: Path) -> N
     old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8), "model.extra": torch.ones(3)}
     model = live.build(original.config.to_dict())
     sources = live.weight_map(model, tensors)
-    assert live.unexpected_tensors(model, sources, tensors | head | old) == ["model.extra"]
+    assert unexpected_tensors(model, sources, tensors | head | old) == ["model.extra"]
 
 
 def test_unknown_architectures_are_refused() -> None:

@@ -80,6 +80,7 @@ def test_a_group_size_that_does_not_fit_lists_those_that_do(group_size: int, mes
     [
         ([("nothing", 8)], (), r"--layer nothing: matches none of the model's 4 layers \(such as layers\.0\.q\)"),
         ((), ["nothing"], r"--skip nothing: matches none"),
+        ([("q", 8)], ["q"], r"--layer q: expected layers that are quantized, found only kept ones"),
         ((), ["("], r"--skip \(: expected a regular expression"),
         ([("q", 5)], (), "bits: expected one of 2, 3, 4, 8, found 5"),
         ((), ["."], "nothing to quantize"),

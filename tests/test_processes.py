@@ -154,6 +154,13 @@ def test_a_process_without_a_device_is_refused(monkeypatch: pytest.MonkeyPatch) 
         pass
 
 
+def test_half_of_what_torchrun_sets_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(BitternError, match=r"WORLD_SIZE is 2, but .*RANK expected"), processes.together("cpu"):
+        pass
+
+
 def test_a_process_without_windows_is_refused(sources: dict[str, Path], tmp_path: Path) -> None:
     short = tiny.write_text(tmp_path / "short.txt", words=40)
     done = launch(TORCHRUN, sources["dense"], "-o", tmp_path / "out", "--dataset", short)

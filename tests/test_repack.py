@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,30 @@ def test_act_order(source: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(tmp_path / "v2"), logits(first))
     bittern.convert(first, tmp_path / "floats", format="safetensors", dtype="fp32")
     torch.testing.assert_close(logits(tmp_path / "floats"), logits(first), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("format", ["awq", "safetensors"])
+def test_a_tied_head_that_is_stored(format: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """It counts once; one that is no copy of the embedding is refused, as it is by load."""
+    tied = tiny.save(tiny.random_model(**SHAPES, tie_word_embeddings=True), tmp_path / "tied", tokenizer)
+    first = quantized(tied, tmp_path / "first")
+    stored = load_file(first / "model.safetensors")
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
+    save_file(stored, first / "model.safetensors", {"format": "pt"})
+    pipeline.convert(first, tmp_path / "second", format=format)
+    size = json.loads((tmp_path / "second" / "bittern_manifest.json").read_text())["size"]
+    assert size["output"]["parameters"] == size["source"]["parameters"] > 0
+    stored["lm_head.weight"] += 1
+    save_file(stored, first / "model.safetensors", {"format": "pt"})
+    tries: list[Callable[[], object]] = [
+        lambda: pipeline.convert(first, tmp_path / "third", format=format),
+        lambda: pipeline.convert(first, tmp_path / "third.gguf"),
+        lambda: bittern.load(first),
+    ]
+    for each in tries:
+        with pytest.raises(BitternError, match=r"lm_head\.weight is no copy of the embedding"):
+            each()
+    assert not list(tmp_path.glob("*third*"))
 
 
 def test_biases_of_autogptq(source: Path, tmp_path: Path) -> None:

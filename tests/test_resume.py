@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -231,6 +233,20 @@ def test_a_changed_source_starts_over(source: Path, text: Path, tmp_path: Path) 
     run(other, tmp_path / "out", text, on_note=notes.append)
     assert len(notes) == 1 and "(other weight files of the source)" in notes[0]
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+
+
+def test_a_source_of_the_same_size_and_time_starts_over(source: Path, text: Path, tmp_path: Path) -> None:
+    """Images and archives give all files one time, and two fine-tunes of one base are of one size."""
+    other = tmp_path / "source"
+    shutil.copytree(source, other)
+    weights = other / "model.safetensors"
+    os.utime(weights, (0, 0))
+    stopped(15, other, tmp_path / "out", text)
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    os.utime(weights, (0, 0))
+    notes: list[str] = []
+    run(other, tmp_path / "out", text, on_note=notes.append)
+    assert len(notes) == 1 and "(other weight files of the source)" in notes[0]
 
 
 def test_other_calibration_text_and_other_threads_start_over(source: Path, text: Path, tmp_path: Path) -> None:

@@ -347,6 +347,17 @@ def test_one_output_has_one_writer(tmp_path: Path) -> None:
     assert sorted(content(tmp_path / "out")) == ["config.json", "model.safetensors"]
 
 
+@pytest.mark.parametrize("name", [".out.partial", ".out.replaced"])
+def test_what_a_link_leads_to_is_not_cleared(name: str, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years")
+    (tmp_path / name).symlink_to(precious)
+    with refused("expected a folder that bittern has made, found a link"):
+        write(tmp_path / "out", {"a": torch.zeros(2)})
+    assert content(precious) == content(precious) | {"thesis.txt": b"years"} and not (tmp_path / "out").exists()
+
+
 def test_what_a_killed_writer_left_is_cleared(tmp_path: Path) -> None:
     stale = tmp_path / ".out.partial"
     (stale / "additional_chat_templates").mkdir(parents=True)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from bittern.artifact import quantization_config, refuse_unexplained
 from bittern.checkpoint import Checkpoint, CheckpointWriter, TensorInfo, open_checkpoint
 from bittern.errors import BitternError
-from bittern.model import Piece, unused_tensors
+from bittern.model import Piece, build, stays_fp32, unused_tensors
 from bittern.origin import source_record
 from bittern.report import base_manifest, with_origin
 from bittern.schema import carried, told_by_gguf
@@ -144,7 +144,7 @@ def convert(
     Args:
         source: a folder, a .gguf file or a Hub id.
         output: a folder that does not exist yet, unless ``overwrite``.
-        dtype: "bf16", "fp16" or "fp32".
+        dtype: "bf16", "fp16" or "fp32"; what transformers keeps in fp32 in models of 16 bits stays so.
         clamp: make values that overflow the largest one of ``dtype`` instead of refusing them.
         max_shard_size: bytes of a shard.
         overwrite: replace the checkpoint that is at ``output``.
@@ -164,7 +164,11 @@ def convert(
         origin, notes = carried(checkpoint)
         tied = tied_tensors(checkpoint)
         kept = [info for info in checkpoint.tensors.values() if info.name not in tied]
-        plan = [TensorInfo(info.name, target_dtype(info.dtype, DTYPES[dtype]), info.shape) for info in kept]
+        wide = _stay_fp32(checkpoint)
+        plan = [
+            TensorInfo(info.name, target_dtype(info.dtype, DTYPES[dtype], info.name in wide), info.shape)
+            for info in kept
+        ]
         with CheckpointWriter(output, plan, max_shard_size=max_shard_size, overwrite=overwrite) as writer:
             side_files = checkpoint.copy_side_files(writer.folder)
             casts, done, total = [], 0, sum(info.nbytes for info in kept)
@@ -190,6 +194,18 @@ def convert(
             manifest = _manifest(summary, checkpoint, options, planned_size(plan, plan), origin)
             writer.commit(with_dtype(checkpoint.config, DTYPES[dtype]), manifest)
     return summary
+
+
+def _stay_fp32(checkpoint: Checkpoint) -> set[str]:
+    """Tensors that :func:`bittern.model.stays_fp32`; none of an architecture that transformers does not know."""
+    keys = {key for config in (checkpoint.config, checkpoint.config.get("text_config") or {}) for key in config}
+    if not any("expert" in key or "moe" in key for key in keys):
+        return set()  # no other model has any, and to ask transformers takes seconds
+    try:
+        model = build(checkpoint.config)
+    except BitternError:
+        return set()
+    return {name for name in checkpoint.tensors if stays_fp32(model, name)}
 
 
 def cast_values(values: Tensor, dtype: torch.dtype, name: str = "") -> tuple[Tensor, Cast]:
@@ -275,19 +291,20 @@ def copied_tensors(
         checkpoint: where its weights are.
         sources: of :func:`bittern.model.weight_map`.
         replaced: live names of the parameters that the caller writes itself.
-        dtype: of floats; None leaves each as it is.
+        dtype: of floats, but for those in fp32 that :func:`bittern.model.stays_fp32`; None leaves each as it is.
 
     Returns:
         Name, dtype and shape of each tensor to write, and its name in the checkpoint.
     """
-    pieces = [piece for name, found in sources.items() if name not in replaced for piece in found]
-    named = [(piece.name, piece.source) for piece in pieces]
+    kept = [(name, piece) for name, found in sources.items() if name not in replaced for piece in found]
+    named = [(name, piece.name, piece.source) for name, piece in kept]
     # What transformers skips when it loads, others use: heads that predict several tokens, for one.
-    named += [(name, name) for name in unused_tensors(model, sources, checkpoint.tensors)]
+    named += [(name, name, name) for name in unused_tensors(model, sources, checkpoint.tensors)]
     copied = []
-    for name, stored in named:
+    for name, written, stored in named:
         info = checkpoint.tensors[stored]
-        copied.append((TensorInfo(name, target_dtype(info.dtype, dtype or info.dtype), info.shape), stored))
+        wanted = target_dtype(info.dtype, dtype, stays_fp32(model, name))
+        copied.append((TensorInfo(written, wanted, info.shape), stored))
     return copied
 
 
@@ -404,9 +421,11 @@ def with_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return result | {"dtype": _name(dtype)}
 
 
-def target_dtype(source: torch.dtype, dtype: torch.dtype) -> torch.dtype:
-    """What a tensor of one dtype becomes when floating-point ones are to have another."""
-    return dtype if source.is_floating_point else source
+def target_dtype(source: torch.dtype, dtype: torch.dtype | None, wide: bool = False) -> torch.dtype:
+    """What a tensor becomes when floats are to have another dtype: None leaves it, and ``wide`` leaves fp32."""
+    if dtype is None or not source.is_floating_point or (wide and source == torch.float32):
+        return source
+    return dtype
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -52,8 +52,8 @@ def convert(
             floats. By default "gguf" when ``output`` ends in .gguf, else "safetensors".
         target: the consumer that it is for (see :data:`bittern.consumers.TARGETS`); picks the format when
             none is given, and refuses what that consumer does not load or gets wrong.
-        dtype: "bf16", "fp16" or "fp32" of what is not packed. By default "bf16" of a plain source
-            and of a GGUF file that becomes floats, else as stored.
+        dtype: "bf16", "fp16" or "fp32" of what is not packed. By default "bf16" where safetensors
+            are made of a plain source or of a GGUF file, else as stored.
         clamp: see :func:`bittern.convert.cast.cast`.
         allow_inexact: round what the format cannot hold exactly, and state the error.
         max_shard_size: bytes of a shard, of which a GGUF file has none; by default 5 GB.

@@ -17,17 +17,26 @@ import torch
 from bittern.artifact import Artifact, without_quantization
 from bittern.checkpoint import Checkpoint, CheckpointWriter, TensorInfo, open_checkpoint
 from bittern.consumers import asks_dequantize
-from bittern.convert.cast import DTYPES, cast_tensors, cast_values, other_matrices, target_dtype, with_dtype
+from bittern.convert.cast import (
+    DTYPES,
+    cast_tensors,
+    cast_values,
+    other_matrices,
+    refuse_values,
+    target_dtype,
+    with_dtype,
+)
 from bittern.errors import BitternError
 from bittern.fit import fit
 from bittern.formats import gptq, mlx
 from bittern.formats.packing import Packing
 from bittern.layout import layout_of
-from bittern.model import Matrix, Piece
+from bittern.model import Matrix, Piece, stays_fp32
 from bittern.origin import lineage, source_record
 from bittern.report import repacked_manifest
 from bittern.schema import carried, told_by_gguf
 from bittern.size import planned_size, source_size, unchanged_cache
+from bittern.ties import refuse_untied, tied_heads
 from bittern.weight import QuantSpec
 from bittern.writer import MAX_SHARD_SIZE, check_output
 
@@ -151,7 +160,7 @@ def repack(
                 writer.write_file("quantize_config.json", json.dumps(config["quantization_config"], indent=2) + "\n")
             summary = contents.summary(output, format, max(each["error"] for each in records), worst, plan, started)
             shapes = {name: (layer.out_features, layer.in_features) for name, layer in artifact.layers.items()}
-            size = planned_size(plan, [info for info, _ in kept], shapes)
+            size = planned_size(plan, [info for info, _ in kept], shapes, tied_heads(checkpoint))
             manifest = _manifest(contents, options, records, summary, size)
             writer.commit({**_plain_config(checkpoint, floats), **config}, manifest)
     return summary
@@ -197,10 +206,7 @@ def dequantize(
                 weight = artifact.read(name)
                 values = weight.dequantize()
                 values, cast = cast_values((values.T if place.transposed else values).reshape(-1), floats, name)
-                if cast.overflowed or cast.not_finite:
-                    raise BitternError(
-                        f"{name}: its largest magnitude {cast.max_magnitude:g} does not fit {cast.dtype}"
-                    )
+                refuse_values(cast, None)
                 worst = max(worst, cast.max_relative_error)
                 writer.write_elements(place.info.name, place.start, values)
                 relative_error = cast.max_relative_error
@@ -208,7 +214,8 @@ def dequantize(
                 if on_layer is not None:
                     on_layer(name, number, len(places))
             summary = contents.summary(output, "safetensors", 0.0, worst, plan, started)
-            manifest = _manifest(contents, options, records, summary, planned_size(plan, plan))
+            size = planned_size(plan, plan, tied=tied_heads(checkpoint))
+            manifest = _manifest(contents, options, records, summary, size)
             writer.commit(_plain_config(checkpoint, floats), manifest)
     return summary
 
@@ -242,6 +249,7 @@ class _Contents:
         sources: see :func:`bittern.model.weight_map`.
         matrices: of the blocks, and a head of its own; parts named as in the checkpoint.
         kept: the tensors that are no part of a packed layer, without zero biases that the model lacks.
+        wide: those of the tensors that :func:`bittern.model.stays_fp32`.
         others: matrices among these that are no layers of the blocks, see :func:`bittern.convert.cast.other_matrices`.
         notes: what was left out.
         origin: the source's manifest.
@@ -252,6 +260,7 @@ class _Contents:
     sources: dict[str, tuple[Piece, ...]]
     matrices: list[Matrix]
     kept: dict[str, TensorInfo]
+    wide: set[str]
     others: list[str]
     notes: list[str]
     origin: dict[str, Any] | None
@@ -271,7 +280,7 @@ class _Contents:
     def kept_plan(self, floats: torch.dtype | None) -> list[tuple[TensorInfo, str]]:
         """What is copied, in which dtype, and its name in the source."""
         return [
-            (TensorInfo(name, target_dtype(info.dtype, floats or info.dtype), info.shape), name)
+            (TensorInfo(name, target_dtype(info.dtype, floats, name in self.wide), info.shape), name)
             for name, info in self.kept.items()
         ]
 
@@ -321,6 +330,7 @@ def _contents(checkpoint: Checkpoint, to_floats: bool = False) -> _Contents:
     artifact = Artifact(checkpoint)
     if not artifact.layers:
         raise BitternError(f"{checkpoint.source}: expected packed layers, found none; bittern quantize makes them")
+    refuse_untied(checkpoint)
     found = fit(artifact)
     expected = found.tensors
     kept, zeros = dict(artifact.plain), []
@@ -341,6 +351,9 @@ def _contents(checkpoint: Checkpoint, to_floats: bool = False) -> _Contents:
         sources=found.sources,
         matrices=found.matrices,
         kept=kept,
+        wide={
+            piece.source for name, pieces in found.sources.items() if stays_fp32(found.model, name) for piece in pieces
+        },
         others=other_matrices(found.model, found.sources, kept.values()),
         notes=[f"{len(zeros)} biases of zeros left out, which the model has no place for"] * bool(zeros) + notes,
         origin=origin,

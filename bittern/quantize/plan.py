@@ -125,6 +125,10 @@ def make_plan(
     matrices_left = [matrix for block in chosen for matrix, _ in block]
     if not matrices_left:
         raise BitternError("nothing to quantize: every layer is skipped or has a shape that 32 does not divide")
+    left = [part for matrix in matrices_left for part, _, _ in matrix.parts]
+    for pattern, _ in overrides:
+        if not any(pattern.search(name) for name in left):
+            raise BitternError(f"--layer {pattern.pattern}: expected layers that are quantized, found only kept ones")
     for matrix, _ in outside:
         reason = _why_kept(matrix, [])
         if reason is not None:

@@ -55,6 +55,7 @@ WITHOUT_EFFECT = (
 it is trained on), of the device what it is."""
 
 _RUN = "run.json"
+_SAMPLES, _SAMPLE = 16, 2**16  # pieces of a weight file, and their bytes
 _STORY = "bittern"  # key in the header of a block's file
 _PARTS = ("codes", "scales", "zeros")
 _CHANGED = "changed."  # before the names of parameters that are not quantized
@@ -109,14 +110,26 @@ def computed_by(device: torch.device) -> dict[str, str]:
 def source_hashes(checkpoint: Checkpoint) -> dict[str, str]:
     """What tells a source from another in its place, in words -> hash.
 
-    Weight files are told apart by size and time of change: hashing them would read a large checkpoint once more.
+    Weight files are told apart by size, time of change and some pieces of them: hashing them whole would read a large
+    checkpoint once more, and archives and images give all files the same time.
     """
     files = [checkpoint.path] if checkpoint.gguf is not None else sorted(checkpoint.folder.iterdir())
-    weights = [(path.name, path.stat()) for path in files if path.suffix in (".safetensors", ".bin", ".gguf")]
+    weights = [path for path in files if path.suffix in (".safetensors", ".bin", ".gguf")]
     return {
-        "weight files of the source": _hash([[name, stat.st_size, stat.st_mtime_ns] for name, stat in weights]),
+        "weight files of the source": _hash([[path.name, path.stat().st_mtime_ns, _sampled(path)] for path in weights]),
         "config.json of the source": _hash(checkpoint.config),
     }
+
+
+def _sampled(path: Path) -> str:
+    """A hash of a file's size and of pieces of it, from the first byte to the last."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for number in range(_SAMPLES):
+            file.seek(max(0, size - _SAMPLE) * number // (_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()
 
 
 def stored_bytes(blocks: Iterable[Sequence[tuple[Matrix, QuantSpec]]]) -> int:

@@ -128,7 +128,7 @@ def write_output(
         for piece in pieces:
             stored = checkpoint.tensors[piece.source].dtype
             shape = shapes[name] if len(pieces) == 1 else (piece.stop - piece.start, *shapes[name][-1:])
-            info = TensorInfo(piece.name, target_dtype(stored, DTYPES[dtype] if dtype else stored), shape)
+            info = TensorInfo(piece.name, target_dtype(stored, DTYPES[dtype] if dtype else None), shape)
             planned.append(info)
             moves.append((name, piece.start, piece.stop, info))
     config = grouped_config(checkpoint.config, manifest["heads"]["num_key_value_heads"])
