@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import io
 import re
 import sys
 import tempfile
@@ -40,6 +41,9 @@ from bittern.tokenizer import check_vocabulary, encode, leading_bos, rendering
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SEQLEN = 512
+"""Tokens in a window, unless told."""
 
 POOL = 8
 """Windows read per window used, at ``BYTES_PER_TOKEN``."""
@@ -141,11 +145,13 @@ def dataset_names(dataset: str | Sequence[str]) -> tuple[str, ...]:
     """One dataset or several, as a tuple.
 
     Raises:
-        BitternError: for none, for one that is named twice, and for a name that is no UTF-8.
+        BitternError: for none, for one that is named twice, and for a name that is empty or no UTF-8.
     """
     names = (dataset,) if isinstance(dataset, str) else tuple(dataset)
     for name in names:
         check_utf8("dataset", name)
+        if not name:
+            raise BitternError("dataset: expected a file, a dataset on the Hub or self, found an empty name")
     twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
     if not names or twice:
         raise BitternError(
@@ -227,14 +233,17 @@ def check_files(dataset: str | Sequence[str]) -> None:
 
 
 def _check_file(path: Path, column: str | None) -> None:
-    if column is not None:
-        raise BitternError(f"{path}: expected no column of a .txt file, found {column!r}")
     if not path.is_file():
         raise BitternError(f"{path}: expected a text file, found none")
+    if column is not None:
+        raise BitternError(f"{path}: expected no column of a .txt file, found {column!r}")
 
 
 def _text_pieces(path: Path, budget: int, pieces: int) -> Iterator[str]:
-    """The whole file when it fits ``budget`` bytes, else ``pieces`` equal parts of that, spread evenly."""
+    """The whole file when it fits ``budget`` bytes, else ``pieces`` equal parts of that, spread evenly.
+
+    Lines end in \\n whatever the file has, as in the text that ``bittern eval`` predicts.
+    """
     size = path.stat().st_size
     length = size if size <= budget else budget // pieces
     with path.open("rb") as file:
@@ -245,8 +254,9 @@ def _text_pieces(path: Path, budget: int, pieces: int) -> Iterator[str]:
             while index > 0 and start < len(raw) and raw[start] & 0xC0 == 0x80:
                 start += 1
             encoding = "utf-8" if index else "utf-8-sig"  # a byte order mark is no text
+            decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(encoding)(), translate=True)
             try:
-                yield codecs.getincrementaldecoder(encoding)().decode(raw[start:], final=length == size)
+                yield decoder.decode(raw[start:], final=length == size)  # else an end may be half a line's
             except UnicodeDecodeError as error:
                 raise BitternError(f"{path}: expected UTF-8 text, found {first_line(error)}") from error
 
@@ -289,7 +299,7 @@ def _rows(dataset: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[s
                 if tokenizer is None and text_column is None:
                     text_column = _text_column(row, dataset)
                 found = _row_text(row, f"{dataset}: row {number}", tokenizer, text_column)
-                if found is not None:
+                if found:
                     yield found
         except StopIteration as error:  # what datasets raises of an empty file
             raise BitternError(f"{dataset}: expected rows, found none") from error
@@ -336,7 +346,7 @@ def _text_column(row: dict[str, Any], dataset: str) -> str | None:
 def _row_text(
     row: dict[str, Any], place: str, tokenizer: PreTrainedTokenizerBase | None, text_column: str | None
 ) -> str | None:
-    """None of a row that holds nothing; ``place`` is what errors call the row."""
+    """None, or an empty text, of a row that holds nothing; ``place`` is what errors call the row."""
     columns = ", ".join(row)
     if tokenizer is not None:
         kept = [row[name] for name in ("messages", "conversations") if name in row]

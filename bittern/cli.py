@@ -34,6 +34,7 @@ from bittern.options import (
     output_options,
     push_options,
     quantize_options,
+    seqlen_option,
     target_option,
     uptrain_options,
     verbose_option,
@@ -107,7 +108,9 @@ def commands() -> None:
 @output_options("Folder to write, or .gguf file.")
 @format_option(FORMATS, "safetensors, plain floats")
 @target_option
-@click.option("--dtype", type=DTYPE, help="Of floats.  [default: bf16 of a plain source and of GGUF, else as they are]")
+@click.option(
+    "--dtype", type=DTYPE, help="Of floats.  [default: bf16 of floats that become safetensors, else as they are]"
+)
 @click.option("--allow-inexact", is_flag=True, help="Round what the format cannot hold exactly, and say by how much.")
 @click.option("--clamp", is_flag=True, help="Clamp what fp16 cannot hold, and say how many values that were.")
 @json_option
@@ -306,7 +309,7 @@ def _chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: G
 @_command
 @click.argument("model")
 @click.option("--text", type=click.Path(path_type=Path), help="Text to predict.")
-@click.option("--seqlen", type=click.IntRange(min=2), help="Tokens in a window.  [default: 1024, or a shorter context]")
+@seqlen_option(1024)
 @click.option("--windows", type=click.IntRange(min=1), help="Windows, from the text's start.  [default: 64]")
 @click.option("--bos", is_flag=True, help="Begin every window with BOS, without which Gemma predicts badly.")
 @click.option("--against", metavar="BASE", help="Also what this model is worth, and how far from it MODEL is.")
@@ -326,8 +329,7 @@ def eval_(model: str, record: bool, as_json: bool, **options: Any) -> None:
 
     if options["text"] is None and not options["tasks"]:
         raise click.UsageError("expected --text, --tasks or both")
-    if record:
-        check_recordable(model)
+    files = check_recordable(model) if record else {}
     found = measure(_load, share_bar, model, **options)
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -339,7 +341,7 @@ def eval_(model: str, record: bool, as_json: bool, **options: Any) -> None:
         shown = [figures(each) for each in ([text] if text else []) + found.tasks]
     print("\n".join(shown))
     if record:  # last: what was measured is shown whatever becomes of the file
-        put(model, found.entries)
+        put(model, found.entries, files)
 
 
 @_command

@@ -91,6 +91,12 @@ device_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="One line of JSON on stdout.")
 
 
+def seqlen_option(usual: int) -> Callable[[Command], Command]:
+    """``--seqlen``; None where it is not given, for only the model knows its context."""
+    help = f"Tokens in a window.  [default: {usual}, or a shorter context]"
+    return click.option("--seqlen", type=click.IntRange(min=2), help=help)
+
+
 def format_option(formats: Sequence[str], default: str) -> Callable[[Command], Command]:
     """``--format`` of a command that writes one of ``formats``, and in words what it writes by default."""
     help = f"What to write.  [default: gguf for OUT.gguf, else {default}]"
@@ -173,9 +179,7 @@ def quantize_options(function: Command) -> Command:
             "--damp-percent", type=float, help="Damping over the mean diagonal of H.  [default: 0.2; 0.01 at plain]"
         ),
         click.option("--seed", type=click.IntRange(-(2**63), 2**63 - 1), default=0, show_default=True),
-        click.option(
-            "--seqlen", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens in a window."
-        ),
+        seqlen_option(512),
         click.option(
             "--nsamples", type=click.IntRange(min=1), default=128, show_default=True, help="Calibration windows."
         ),
@@ -333,9 +337,7 @@ def uptrain_options(function: Command) -> Command:
             metavar="N",
             help="To train on, as 2M; 0: converts only.",
         ),
-        click.option(
-            "--seqlen", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens in a window."
-        ),
+        seqlen_option(512),
         click.option(
             "--nsamples", type=click.IntRange(min=1), default=128, show_default=True, help="Windows to convert with."
         ),

@@ -16,7 +16,7 @@ from bittern.evaluate import EvalResult, check_fit, evaluate, read_text, text_wi
 from bittern.report import MANIFEST_FILE, file_record
 from bittern.schema import LARGEST_FLOAT, problem, read_manifest
 from bittern.tasks import TaskResult, evaluate_task, read_task
-from bittern.tokenizer import check_same_tokens, context_length, wants_bos
+from bittern.tokenizer import check_same_tokens, wants_bos, window_length
 from bittern.writer import explained, replace_file
 
 if TYPE_CHECKING:
@@ -92,6 +92,9 @@ def measure(
     windows = windows or WINDOWS
     if against is not None:
         check_utf8("against", against)
+    twice = [str(file) for file in dict.fromkeys(tasks) if tasks.count(file) > 1]
+    if twice:
+        raise BitternError(f"tasks: expected each file once, found {', '.join(twice)} twice")
     if limit is not None and not tasks:
         raise BitternError("limit: it counts the questions of tasks, and there are none")
     if text is not None:
@@ -101,10 +104,8 @@ def measure(
     live, tokenizer = load(model, decoder=False, **place)
     ids = None
     if text is not None:
-        if seqlen is None:
-            seqlen = min(SEQLEN, context_length(live.config) or SEQLEN)
-            if seqlen < SEQLEN:
-                found.notes.append(f"windows of {seqlen} tokens: the model's context is no longer")
+        seqlen, shorter = window_length(live.config, seqlen, SEQLEN)
+        found.notes += shorter
         ids = text_windows(text, tokenizer, seqlen=seqlen, windows=windows, bos=bos)
         check_fit(live, tokenizer, ids)
         if len(ids) < windows:
@@ -119,6 +120,8 @@ def measure(
         check_same_tokens(tokenizer, base_tokenizer, ids)
     kernels = str(vars(live)["kernels"])
     settings = {**{name: place.get(name) for name in _SETTINGS}, "kernels": kernels}
+    if f"activations {settings['activations']}" not in kernels:  # no layer is packed, so nothing was rounded
+        settings["activations"] = "a16"
     about = {"settings": settings, "base": against}
     if text is not None and ids is not None and seqlen is not None:
         with bar("windows") as on_progress:
@@ -140,8 +143,11 @@ def measure(
     return found
 
 
-def check_recordable(model: str) -> None:
+def check_recordable(model: str) -> dict[str, Any]:
     """Refuse what has no manifest that can be written, before anything is measured.
+
+    Returns:
+        What tells this artifact from one that takes its place: the hashes of its files.
 
     Raises:
         BitternError: for anything but a folder with a manifest of its own that keeps to the schema.
@@ -153,28 +159,40 @@ def check_recordable(model: str) -> None:
         raise BitternError(f"{model}: --record writes into {MANIFEST_FILE}, which only what bittern made has")
     if (folder / MANIFEST_FILE).is_symlink():
         raise BitternError(f"{model}: --record changes no file elsewhere, and {MANIFEST_FILE} is a link; copy it first")
-    read_manifest(folder)
+    return _files(read_manifest(folder))
 
 
-def record(model: str, entries: Sequence[dict[str, Any]]) -> None:
+def record(model: str, entries: Sequence[dict[str, Any]], files: Mapping[str, Any]) -> None:
     """Put measurements into an artifact's manifest, which is replaced as a whole.
 
     One of the same text or task with the same settings replaces the older one, unless that was held against
     another base.
 
+    Args:
+        model, entries: the artifact, and what was measured of it.
+        files: what :func:`check_recordable` said of it before.
+
     Raises:
-        BitternError: see :func:`check_recordable`; and when the disk refuses.
+        BitternError: see :func:`check_recordable`; for another artifact in its place; and when the disk refuses.
     """
     folder = Path(model)
     check_recordable(model)
     with explained(folder), _alone(folder):
         manifest = read_manifest(folder)
+        if _files(manifest) != files:
+            raise BitternError(f"{model}: not recorded: expected the files that were measured, found others by now")
         kept = [old for old in manifest.get("evaluations", ()) if not any(_replaces(new, old) for new in entries)]
         manifest["evaluations"] = [*kept, *entries]
         wrong = problem(manifest)
         if wrong is not None:
             raise BitternError(f"{folder / MANIFEST_FILE}: not written: {wrong}")
         replace_file(folder / MANIFEST_FILE, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+
+
+def _files(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Sizes and hashes of an artifact's files; the first schema had none."""
+    found: dict[str, Any] = manifest.get("files", {})
+    return found
 
 
 def _replaces(new: dict[str, Any], old: dict[str, Any]) -> bool:

@@ -65,15 +65,20 @@ def wants_bos(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> b
     return "gemma" in config.model_type and leading_bos(tokenizer) is not None
 
 
-def check_length(config: PretrainedConfig, seqlen: int) -> None:
-    """Refuse windows that are longer than a model's context.
+def window_length(config: PretrainedConfig, asked: int | None, usual: int) -> tuple[int, list[str]]:
+    """Tokens of a window: as asked, or the usual ones, or as many as the context holds and a note of that.
 
     Raises:
-        BitternError: naming both.
+        BitternError: for more than the context when they were asked for, naming both.
     """
     context = context_length(config)
-    if context is not None and seqlen > context:
-        raise BitternError(f"seqlen {seqlen}: this model's context is {context} tokens")
+    if asked is not None:
+        if context is not None and asked > context:
+            raise BitternError(f"seqlen {asked}: this model's context is {context} tokens")
+        return asked, []
+    if context is None or context >= usual:
+        return usual, []
+    return context, [f"windows of {context} tokens: the model's context is no longer"]
 
 
 _PADDED_POSITIONS = ("roberta", "camembert", "data2vec-text", "xmod")

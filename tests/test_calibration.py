@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from bittern import calibration, sampling
 from bittern.calibration import CalibrationTokens, load_tokens
 from bittern.errors import BitternError
+from bittern.evaluate import read_text
 from bittern.runtime import native
 from bittern.tokenizer import encode
 
@@ -182,6 +183,21 @@ def test_a_large_text_is_read_all_over_and_not_whole(tmp_path: Path, plain: PreT
     assert load(path, plain, nsamples=8).ids.shape == (8, 16)
 
 
+def test_lines_end_as_in_the_text_that_is_predicted(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes(words(700).replace("\n", "\r\n").encode())
+    whole, size = read_text(path, None), path.stat().st_size
+    assert whole == words(700)
+
+    def read(budget: int, pieces: int) -> list[str]:
+        return list(calibration.read_texts(str(path), budget=budget, pieces=pieces, tokenizer=None))
+
+    assert read(size, 4) == [whole]
+    for budget in range(size - 80, size):  # pieces that begin and end at every place of a line
+        first, second = read(budget, 2)
+        assert whole.startswith(first) and whole.endswith(second)
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".arrow"])
 def test_rows_are_joined_by_blank_lines(suffix: str, tmp_path: Path, plain: PreTrainedTokenizerFast) -> None:
     rows = [{"text": words(70, seed), "n": seed} for seed in range(6)]
@@ -244,6 +260,14 @@ def test_the_only_column_of_text_is_taken(tmp_path: Path, plain: PreTrainedToken
         load(f"{one}#id", plain)
     with pytest.raises(BitternError, match="--chat-template renders messages, found a column 'body'"):
         load(f"{two}#body", plain, chat_template=True)
+
+
+def test_a_text_has_no_columns_and_a_dataset_has_a_name(text: Path, plain: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(BitternError, match=r"\.txt: expected no column of a .txt file, found 'body'"):
+        load(f"{text}#body", plain)
+    for names in ("", ["self", ""]):
+        with pytest.raises(BitternError, match=r"dataset: expected a file, .* or self, found an empty name"):
+            calibration.dataset_names(names)
 
 
 def test_a_file_may_have_a_hash_in_its_name(tmp_path: Path, plain: PreTrainedTokenizerFast) -> None:
@@ -380,7 +404,8 @@ def test_a_wrong_tokenizer_is_named(text: Path, plain: PreTrainedTokenizerFast) 
     [
         ("none.txt", None, {}, r"none.txt: expected a text file, found none"),
         ("none.jsonl", None, {}, r"none.jsonl: expected a file or a dataset on the Hub"),
-        ("a.txt#body", None, {}, r"a.txt: expected no column of a .txt file, found 'body'"),
+        ("a.txt#body", None, {}, r"a.txt: expected a text file, found none"),
+        ("empty.jsonl", '{"text": ""}\n' * 99, {}, r"expected at least one window of 16 tokens, found 0 tokens"),
         ("a.jsonl", '{"a": 1, "b": 2}', {}, r"expected a column 'text' of text, found columns a, b$"),
         ("short.txt", "heron", {}, r"short.txt: expected at least one window of 16 tokens, found \d+ tokens"),
         ("empty.txt", "", {}, r"empty.txt: expected at least one window of 16 tokens, found 0 tokens"),
@@ -435,6 +460,7 @@ def test_empty_rows_are_passed_over(tmp_path: Path, plain: PreTrainedTokenizerFa
         {"content": words(300), "lang": None},
         {"content": None, "lang": "en"},
     ]
+    rows.insert(2, {"content": "", "lang": "en"})
     holes = write_rows(tmp_path / "holes.jsonl", rows)
     assert torch.equal(load(whole, plain).ids, load(holes, plain).ids)
     chat = [{"role": "user", "content": words(300)}]

@@ -20,6 +20,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 import bittern
 from bittern.artifact import Artifact
 from bittern.checkpoint import open_checkpoint
+from bittern.convert.cast import convert
+from bittern.convert.repack import dequantize
 from bittern.errors import BitternError
 from bittern.evaluate import text_windows
 from bittern.quantize.windows import default_batch
@@ -496,6 +498,15 @@ def test_gguf_is_written_in_one_go_and_leaves_nothing_else(source: Path, tmp_pat
         bittern.quantize(source, tmp_path / "folder", format="gguf", dataset="/nonexistent", group_size=32)
 
 
+def test_windows_are_no_longer_than_the_context_unless_asked(source: Path, text: Path, tmp_path: Path) -> None:
+    manifest = run(source, tmp_path / "out", text, seqlen=None)
+    assert manifest["calibration"]["tokens_asked"] == 6 * 64 and manifest["options"]["seqlen"] == 64
+    assert "windows of 64 tokens: the model's context is no longer" in manifest["notes"]
+    told = run(source, tmp_path / "told", text, seqlen=64)
+    assert not any("context" in note for note in told["notes"])
+    assert len({(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "told")}) == 1
+
+
 @pytest.mark.parametrize(("device", "seqlen", "windows"), [("cpu", 512, 2), ("cpu", 4096, 1), ("cuda", 512, 8)])
 def test_windows_that_run_together_suit_the_device(device: str, seqlen: int, windows: int) -> None:
     assert default_batch(seqlen, torch.device(device)) == windows
@@ -541,3 +552,24 @@ def test_the_manifest_says_what_each_stage_brought(source: Path, text: Path, tmp
     assert manifest["stages"]["polish"]["left"] < 1
     plain = run(source, tmp_path / "plain", text, bits=3, effort="plain")
     assert plain["stages"] == {} and all(layer["left"] == {} for layer in plain["layers"])
+
+
+def test_what_transformers_keeps_in_fp32_stays_so(
+    text: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Rounded to 16 bits, the biases of this router would send tokens to other experts."""
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1}
+    model = tiny.random_model("glm4_moe", **experts, n_shared_experts=1, n_group=1, topk_group=1, head_dim=16)
+    bias = 8 + 0.02 * torch.randn(4)
+    model.model.layers[1].mlp.gate.e_score_correction_bias.copy_(bias)
+    source = tiny.save(model, tmp_path / "source", tokenizer)
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    convert(source, tmp_path / "bf16", dtype="bf16")
+    run(tmp_path / "bf16", tmp_path / "packed", text, effort="plain")
+    dequantize(tmp_path / "packed", tmp_path / "floats", dtype="bf16")
+    for folder in ("bf16", "packed", "floats"):
+        kept = load_file(tmp_path / folder / "model.safetensors")
+        assert kept[name].dtype == torch.float32 and torch.equal(kept[name], bias)
+        assert {each.dtype for key, each in kept.items() if "norm" in key} == {torch.bfloat16}
+        loaded = bittern.load(tmp_path / folder, device="cpu", dtype=torch.bfloat16).state_dict()
+        assert torch.equal(loaded[name], bias) and loaded["model.norm.weight"].dtype == torch.bfloat16

@@ -21,6 +21,7 @@ from bittern.errors import BitternError
 from bittern.evaluate import evaluate, text_windows
 from bittern.record import check_recordable, measure, record
 from bittern.report import MANIFEST_FILE
+from bittern.runtime import native
 from bittern.schema import read_manifest
 from bittern.story import conditions
 from bittern.tasks import evaluate_task
@@ -126,7 +127,7 @@ def test_windows_are_no_longer_than_the_context(
     assert code == 0 and json.loads(out)["tokens"] == 3 * 47
     assert "note: windows of 48 tokens: the model's context is no longer" in err
     code, _, err = run(capsys, *asked, "--seqlen", 49)  # asked for: not shortened
-    assert code == 1 and "expected at most 48, the model's context length, found 49" in err
+    assert code == 1 and "seqlen 49: this model's context is 48 tokens" in err
 
 
 def test_infinite_figures_are_null_in_json(
@@ -235,6 +236,7 @@ def test_files_are_read_before_a_model(tmp_path: Path, tasks: list[Path], text: 
     for wrong, message in (
         ({"text": text, "tasks": [*tasks, tmp_path / "typo.jsonl"]}, "typo.jsonl: cannot be read"),
         ({"text": text, "tasks": [broken]}, "broken.jsonl.gz"),
+        ({"text": text, "tasks": [*tasks, tasks[0]]}, "tasks: expected each file once, found .*choice.jsonl twice"),
         ({"text": tmp_path / "typo.txt", "tasks": tasks}, "typo.txt: cannot be read"),
         ({"text": text, "tasks": [], "limit": 3}, "limit: it counts the questions of tasks"),
         ({"text": None, "tasks": tasks}, "seqlen: it cuts a text, and there is none"),
@@ -276,7 +278,8 @@ def entry(name: str) -> dict[str, Any]:
 
 
 def test_nothing_is_lost_when_several_record_at_once(artifact: Path) -> None:
-    threads = [threading.Thread(target=record, args=(str(artifact), [entry(f"{n}.txt")])) for n in range(16)]
+    files = check_recordable(str(artifact))
+    threads = [threading.Thread(target=record, args=(str(artifact), [entry(f"{n}.txt")], files)) for n in range(16)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -285,17 +288,39 @@ def test_nothing_is_lost_when_several_record_at_once(artifact: Path) -> None:
     assert names == {f"{n}.txt" for n in range(16)}
 
 
+def test_what_took_the_place_of_the_artifact_keeps_its_own_figures(artifact: Path) -> None:
+    files = check_recordable(str(artifact))
+    manifest = read_manifest(artifact)
+    manifest["files"]["model.safetensors"]["sha256"] = "0" * 64
+    (artifact / MANIFEST_FILE).write_text(json.dumps(manifest))
+    with pytest.raises(BitternError, match="not recorded: expected the files that were measured, found others"):
+        record(str(artifact), [entry("a.txt")], files)
+    assert read_manifest(artifact) == manifest
+
+
+def test_inputs_that_no_layer_rounds_are_recorded_as_they_are(
+    source: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not native.available():
+        pytest.skip("no native kernels were built")
+    bittern.convert(source, tmp_path / "floats")
+    asked = [*options(text)[:-2], "--activations", "a8", "--record"]
+    for more, expected in (([], "a16"), (["--lm-head-bits", 8], "a8")):
+        assert run(capsys, tmp_path / "floats", *asked, *more)[0] == 0
+        assert read_manifest(tmp_path / "floats")["evaluations"][-1]["settings"]["activations"] == expected
+
+
 def test_a_failure_leaves_the_manifest_as_it_was(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = (artifact / MANIFEST_FILE).read_bytes()
+    before, files = (artifact / MANIFEST_FILE).read_bytes(), check_recordable(str(artifact))
     with pytest.raises(BitternError, match="not written: evaluations/0/perplexity"):
-        record(str(artifact), [{**entry("a.txt"), "perplexity": "high"}])
+        record(str(artifact), [{**entry("a.txt"), "perplexity": "high"}], files)
 
     def full(path: Path, *_: Any, **__: Any) -> int:
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(BitternError, match="the disk is full"):
-        record(str(artifact), [entry("a.txt")])
+        record(str(artifact), [entry("a.txt")], files)
     monkeypatch.undo()
     assert (artifact / MANIFEST_FILE).read_bytes() == before
     assert not [name for name in os.listdir(artifact) if name.endswith(".partial")]  # noqa: PTH208

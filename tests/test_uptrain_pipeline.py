@@ -79,6 +79,16 @@ def logits(folder: Path, ids: Tensor) -> Tensor:
     return found
 
 
+def test_windows_are_no_longer_than_the_context_unless_asked(
+    tmp_path: Path, text: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    source = make(tmp_path / "source", tokenizer, "llama")
+    manifest = run(source, tmp_path / "out", text, seqlen=None, tokens=256, batch_size=2, eval_every=1)
+    assert manifest["notes"][0] == "windows of 64 tokens: the model's context is no longer"
+    assert manifest["calibration"]["tokens_asked"] == 8 * 64 and manifest["options"]["seqlen"] == 64
+    assert manifest["curve"][-1]["step"] == 2
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_every_family_converts_and_transformers_loads_it_alone(
     kind: str, tmp_path: Path, text: Path, tokenizer: PreTrainedTokenizerFast

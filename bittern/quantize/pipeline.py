@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bittern import model as live
-from bittern.calibration import CalibrationTokens, dataset_names, load_tokens, split_column
+from bittern.calibration import SEQLEN, CalibrationTokens, dataset_names, load_tokens, split_column
 from bittern.checkpoint import Checkpoint, open_checkpoint
 from bittern.consumers import asks_dequantize, cannot_hold, check_target, choose_format, verdicts
 from bittern.convert.cast import DTYPES, cast_tensors, copied_tensors, refuse_quantized
@@ -42,7 +42,7 @@ from bittern.quantize.windows import OwnWindows, batch_windows, default_batch, g
 from bittern.runtime import attention
 from bittern.sampling import Sampled
 from bittern.ties import refuse_untied
-from bittern.tokenizer import check_length
+from bittern.tokenizer import window_length
 from bittern.weight import BITS, QuantSpec
 from bittern.writer import MAX_SHARD_SIZE, check_output, check_space
 
@@ -67,7 +67,7 @@ def quantize(
     target: str | None = None,
     dataset: str | Sequence[str] = DEFAULT_DATASET,
     nsamples: int = 128,
-    seqlen: int = 512,
+    seqlen: int | None = None,
     seed: int = 0,
     damp_percent: float | None = None,
     layers: Sequence[tuple[str, int]] = (),
@@ -114,7 +114,8 @@ def quantize(
             none is given, and refuses what that consumer does not load or gets wrong.
         effort: ``plain`` (classic GPTQ), ``fast``, or ``best``, which trains scales and norms after that.
         tune_tokens: that ``best`` trains on, of the dataset; by default 256k.
-        dataset, nsamples, seqlen, seed, chat_template: see :func:`~bittern.calibration.load_tokens`.
+        dataset, nsamples, seqlen, seed, chat_template: see :func:`~bittern.calibration.load_tokens`; windows are of
+            512 tokens by default, or of a shorter context.
         damp_percent: damping of the Hessian as a share of its mean diagonal, in (0, 1); by default the effort's.
         layers: (regular expression, bits) for layers of other bits.
         skip: regular expressions of layers to leave in 16 bits.
@@ -149,17 +150,11 @@ def quantize(
         stack.callback(heap.for_others)
         rank = world()[0]
         stages = pick_effort(effort)
-        batch_size = default_batch(seqlen, place) if batch_size is None else batch_size
         damp_percent = stages.damp_percent if damp_percent is None else damp_percent
         _check_options(bits, method, damp_percent, dtype, batch_size, tune_tokens)
         _check_training(options, stages)
         stages = stages.at(bits)
         tuned_on = stages.tune if tune_tokens is None else tune_tokens
-        options |= {"batch_size": batch_size, "damp_percent": damp_percent}
-        options["tune_tokens"] = tuned_on if stages.tune else None
-        if method == "rtn":
-            damp_percent = Packing.damp_percent
-            options = {name: value for name, value in options.items() if name not in _OF_CALIBRATION}
 
         checkpoint = stack.enter_context(open_checkpoint(source, revision, headers_only=True))
         refuse_quantized(checkpoint)
@@ -168,6 +163,13 @@ def quantize(
         if not is_gguf(output):  # of a file, check_gguf is the judge
             check_output(Path(output), checkpoint.path, overwrite)
         model = live.build(checkpoint.config)
+        seqlen, shorter = window_length(model.config, seqlen, SEQLEN)
+        batch_size = default_batch(seqlen, place) if batch_size is None else batch_size
+        options |= {"seqlen": seqlen, "batch_size": batch_size, "damp_percent": damp_percent}
+        options["tune_tokens"] = tuned_on if stages.tune else None
+        if method == "rtn":
+            damp_percent = Packing.damp_percent
+            options = {name: value for name, value in options.items() if name not in _OF_CALIBRATION}
         if place.type == "cpu":  # where torch's own takes three times as long
             attention.use(model)
         sources = live.weight_map(model, checkpoint.tensors)
@@ -195,12 +197,11 @@ def quantize(
         kept = copied_tensors(model, checkpoint, sources, solved, kept_dtype)
 
         tokens = None
-        if method == "gptq":
-            check_length(model.config, seqlen)
         unread = [name for name in dataset_names(dataset) if not split_column(name)[0].exists()] if dry_run else []
         if method == "gptq" and not unread:
             told = None if rank else on_sampled
             tokens = _calibration(checkpoint, model, dataset, nsamples, seqlen, seed, chat_template, place, told)
+            tokens = replace(tokens, warnings=(*shorter, *tokens.warnings))
         if not dry_run:
             _fetch(checkpoint)
         windows = OwnWindows() if tokens is None else batch_windows(tokens.ids, batch_size, stages)
@@ -300,7 +301,7 @@ def _check_training(given: dict[str, Any], stages: Effort) -> None:
 
 
 def _check_options(
-    bits: int | float, method: str, damp_percent: float, dtype: str | None, batch_size: int, tune_tokens: int | None
+    bits: int | float, method: str, damp_percent: float, dtype: str | None, batch: int | None, tune_tokens: int | None
 ) -> None:
     if not isinstance(bits, float):
         QuantSpec(bits)
@@ -314,7 +315,7 @@ def _check_options(
         raise BitternError(f"damp_percent: expected a share between 0 and 1, found {damp_percent}")
     if dtype is not None and dtype not in DTYPES:
         raise BitternError(f"dtype: expected bf16, fp16 or fp32, found {dtype!r}")
-    for name, value in (("batch_size", batch_size), ("tune_tokens", tune_tokens)):
+    for name, value in (("batch_size", batch), ("tune_tokens", tune_tokens)):
         if value is not None and value < 1:
             raise BitternError(f"{name}: expected at least 1, found {value}")
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bittern import model as live
-from bittern.calibration import check_files, dataset_title, tokens_hash
+from bittern.calibration import SEQLEN, check_files, dataset_title, tokens_hash
 from bittern.checkpoint import Checkpoint, open_checkpoint
 from bittern.convert.cast import DTYPES, refuse_quantized
 from bittern.errors import BitternError
@@ -26,7 +26,7 @@ from bittern.quantize.pipeline import DEFAULT_DATASET
 from bittern.runtime import attention
 from bittern.sampling import Sampled
 from bittern.ties import refuse_untied
-from bittern.tokenizer import check_length, wants_bos
+from bittern.tokenizer import wants_bos, window_length
 from bittern.training.state import load_state, read_story, save_state
 from bittern.training.text import HELD_OUT, Windows, find_windows, kept_apart, read_windows, write_windows
 from bittern.training.train import Diverged, Run, Training, shard
@@ -57,7 +57,7 @@ def uptrain(
     passes: int | None = None,
     dataset: str | Sequence[str] = DEFAULT_DATASET,
     nsamples: int = 128,
-    seqlen: int = 512,
+    seqlen: int | None = None,
     tokens: int = 0,
     sampled: int = 0,
     text: str | os.PathLike[str] | None = None,
@@ -96,7 +96,7 @@ def uptrain(
         passes: of layer-wise distillation over the calibration windows that do not judge it; by default 12, and 0 where
             ``init`` only pools.
         dataset: text to calibrate and train on, see :func:`bittern.calibration.load_tokens`.
-        nsamples, seqlen: calibration windows and their tokens.
+        nsamples, seqlen: calibration windows, and tokens in every window: by default 512, or a shorter context.
         tokens: to train on, end to end; 0 only converts. Text that is shorter is shown again, in another order.
         sampled: of these, tokens of windows that the source writes on from beginnings of the dataset's.
         text: a file to measure perplexity on; without it, windows of the dataset that are not trained on.
@@ -128,7 +128,7 @@ def uptrain(
     if lr is None:
         given["lr"] = _LR if init == "aligned" else _LR_POOLED
     recipe = _recipe(init, group, passes, seed)
-    options = _training(given)
+    _check_training(given)
     check_name(output, "safetensors")
     check_files(dataset)
     with together(device) as place, open_checkpoint(source, revision, headers_only=True) as checkpoint:
@@ -137,8 +137,9 @@ def uptrain(
         check_output(Path(output), checkpoint.path, overwrite)
         model = live.build(checkpoint.config)
         counts = head_counts(model, kv_heads)
-        check_length(model.config, seqlen)
-        held_out = _held_out(text, checkpoint, model, seqlen)
+        given["seqlen"], shorter = window_length(model.config, seqlen, SEQLEN)
+        options = _training(given)
+        held_out = _held_out(text, checkpoint, model, given["seqlen"])
         checkpoint.fetch()
         refuse_untied(checkpoint)
         with training_folder(Path(output), rank) as folder:
@@ -165,6 +166,7 @@ def uptrain(
             if rank:
                 return None
             manifest = make_manifest(run.story, checkpoint, counts, kv_heads, given, spent + time.monotonic() - started)
+            manifest["notes"][:0] = shorter
             write_output(state, checkpoint, run, Path(output), manifest, dtype, max_shard_size, overwrite)
             state.unlink()  # nothing to go on from: the folder goes
     return manifest
@@ -188,8 +190,8 @@ def _recipe(init: str, group: str | None, passes: int | None, seed: int) -> Reci
     )
 
 
-def _training(given: dict[str, Any]) -> Training:
-    """The training options, checked."""
+def _check_training(given: dict[str, Any]) -> None:
+    """Refuse what no training can be done with."""
     processes = int(os.environ.get("WORLD_SIZE") or 1)
     for name, least in (
         ("tokens", 0),
@@ -200,7 +202,7 @@ def _training(given: dict[str, Any]) -> Training:
         ("seqlen", 2),
         ("shortlist", 0),
     ):
-        if given[name] < least:
+        if given[name] is not None and given[name] < least:
             raise BitternError(f"{name}: expected at least {least}, found {given[name]}")
     if given["train"] not in ("blocks", "all", "attention"):
         raise BitternError(f"train: expected blocks, all or attention, found {given['train']!r}")
@@ -219,6 +221,10 @@ def _training(given: dict[str, Any]) -> Training:
         raise BitternError(f"dtype: expected bf16, fp16 or fp32, found {given['dtype']!r}")
     if given["batch_size"] % processes:
         raise BitternError(f"batch_size: expected a multiple of the {processes} processes, found {given['batch_size']}")
+
+
+def _training(given: dict[str, Any]) -> Training:
+    """The training options."""
     steps = -(-given["tokens"] // (given["batch_size"] * given["seqlen"]))
     every = given["eval_every"] or max(1, -(-steps // 10))
     return Training(
