@@ -335,7 +335,7 @@ def test_the_whole_model_is_native_where_that_fits(activations: str, tmp_path: P
     assert settings == {native.Settings(activations)}
     without = bittern.load(made.artifact, device="cpu", decoder=False)
     assert vars(without)["native_decoder"] is None
-    assert vars(without)["kernels"].endswith("activations a16, layer by layer (as asked for)")
+    assert vars(without)["kernels"].endswith("activations a16, layer by layer (without the decoder for whole models)")
     other = bittern.load(make(tmp_path / "gpt2", **CASES["Conv1D"]).artifact, device="cpu")
     assert vars(other)["native_decoder"] is None
     assert "layer by layer (GPT2LMHeadModel" in vars(other)["kernels"]

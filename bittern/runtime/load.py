@@ -155,7 +155,7 @@ def _choose_tier(model: PreTrainedModel, settings: native.Settings | None, decod
     if settings is None:
         reason = "torch kernels"
     elif not decoder:
-        reason = "as asked for"
+        reason = "without the decoder for whole models"
     elif dtype != torch.float32:
         reason = f"it computes in float32, not in {dtype}"
     else:
