@@ -15,6 +15,7 @@ from bittern.checkpoint import Checkpoint, TensorInfo, read_json
 from bittern.errors import BitternError
 from bittern.formats import awq, compressed_tensors, gptq, mlx
 from bittern.formats.scheme import PackedLayer, Scheme
+from bittern.shards import dtype_name
 from bittern.weight import QuantSpec, QuantWeight
 
 
@@ -196,5 +197,5 @@ def _refuse_scaled(source: str, plain: Mapping[str, TensorInfo]) -> None:
         if beside is not None:
             raise BitternError(f"{source}: {name}: expected a plain weight, found {beside} beside it, unexplained")
         if len(info.shape) > 1 and not info.dtype.is_floating_point:
-            kind = str(info.dtype).removeprefix("torch.")
+            kind = dtype_name(info.dtype)
             raise BitternError(f"{source}: {name}: expected a plain weight, found {kind} without a quantization config")

@@ -19,6 +19,7 @@ from bittern.artifact import Artifact
 from bittern.checkpoint import Checkpoint
 from bittern.errors import BitternError
 from bittern.fit import packed_matrices, unplaced_tensors
+from bittern.shards import dtype_name
 from bittern.weight import QuantWeight
 
 _PIECE = 2**21  # elements of plain tensors that are compared at once
@@ -265,7 +266,7 @@ class Comparison:
             if distance > _ROUND_TRIP or "gguf" not in (self._output.artifact.format, self._source.artifact.format):
                 differing = int((values != wanted[0]).sum())
                 self.wrong[name] = (
-                    f"{differing} of {values.numel()} values are not the source's in {_name(values.dtype)}"
+                    f"{differing} of {values.numel()} values are not the source's in {dtype_name(values.dtype)}"
                 )
                 return
         (self.layers if packed else self.equal).add(name)
@@ -364,7 +365,3 @@ def _ratio(error: float, norm: float) -> float:
     if norm == 0:
         return 0.0 if error == 0 else float("inf")
     return math.sqrt(error / norm)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

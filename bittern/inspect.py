@@ -15,6 +15,7 @@ from bittern.errors import BitternError
 from bittern.layout import Layout, layout_of
 from bittern.report import MANIFEST_FILE
 from bittern.schema import read_manifest
+from bittern.shards import dtype_name
 from bittern.size import KINDS, artifact_parameters, bits_per_weight, cache_size, kind, kv_elements, stored_bytes
 from bittern.story import kind_of, tell
 
@@ -91,7 +92,7 @@ def _dtypes(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
     result: defaultdict[str, dict[str, int]] = defaultdict(lambda: {"tensors": 0, "bytes": 0})
     gguf = checkpoint.gguf
     for name, info in checkpoint.tensors.items():
-        kind = str(info.dtype).removeprefix("torch.") if gguf is None else "+".join(sorted(gguf.kinds(name)))
+        kind = dtype_name(info.dtype) if gguf is None else "+".join(sorted(gguf.kinds(name)))
         entry = result[kind]
         entry["tensors"] += 1
         entry["bytes"] += info.nbytes if gguf is None else gguf.nbytes[name]

@@ -43,6 +43,13 @@ DTYPES: dict[str, torch.dtype] = {
     "C64": torch.complex64,
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as torch calls it, in manifests, configs and messages: "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors library's own limit."""
 

@@ -32,7 +32,7 @@ ALLOWED = {
     "processes": {"errors", "model"},
     "origin": {"errors", "checkpoint", "report"},
     "licence": {"errors", "origin", "writer"},
-    "artifact": {"errors", "weight", "formats", "checkpoint"},
+    "artifact": {"errors", "weight", "shards", "formats", "checkpoint"},
     "fit": {"errors", "artifact", "model"},
     "layout": {"weight", "artifact", "rope", "ties"},
     "size": {"errors", "shards", "tokenizer", "checkpoint", "artifact", "layout", "ties"},
@@ -125,8 +125,10 @@ ALLOWED = {
     "evaluate": {"errors", "tokenizer"},
     "tasks": {"errors", "tokenizer", "rope"},
     "story": {"report"},
-    "inspect": {"errors", "checkpoint", "artifact", "layout", "consumers", "report", "schema", "size", "story"},
-    "compare": {"errors", "weight", "checkpoint", "artifact", "fit", "model"},
+    "inspect": {
+        *("errors", "shards", "checkpoint", "artifact", "layout", "consumers", "report", "schema", "size", "story"),
+    },
+    "compare": {"errors", "weight", "shards", "checkpoint", "artifact", "fit", "model"},
     "card_text": {"licence", "origin", "report", "story"},
     "card": {"card_text", "errors", "origin", "story"},
     "push": {

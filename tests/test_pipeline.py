@@ -502,6 +502,9 @@ def test_windows_are_no_longer_than_the_context_unless_asked(source: Path, text:
     manifest = run(source, tmp_path / "out", text, seqlen=None)
     assert manifest["calibration"]["tokens_asked"] == 6 * 64 and manifest["options"]["seqlen"] == 64
     assert "windows of 64 tokens: the model's context is no longer" in manifest["notes"]
+    for dataset in (text, Path("self")):  # what a dry run reads, and what it does not
+        foreseen = run(source, tmp_path / "dry", dataset, seqlen=None, dry_run=True)["notes"]
+        assert foreseen.count("windows of 64 tokens: the model's context is no longer") == 1
     told = run(source, tmp_path / "told", text, seqlen=64)
     assert not any("context" in note for note in told["notes"])
     assert len({(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "told")}) == 1

@@ -27,6 +27,7 @@ from bittern.model import Piece, build, stays_fp32, unused_tensors
 from bittern.origin import source_record
 from bittern.report import base_manifest, with_origin
 from bittern.schema import carried, told_by_gguf
+from bittern.shards import dtype_name
 from bittern.size import count_parameters, planned_size, size_record, stored_bytes
 from bittern.ties import tied_heads, tied_tensors
 from bittern.writer import MAX_SHARD_SIZE, check_output
@@ -164,7 +165,7 @@ def convert(
         origin, notes = carried(checkpoint)
         tied = tied_tensors(checkpoint)
         kept = [info for info in checkpoint.tensors.values() if info.name not in tied]
-        wide = _stay_fp32(checkpoint)
+        wide = set() if dtype == "fp32" else _stay_fp32(checkpoint)
         plan = [
             TensorInfo(info.name, target_dtype(info.dtype, DTYPES[dtype], info.name in wide), info.shape)
             for info in kept
@@ -216,7 +217,7 @@ def cast_values(values: Tensor, dtype: torch.dtype, name: str = "") -> tuple[Ten
     result = torch.empty(values.numel(), dtype=dtype)
     measured = torch.float64 if values.dtype == torch.float64 else torch.float32
     limit = torch.finfo(dtype).max
-    cast = Cast(name, _name(values.dtype), _name(dtype))
+    cast = Cast(name, dtype_name(values.dtype), dtype_name(dtype))
     for start in range(0, values.numel(), _BLOCK):
         exact = values[start : start + _BLOCK].to(measured)
         out = result[start : start + _BLOCK]
@@ -258,7 +259,7 @@ def cast_tensors(
     def move(info: TensorInfo, stored: str, start: int, stop: int) -> Cast:
         values = checkpoint.read_elements(stored, start, stop)
         if not values.is_floating_point():
-            cast = Cast(info.name, _name(values.dtype), _name(values.dtype))
+            cast = Cast(info.name, dtype_name(values.dtype), dtype_name(values.dtype))
         else:
             values, cast = cast_values(values, info.dtype, info.name)
         if writer is not None:
@@ -417,8 +418,8 @@ def with_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         if isinstance(value, dict):
             result[key] = with_dtype(value, dtype) if "dtype" in value or "torch_dtype" in value else value
         elif key == "torch_dtype":
-            result[key] = _name(dtype)
-    return result | {"dtype": _name(dtype)}
+            result[key] = dtype_name(dtype)
+    return result | {"dtype": dtype_name(dtype)}
 
 
 def target_dtype(source: torch.dtype, dtype: torch.dtype | None, wide: bool = False) -> torch.dtype:
@@ -426,7 +427,3 @@ def target_dtype(source: torch.dtype, dtype: torch.dtype | None, wide: bool = Fa
     if dtype is None or not source.is_floating_point or (wide and source == torch.float32):
         return source
     return dtype
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

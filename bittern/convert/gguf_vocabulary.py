@@ -17,7 +17,18 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from bittern.checkpoint import Checkpoint, contained, read_json
 from bittern.errors import BitternError
-from bittern.formats.gguf_tokenizer import BYTE, CONTROL, GPT2, NORMAL, PRE_TOKENIZERS, UNKNOWN, UNUSED, USER_DEFINED
+from bittern.formats.gguf_tokenizer import (
+    BYTE,
+    CONTROL,
+    GPT2,
+    NORMAL,
+    PRE_TOKENIZERS,
+    TEMPLATE,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    template_name,
+)
 from bittern.tokenizer import leading_bos
 
 if TYPE_CHECKING:
@@ -75,11 +86,11 @@ class Vocabulary:
         named = self.chat_template or {}
         named = {"default": named} if isinstance(named, str) else named
         # Not in one call of the writer's: it would list the names in another order in each process.
-        others = {re.sub(r"[^A-Za-z0-9]", "_", name): named[name] for name in sorted(named) if name != "default"}
+        others = {template_name(name): named[name] for name in sorted(named) if name != "default"}
         for name, template in others.items():
-            writer.add_string(f"tokenizer.chat_template.{name}", template)
+            writer.add_string(f"{TEMPLATE}.{name}", template)
         if others:
-            writer.add_array("tokenizer.chat_templates", list(others))
+            writer.add_array(f"{TEMPLATE}s", list(others))
         if "default" in named:
             writer.add_chat_template(named["default"])
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bittern.errors import BitternError
+from bittern.shards import dtype_name
 from bittern.weight import QuantWeight
 
 WORD = 32
@@ -124,8 +125,3 @@ def float_scales(scales: Tensor) -> Tensor:
 def describe(tensor: Tensor | None) -> str:
     """A tensor in an error message."""
     return "none" if tensor is None else f"{dtype_name(tensor.dtype)} of shape {tuple(tensor.shape)}"
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """A dtype in an error message."""
-    return str(dtype).removeprefix("torch.")

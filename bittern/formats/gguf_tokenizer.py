@@ -51,7 +51,8 @@ _ALIASES = {
     **dict.fromkeys(("deepseek-r1-qwen", "hunyuan", "megrez", "stablelm2"), "qwen2"),
     "dbrx": "smaug-bpe",
 }
-_TEMPLATE = "tokenizer.chat_template"
+TEMPLATE = "tokenizer.chat_template"
+"""Key of the chat template; behind it and a full stop, by :func:`template_name`, those of other names."""
 _LEFT_ALONE = ("default", "qwen35", "gpt-4o", "llama4")
 """Those that transformers has a way with and bittern does not."""
 
@@ -88,15 +89,19 @@ def mend_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
 def _chat_templates(reader: GGUFReader) -> str | dict[str, str] | None:
     """The chat template, or several by name, as transformers has them."""
     found: dict[str, str] = {}
-    for key in (key for key in reader.fields if key.startswith(f"{_TEMPLATE}.")):
-        name = re.sub(r"\W", "_", key.removeprefix(f"{_TEMPLATE}."), flags=re.ASCII)  # as gguf writes it; names a file
+    for key in (key for key in reader.fields if key.startswith(f"{TEMPLATE}.")):
         template = read_field(reader, key)
         if isinstance(template, str):
-            found[name] = template
-    default = read_field(reader, _TEMPLATE)
+            found[template_name(key.removeprefix(f"{TEMPLATE}."))] = template
+    default = read_field(reader, TEMPLATE)
     if isinstance(default, str):
         return found | {"default": default} if found else default
     return found or None
+
+
+def template_name(name: str) -> str:
+    """The name of a chat template as the package gguf writes it; it becomes that of a file."""
+    return re.sub(r"\W", "_", name, flags=re.ASCII)
 
 
 def _place_spaces(backend: Any, prefix: bool) -> None:

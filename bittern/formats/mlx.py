@@ -33,14 +33,13 @@ from bittern.formats.bits import (
     check_range,
     check_tensor,
     check_zeros,
-    dtype_name,
     exact_scales,
     float_scales,
     pack_rows,
     unpack_rows,
 )
 from bittern.formats.scheme import PackedLayer, Scheme, wrong_key
-from bittern.shards import TensorInfo
+from bittern.shards import TensorInfo, dtype_name
 from bittern.weight import QuantSpec, QuantWeight
 
 SUFFIXES = ("weight", "scales", "biases")

@@ -234,7 +234,7 @@ def quantize(
         if dry_run:
             with alone():  # the other processes have left
                 found = predict(job, order.nbytes, started)
-            notes = _dry_notes(checkpoint, tokens, method, unread)
+            notes = _dry_notes(checkpoint, tokens, method, unread, shorter)
             return {**found.to_dict(), "format": chosen, "loads": _verdicts(job, chosen), "notes": notes}
         solving = {**options, "effort": stages}
         decided = decided_by(checkpoint, solving, plan.layers, tokens.sha256 if tokens else None, place)
@@ -432,7 +432,7 @@ def _verdicts(job: Job, format: str) -> list[dict[str, Any]]:
 
 
 def _dry_notes(
-    checkpoint: Checkpoint, tokens: CalibrationTokens | None, method: str, unread: Sequence[str]
+    checkpoint: Checkpoint, tokens: CalibrationTokens | None, method: str, unread: Sequence[str], shorter: Sequence[str]
 ) -> list[str]:
     """What a dry run did not look at, weights on the Hub and datasets that are no files here among it."""
     known = []
@@ -446,4 +446,5 @@ def _dry_notes(
         return known
     written = "the time to write it is not counted"
     taken = "its windows are taken to be as many as asked"
-    return [*known, *(f"--dataset {name} was not read: {written if name == 'self' else taken}" for name in unread)]
+    unseen = [f"--dataset {name} was not read: {written if name == 'self' else taken}" for name in unread]
+    return [*known, *shorter, *unseen]

@@ -18,6 +18,7 @@ from bittern.convert.cast import (
     target_dtype,
     with_dtype,
 )
+from bittern.model import stays_fp32
 from bittern.origin import source_record
 from bittern.report import base_manifest, degraded_notes, degraded_reason, with_origin
 from bittern.schema import carried
@@ -128,7 +129,8 @@ def write_output(
         for piece in pieces:
             stored = checkpoint.tensors[piece.source].dtype
             shape = shapes[name] if len(pieces) == 1 else (piece.stop - piece.start, *shapes[name][-1:])
-            info = TensorInfo(piece.name, target_dtype(stored, DTYPES[dtype] if dtype else None), shape)
+            wanted = target_dtype(stored, DTYPES[dtype] if dtype else None, stays_fp32(run.student, name))
+            info = TensorInfo(piece.name, wanted, shape)
             planned.append(info)
             moves.append((name, piece.start, piece.stop, info))
     config = grouped_config(checkpoint.config, manifest["heads"]["num_key_value_heads"])
