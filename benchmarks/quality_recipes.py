@@ -63,6 +63,7 @@ TOOLS: Mapping[str, Tool] = {
     "llmcompressor-best": Tool("llm-compressor mse", *_COMPRESSOR, ("--observer", "mse")),
     "llmcompressor-imatrix": Tool("llm-compressor imatrix", *_COMPRESSOR, ("--observer", "imatrix_mse")),
     "autoround": Tool("AutoRound", "autoround", "autoround_quantize.py"),
+    "autoround-ext": Tool("AutoRound alg_ext", "autoround", "autoround_quantize.py", ("--alg-ext",)),
     "autoround-best": Tool(
         "AutoRound 1000 steps, alg_ext", "autoround", "autoround_quantize.py", ("--iters", "1000", "--alg-ext")
     ),

@@ -109,6 +109,12 @@ def draw(rows: Sequence[Row], base: Row, path: Path) -> None:
     from matplotlib import pyplot
     from matplotlib.ticker import LogFormatter
 
+    class Plain(LogFormatter):
+        """Writes 0.04, not 4e-02, where it writes anything."""
+
+        def __call__(self, value: float, place: int | None = None) -> str:
+            return f"{value:g}" if super().__call__(value, place) else ""
+
     names = list(base["texts"])
     figure, panels = pyplot.subplots(len(names), 2, figsize=(11, 1.2 + 4 * len(names)), squeeze=False)
     for name, pair in zip(names, panels, strict=True):
@@ -116,8 +122,8 @@ def draw(rows: Sequence[Row], base: Row, path: Path) -> None:
             for index, (label, points) in enumerate(lines(rows, name, key).items()):
                 panel.plot(*zip(*points, strict=True), label=label, **_look(label, index))
             panel.set_yscale("log")
-            panel.yaxis.set_major_formatter(LogFormatter())
-            panel.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.4)))
+            panel.yaxis.set_major_formatter(Plain())
+            panel.yaxis.set_minor_formatter(Plain(minor_thresholds=(2, 0.4)))
             said = f"{name}: {title}"
             if key == "perplexity":
                 own = base["texts"][name][key]

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 pytest.importorskip("quality", reason="the benchmarks are not beside the tests")
 
 import peers
+import picture
 import quality
 import quality_scores
 from quality_recipes import KINDS, STANDARD, TOOLS, command, key, protocol, recipes
@@ -65,6 +66,32 @@ def test_ratios_and_gap_are_to_the_reference_of_the_same_bits() -> None:
     reference = cells(table, "GPTQModel")
     assert "20.00" in reference and "0 %" in reference
     assert cells(table, "unquantized")[3:5] == ["32.00", "10.00"]
+
+
+def test_a_picture_of_a_document_has_the_figures_of_the_first_table_under_its_heading() -> None:
+    text = """# All
+## Other
+| tool | bits |
+## Some model
+Prose with a | in it.
+
+| tool | bits | bits per weight | one: perplexity | KL | gap closed | two: perplexity | KL | made |
+|---|---|---|---|---|---|---|---|---|
+| full precision | | | 10.5 | | | 20 | | |
+| bittern, best | 4 | 4.36 | 11.25 | 0.061 | 90 % | 21 | 0.25 | here |
+| half measured | 2 | 2.33 | 408257 | 9.7 | | | | there |
+
+| tool | bits |
+"""
+    rows, base = picture.read(picture.first_table(text, "Some model"))
+    assert {name: figures["perplexity"] for name, figures in base["texts"].items()} == {"one": 10.5, "two": 20}
+    assert [row["label"] for row in rows] == ["bittern, best"]
+    assert lines(rows, "one", "kl") == {"bittern, best": [(4.36, 0.061)]}
+    assert lines(rows, "two", "perplexity") == {"bittern, best": [(4.36, 21)]}
+    with pytest.raises(SystemExit, match="found 0"):
+        picture.first_table(text, "Some")
+    with pytest.raises(SystemExit, match="expected a row 'full precision'"):
+        picture.read(picture.first_table(text, "Other"))
 
 
 def test_the_gap_can_be_overdrawn_and_need_not_exist() -> None:
