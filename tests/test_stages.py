@@ -399,7 +399,7 @@ def test_what_the_stream_has_missed_is_made_up_for(rough: bool) -> None:
     for with_stream in (False, True):
         chunks = [given[learned] @ mixing, missed[learned].bfloat16()]
         exact, behind = ([chunk.unsqueeze(0) for chunk in whole.chunk(4)] for whole in chunks)
-        drift = Drift(exact, 3, rough, behind if with_stream else None)
+        drift = Drift(exact, 3, rough, (weight, behind) if with_stream else None)
         for x, root in zip(given[learned].chunk(4), roots[learned].chunk(4), strict=True):
             drift.add(x.unsqueeze(0), root.unsqueeze(0))
         assert not exact and (not behind or not with_stream)

@@ -46,21 +46,21 @@ class Drift:
             Taken out of the list one by one, for they are large.
         learned: the first so many batches are learned from, the others are held out.
         rough: see :class:`bittern.quantize.hessian.Accumulator`.
-        behind: h - h~, (batch, positions, out_features), per batch, taken out likewise; None where the output is added
-            to no stream, or there are several matrices.
+        stream: where one matrix reads the input and its output is added to a stream: that matrix, W, fp32
+            (out_features, in_features), and h - h~, (batch, positions, out_features), per batch, taken out likewise.
     """
 
     def __init__(
-        self, exact: list[Tensor], learned: int, rough: bool = False, behind: list[Tensor] | None = None
+        self, exact: list[Tensor], learned: int, rough: bool = False, stream: tuple[Tensor, list[Tensor]] | None = None
     ) -> None:
         features = exact[0].shape[-1]
-        self._exact, self._learned, self._rough = exact, learned, rough
+        self._exact, self._learned, self._rough, self._stream = exact, learned, rough, stream
         self._dtype = torch.bfloat16 if rough else torch.float32
-        self._total = torch.zeros(features, features, dtype=torch.float32, device=exact[0].device)
+        rows = features if stream is None else len(stream[0])
+        # The sum of (x - x~) x~' or, where that is all that is asked for, of (W (x - x~) + h - h~) x~'.
+        self._total = torch.zeros(rows, features, dtype=torch.float32, device=exact[0].device)
         self._tokens = 0
-        self._behind = behind
-        self._missing: Tensor | None = None  # E[(h - h~) x~'], a sum
-        self._held: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self._held: list[tuple[Tensor, Tensor]] = []
 
     def add(self, x: Tensor, root: Tensor | None = None) -> None:
         """Add a batch of the quantized path, in the order of the exact ones; batches after those count nothing.
@@ -75,22 +75,20 @@ class Drift:
             return
         x = x.float()
         moved = self._exact.pop(0).float() - x
-        behind = None if self._behind is None else self._behind.pop(0)
+        if self._stream is None:
+            missed = moved
+        else:
+            weight, behind = self._stream
+            missed = (moved.to(self._dtype) @ weight.T.to(self._dtype)).float().add_(behind.pop(0))
         if root is not None:
-            moved, x = moved.mul_(root), x * root
-            behind = None if behind is None else behind * root
-        moved, x = moved.flatten(0, -2).to(self._dtype), x.flatten(0, -2).to(self._dtype)
-        behind = None if behind is None else behind.flatten(0, -2).to(self._dtype)
+            missed, x = missed.mul_(root), x * root
+        missed, x = missed.flatten(0, -2).to(self._dtype), x.flatten(0, -2).to(self._dtype)
         if not self._learned:
-            self._held.append((moved, x, behind))
+            self._held.append((missed, x))
             return
         self._learned -= 1
         self._tokens += len(x)
-        add_product(self._total, moved, x, self._rough)
-        if behind is not None:
-            if self._missing is None:
-                self._missing = self._total.new_zeros(behind.shape[1], x.shape[1])
-            add_product(self._missing, behind, x, self._rough)
+        add_product(self._total, missed, x, self._rough)
 
     def corrected(self, weights: Sequence[Tensor], hessian: Tensor) -> tuple[Tensor, list[float | None]]:
         """W* of matrices that read the input, stacked; W where there was nothing to learn from. To be asked for once.
@@ -111,18 +109,13 @@ class Drift:
         add_up(self._total)
         damping = DAMPING * float(hessian.diagonal().mean()) or 1.0
         damped = hessian + damping * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-        wanted = weight @ (self._total / tokens)
-        if self._behind is not None:
-            missing = wanted.new_zeros(wanted.shape) if self._missing is None else self._missing
-            add_up(missing)
-            wanted += missing / tokens
+        mean = self._total / tokens
+        wanted = weight @ mean if self._stream is None else mean
         step = torch.linalg.solve(damped, wanted, left=False)
         agree, power, whole = torch.zeros(3, len(sizes), dtype=torch.float32, device=weight.device)
         exact, added = weight.T.to(self._dtype), step.T.to(self._dtype)
-        for moved, x, behind in self._held:
-            wanted, given = (moved @ exact).float(), (x @ added).float()
-            if behind is not None:
-                wanted += behind
+        for missed, x in self._held:
+            wanted, given = (missed @ exact if self._stream is None else missed).float(), (x @ added).float()
             agree += torch.stack([part.sum() for part in torch.split(wanted * given, sizes, 1)])
             power += torch.stack([part.sum() for part in torch.split(given.square(), sizes, 1)])
             whole += torch.stack([part.sum() for part in torch.split(wanted.square(), sizes, 1)])

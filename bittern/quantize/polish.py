@@ -134,8 +134,8 @@ def _refit(hessian: Damped, quantized: QuantWeight, slopes: Tensor) -> tuple[Ten
     moved = (fitted - scales).double().unsqueeze(2)
     change = (moved * (system @ moved - 2 * right.unsqueeze(2))).sum((1, 2))
     fitted = torch.where((change < 0).unsqueeze(1), fitted, scales)
-    moves = ((fitted - scales).unsqueeze(2) * steps).flatten(1)
-    return fitted, (moves.to(factor.dtype) @ hessian.factor).to(slopes.dtype).add_(slopes)
+    moved = (fitted - scales).to(factor.dtype).unsqueeze(1)
+    return fitted, torch.bmm(moved, pulls.transpose(0, 1)).squeeze(1).to(slopes.dtype).add_(slopes)
 
 
 def _products_of_groups(pulls: Tensor, steps: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ values that nothing will read again, and those are emptied.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -21,6 +22,7 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from bittern import model as live
 from bittern.errors import BitternError
 from bittern.model import Matrix
 from bittern.quantize.drift import Drift
@@ -239,8 +241,8 @@ def narrowed(x: Tensor) -> Tensor:
     if x.dtype == torch.bfloat16:
         return x
     half = x.half()
-    small = float(torch.linalg.vector_norm(x.detach())) < _SMALL * x.numel() ** 0.5
-    return x if small or not bool(half.isfinite().all()) else half
+    norm = float(torch.linalg.vector_norm(half.detach(), dtype=torch.float32))  # NaN or infinite if anything is
+    return half if _SMALL * x.numel() ** 0.5 <= norm < math.inf else x
 
 
 def _stream(
@@ -279,7 +281,7 @@ class Walks:
         calls: Sequence[BlockCall],
         rough: bool = False,
     ) -> None:
-        self._hidden, self._rough = hidden, rough
+        self._model, self._hidden, self._rough = model, hidden, rough
         self._leaders = {stage.matrices[0] for stage in stages}
         self._hooks = reading(model, sorted(self._leaders, key=lambda m: m.label), self._stop)
         self._streams = _streams_seen(model, stages, hidden)
@@ -327,7 +329,8 @@ class Walks:
         Raises:
             BitternError: for NaN and infinity, and as :meth:`inputs` does.
         """
-        drift = Drift(stage.exact, learned, self._rough, None if stage.stream is None else stage.behind)
+        stream = None if stage.stream is None else (live.get_weight(self._model, stage.matrices[0]), stage.behind)
+        drift = Drift(stage.exact, learned, self._rough, stream)
         moments = Accumulator(stage.matrices[0].in_features, stage.exact[0].device, self._rough)
         first = 0
         counts = None if weights is None else weights.flatten()
