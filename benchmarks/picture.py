@@ -28,7 +28,9 @@ def first_table(text: str, heading: str) -> list[list[str]]:
             table.append([cell.strip() for cell in line.strip().strip("|").split("|")])
         elif table:
             break
-    return [table[0], *table[2:]] if table else []
+    if not table:
+        raise SystemExit(f"expected a table under '## {heading}', found none")
+    return [table[0], *table[2:]]
 
 
 def read(table: Sequence[Sequence[str]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:

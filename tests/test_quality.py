@@ -90,6 +90,8 @@ Prose with a | in it.
     assert lines(rows, "two", "perplexity") == {"bittern, best": [(4.36, 21)]}
     with pytest.raises(SystemExit, match="found 0"):
         picture.first_table(text, "Some")
+    with pytest.raises(SystemExit, match="expected a table under '## Some model', found none"):
+        picture.first_table(text.replace("\n|", "\n"), "Some model")
     with pytest.raises(SystemExit, match="expected a row 'full precision'"):
         picture.read(picture.first_table(text, "Other"))
 

@@ -54,8 +54,9 @@ class Drift:
         self, exact: list[Tensor], learned: int, rough: bool = False, stream: tuple[Tensor, list[Tensor]] | None = None
     ) -> None:
         features = exact[0].shape[-1]
-        self._exact, self._learned, self._rough, self._stream = exact, learned, rough, stream
+        self._exact, self._learned, self._rough = exact, learned, rough
         self._dtype = torch.bfloat16 if rough else torch.float32
+        self._stream = None if stream is None else (stream[0].T.to(self._dtype), stream[1])
         rows = features if stream is None else len(stream[0])
         # The sum of (x - x~) x~' or, where that is all that is asked for, of (W (x - x~) + h - h~) x~'.
         self._total = torch.zeros(rows, features, dtype=torch.float32, device=exact[0].device)
@@ -79,7 +80,7 @@ class Drift:
             missed = moved
         else:
             weight, behind = self._stream
-            missed = (moved.to(self._dtype) @ weight.T.to(self._dtype)).float().add_(behind.pop(0))
+            missed = (moved.to(self._dtype) @ weight).float().add_(behind.pop(0))
         if root is not None:
             missed, x = missed.mul_(root), x * root
         missed, x = missed.flatten(0, -2).to(self._dtype), x.flatten(0, -2).to(self._dtype)
