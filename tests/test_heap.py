@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from bittern.quantize import heap
 
 CODE = """
 import json, resource, torch
@@ -27,6 +30,9 @@ def resident():
 
 heap.for_holding()
 found = [cleared()]
+heap.for_holding(2**23)
+found.append(cleared())
+heap.trim()
 heap.for_solving()
 found.append(cleared())
 before = resident()
@@ -44,8 +50,20 @@ def test_what_is_mapped_is_cleared_every_time_and_what_the_heap_keeps_goes_back(
     """In a process of its own, whose heap nothing before it has filled."""
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run([sys.executable, "-c", CODE], cwd=root, capture_output=True, text=True, check=True)
-    holding, solving, returned, left = json.loads(done.stdout)
+    holding, usual, solving, returned, left = json.loads(done.stdout)
     assert holding > 10 * 2**23 // 2**21  # of 4 kB, or of 2 MB each
+    assert usual < holding / 10
     assert solving < holding / 10
     assert returned > 9 * 2**23
     assert left < 9 * 2**23  # 64 MB may stay
+
+
+@pytest.mark.parametrize("shape", [(2, 700, 1000), (3, 1), (5, 2**19), (0, 4)])
+def test_pieces_are_all_rows_and_too_small_to_be_mapped(shape: tuple[int, ...]) -> None:
+    x = torch.arange(float(torch.Size(shape).numel())).view(shape)
+    found = list(heap.pieces(x.half()))
+    assert torch.equal(torch.cat([x[:0].flatten(0, -2), *found]), x.half().flatten(0, -2))
+    assert all(len(piece) <= 1 or piece.float().nbytes < 2**20 for piece in found)
+    for piece in heap.pieces(x):
+        piece.fill_(-1.0)
+    assert bool((x == -1).all())  # they are views

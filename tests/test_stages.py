@@ -113,8 +113,11 @@ def test_what_waits_is_16_bits_wide_where_it_fits() -> None:
     torch.testing.assert_close(narrowed(x).float(), x, rtol=2**-11, atol=0)
     for wide in (torch.tensor([1.0, 7e4]), torch.tensor([1.0, math.nan]), torch.tensor([2e-8, -1e-6])):
         assert narrowed(wide) is wide
+    assert torch.equal(narrowed(x, torch.tensor([2.0, 4.0, 1.0])), (x / torch.tensor([2.0, 4.0, 1.0])).half())
+    assert torch.equal(narrowed(x, torch.tensor([1.0, 0.5, 1.0])), x / torch.tensor([1.0, 0.5, 1.0]))
     brain = torch.tensor([7e4]).bfloat16()  # what products in bfloat16 put out
     assert narrowed(brain) is brain
+    assert narrowed(brain, torch.tensor([2.0])).dtype == torch.float16
 
 
 @pytest.mark.parametrize(
@@ -299,7 +302,7 @@ def test_few_bits_are_learned_from_more_windows_in_full_precision() -> None:
     for name in ("fast", "best"):
         effort = pick_effort(name)
         assert [effort.at(bits).exact_windows(16) for bits in (2, 2.5, 3, 4, 8)] == [8, 8, 4, 4, 4]
-        assert [effort.exact_windows(windows) for windows in (1, 2, 4, 8, 9)] == [1, 2, 2, 2, 3]
+        assert [effort.exact_windows(windows) for windows in (1, 2, 4, 10, 11)] == [1, 2, 2, 2, 3]
     assert pick_effort("plain").at(2).exact_windows(16) == 0
 
 
@@ -409,6 +412,23 @@ def test_what_the_stream_has_missed_is_made_up_for(rough: bool) -> None:
     wanted = given[fresh] @ mixing @ weight.T + missed[fresh]  # the sum with the stream is to be what it was
     errors = [(given[fresh] @ found.T - wanted).square().mean() for found in (weight, *corrected)]
     assert errors[2] < 0.15 * min(errors[:2])
+
+
+def test_batches_that_are_held_out_together_stay_apart() -> None:
+    generator = torch.Generator().manual_seed(8)
+    given, exact = torch.randn(2, 800, 24, generator=generator)
+    exact = given + 0.1 * exact + given.roll(1, 1)
+    weight = torch.randn(10, 24, generator=generator)
+    found = []
+    for chunks in (2, 4):  # half of it is held out: in one batch, or in two
+        drift = Drift([each.unsqueeze(0) for each in exact.chunk(chunks)], chunks // 2)
+        for x in given.chunk(chunks):
+            drift.add(x.unsqueeze(0))
+        corrected, (left,) = drift.corrected([weight], moments(given))
+        assert left is not None
+        found.append((corrected, left))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-5)
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-4)
 
 
 def test_noise_is_not_followed() -> None:

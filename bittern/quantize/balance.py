@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from bittern import model as live
 from bittern.model import Matrix
 from bittern.processes import add_up
+from bittern.quantize import heap
 from bittern.quantize.stages import Stage, narrowed, reading, removed
 from bittern.replay import BlockCall
 from bittern.weight import QuantSpec
@@ -171,7 +172,7 @@ class Balancer:
         """Even out one tensor's channels; None where it is not worth it or cannot be written."""
         matrices = list(_all(shared.stages))
         weights = [live.get_weight(self.model, matrix) for matrix in matrices]
-        squares = (x.flatten(0, -2).float().square().sum(0) for x in shared.stages[0].exact)
+        squares = (part.float().square().sum(0) for x in shared.stages[0].exact for part in heap.pieces(x))
         power = sum(squares, torch.zeros((), dtype=torch.float32, device=weights[0].device))
         add_up(power)
         columns = specs[matrices[0]].columns_per_group(weights[0].shape[1])
@@ -252,7 +253,7 @@ def _applied(done: Sequence[_Done]) -> Balanced:
             found.rows[each.shared.maker] = each.rows
         for stage in each.shared.stages:
             for number, x in enumerate(stage.exact):
-                stage.exact[number] = narrowed(x / each.factor)
+                stage.exact[number] = narrowed(x, each.factor)
     return found
 
 
@@ -322,8 +323,9 @@ def choose_factor(
 
 
 def _noise(power: Tensor, weight: Tensor, factor: Tensor, columns: int) -> float:
-    largest = (weight * factor).abs().view(len(weight), -1, columns).amax(2).square().mean(0)
-    return float((largest * (power / factor.square()).view(-1, columns).sum(1)).sum())
+    inputs = (power / factor.square()).view(-1, columns).sum(1)
+    largest = ((part * factor).abs_().view(len(part), -1, columns).amax(2) for part in heap.pieces(weight))
+    return sum(float((each.square_().sum(0) * inputs).sum()) for each in largest) / len(weight)
 
 
 def _maker(stage: Stage, stages: Sequence[Stage]) -> Matrix | None:

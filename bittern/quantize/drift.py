@@ -27,7 +27,7 @@ DAMPING = 0.3
 is not to be changed by what it shows of it."""
 
 
-HELD_OUT = 8
+HELD_OUT = 2
 """Windows that alpha is measured on, where there are four times as many; a fourth of them where there are fewer."""
 
 
@@ -62,6 +62,7 @@ class Drift:
         self._total = torch.zeros(rows, features, dtype=torch.float32, device=exact[0].device)
         self._tokens = 0
         self._held: list[tuple[Tensor, Tensor]] = []
+        self._moved = torch.empty(0, dtype=torch.float32, device=exact[0].device)
 
     def add(self, x: Tensor, root: Tensor | None = None) -> None:
         """Add a batch of the quantized path, in the order of the exact ones; batches after those count nothing.
@@ -75,9 +76,13 @@ class Drift:
         if not self._exact:
             return
         x = x.float()
-        moved = self._exact.pop(0).float() - x
+        exact = self._exact.pop(0)
+        if self._moved.shape != x.shape:
+            self._moved = torch.empty_like(x)
+        moved = self._moved.copy_(exact).sub_(x)
+        del exact
         if self._stream is None:
-            missed = moved
+            missed = moved if self._learned else moved.clone()
         else:
             weight, behind = self._stream
             missed = (moved.to(self._dtype) @ weight).float().add_(behind.pop(0))

@@ -62,7 +62,7 @@ class Effort:
         return replace(self, exact_share=COARSE_SHARE) if self.exact_share and bits < COARSE else self
 
 
-COARSE, COARSE_SHARE = 3, 0.5
+COARSE, COARSE_SHARE = 3, 0.45
 """Below so many bits, so many of the windows are walked in full precision: blocks drift further (docs/log.md)."""
 
 
@@ -71,8 +71,8 @@ DAMP_PERCENT = 0.2
 
 EFFORTS = {
     "plain": Effort(search=False, act_order=False, polish=False),
-    "fast": Effort(exact_share=0.25, balance=True, shape=True, damp_percent=DAMP_PERCENT),
-    "best": Effort(exact_share=0.25, balance=True, shape=True, weigh=True, tune=256_000, damp_percent=DAMP_PERCENT),
+    "fast": Effort(exact_share=0.2, balance=True, shape=True, damp_percent=DAMP_PERCENT),
+    "best": Effort(exact_share=0.2, balance=True, shape=True, weigh=True, tune=256_000, damp_percent=DAMP_PERCENT),
 }
 
 

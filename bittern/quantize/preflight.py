@@ -133,7 +133,8 @@ def predict(job: Job, size: int, started: float) -> Prediction:
         samples, positions = _tried(job)
         scale = job.seqlen / positions
         if job.exact_samples:
-            heap.for_holding()
+            width = own.model.config.get_text_config(decoder=True).hidden_size
+            heap.for_holding(0 if own.plan.rough(own.device) else FP32 * samples * positions * width)
         asked = job.measured_samples > 0
         blocks = rehearse_blocks(own.model, own.sources, own.plan, own.device, samples, positions, own.effort, asked)
         if job.exact_samples:

@@ -25,6 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from bittern import model as live
 from bittern.errors import BitternError
 from bittern.model import Matrix
+from bittern.quantize import heap
 from bittern.quantize.drift import Drift
 from bittern.quantize.hessian import Accumulator, Inputs, check_inputs
 from bittern.quantize.leftovers import Local, Reads, empty, storages
@@ -35,6 +36,9 @@ INPUT = ""
 
 _ADDED = 1e-2
 """What an output and what was added to the stream may differ by, as a share of the output: sums are rounded."""
+
+_TRIMMED = 16
+"""Batches after which the holes that walks in fp32 have left are given back: seldom enough to cost nothing."""
 
 _SMALL = 1e-6
 """Root mean square of a tensor below which fp16, whose smallest numbers lie 6e-8 apart, is too coarse for it."""
@@ -233,16 +237,25 @@ def _confirm_dead(
             stage.dead.clear()
 
 
-def narrowed(x: Tensor) -> Tensor:
+@torch.no_grad()
+def narrowed(x: Tensor, divisor: Tensor | None = None) -> Tensor:
     """A tensor that waits in full precision, in 16 bits: fp16, unless that cannot hold it.
 
     What quantizing moves is far above that rounding, as it is above that of bfloat16, which products may have put out.
+
+    Args:
+        x: (..., features).
+        divisor: fp32 (features,), what its channels are divided by.
     """
-    if x.dtype == torch.bfloat16:
+    if x.dtype == torch.bfloat16 and divisor is None:
         return x
-    half = x.half()
-    norm = float(torch.linalg.vector_norm(half.detach(), dtype=torch.float32))  # NaN or infinite if anything is
-    return half if _SMALL * x.numel() ** 0.5 <= norm < math.inf else x
+    half, square = torch.empty(x.shape, dtype=torch.float16, device=x.device), 0.0
+    for given, found in zip(heap.pieces(x), heap.pieces(half), strict=True):
+        found.copy_(given if divisor is None else given / divisor)
+        square += float(torch.linalg.vector_norm(found, dtype=torch.float32)) ** 2  # NaN or infinite if anything is
+    if _SMALL**2 * x.numel() <= square < math.inf:
+        return half
+    return x if divisor is None else x / divisor
 
 
 def _stream(
@@ -309,7 +322,9 @@ class Walks:
         Raises:
             BitternError: for a batch that comes by another way.
         """
-        for state, walk in zip(self._hidden, self._walks, strict=True):
+        for number, (state, walk) in enumerate(zip(self._hidden, self._walks, strict=True), 1):
+            if not self._rough and number % _TRIMMED == 0:
+                heap.trim()
             # Entered and left on this side of the switch: what is solved in between is solved in fp32.
             with torch.no_grad(), sixteen_bits(state.device, self._rough):
                 arrived = walk.switch()
