@@ -52,7 +52,7 @@ def test_what_is_mapped_is_cleared_every_time_and_what_the_heap_keeps_goes_back(
     done = subprocess.run([sys.executable, "-c", CODE], cwd=root, capture_output=True, text=True, check=True)
     holding, usual, solving, returned, left = json.loads(done.stdout)
     assert holding > 10 * 2**23 // 2**21  # of 4 kB, or of 2 MB each
-    assert usual < holding / 10
+    assert usual < holding / 3  # the heap has gone back to the system before
     assert solving < holding / 10
     assert returned > 9 * 2**23
     assert left < 9 * 2**23  # 64 MB may stay
