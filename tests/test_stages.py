@@ -302,7 +302,7 @@ def test_few_bits_are_learned_from_more_windows_in_full_precision() -> None:
     for name in ("fast", "best"):
         effort = pick_effort(name)
         assert [effort.at(bits).exact_windows(16) for bits in (2, 2.5, 3, 4, 8)] == [8, 8, 4, 4, 4]
-        assert [effort.exact_windows(windows) for windows in (1, 2, 4, 10, 11)] == [1, 2, 2, 2, 3]
+        assert [effort.exact_windows(windows) for windows in (1, 2, 4, 8, 10, 11)] == [1, 2, 2, 2, 2, 3]
     assert pick_effort("plain").at(2).exact_windows(16) == 0
 
 

@@ -62,6 +62,7 @@ class Drift:
         self._total = torch.zeros(rows, features, dtype=torch.float32, device=exact[0].device)
         self._tokens = 0
         self._held: list[tuple[Tensor, Tensor]] = []
+        # x - x~, for one batch after the other: a new tensor for each would have its pages cleared.
         self._moved = torch.empty(0, dtype=torch.float32, device=exact[0].device)
 
     def add(self, x: Tensor, root: Tensor | None = None) -> None:
@@ -76,11 +77,9 @@ class Drift:
         if not self._exact:
             return
         x = x.float()
-        exact = self._exact.pop(0)
         if self._moved.shape != x.shape:
             self._moved = torch.empty_like(x)
-        moved = self._moved.copy_(exact).sub_(x)
-        del exact
+        moved = self._moved.copy_(self._exact.pop(0)).sub_(x)
         if self._stream is None:
             missed = moved if self._learned else moved.clone()
         else:

@@ -102,7 +102,7 @@ class Solver:
             heap.for_holding()
         hidden, calls = self._capture(prefix, blocks, batches) if batches else ([], [])
         if windows.exact:
-            self._hold(hidden)
+            self.hold(hidden[0].nbytes)
         exact = [state.clone() for state in hidden[: windows.exact]]
         balancer = Balancer(self.model, self.dtype)
         rough = self.plan.rough(self.device)
@@ -237,12 +237,12 @@ class Solver:
                     heap.for_solving()
                     yield from self._solve_together(inputs, drift, entries, curvatures)
                     del inputs, drift
-                    self._hold(hidden)
+                    self.hold(hidden[0].nbytes)
                 walks.finish()
 
-    def _hold(self, hidden: Sequence[Tensor]) -> None:
-        """Walks hold tensors from here on; in fp32 most are as large as the hidden states of a batch."""
-        heap.for_holding(0 if self.plan.rough(self.device) else hidden[0].nbytes)
+    def hold(self, state: int) -> None:
+        """Walks hold tensors from here on; in fp32 most are as large as a batch's hidden states, of so many bytes."""
+        heap.for_holding(0 if self.plan.rough(self.device) else state)
 
     def _tidy(self) -> None:
         """Give freed memory back where walks hold fp32; of 16 bits, half as much, it costs more than it is worth."""
