@@ -51,7 +51,7 @@ def unit_upper(matrix: Tensor) -> Tensor:
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_the_sweep_takes_over_all_errors_before(spec: QuantSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, hessian, factor, curvature, solved = problem(spec)
-    monkeypatch.setattr(module, "PARTS", 12)  # a row each
+    monkeypatch.setattr(module, "SWEPT", 12)  # a row each
     outputs = damped(curvature)
     # The oracle: one weight after the other, column by column, with factors out of another algorithm, in fp64.
     u, v = unit_upper(inputs_of(hessian, factor)[factor.order][:, factor.order]), unit_upper(outputs.double())
@@ -77,35 +77,50 @@ def test_outputs_that_do_not_go_together_are_solved_row_by_row(
     spec: QuantSpec, parts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight, hessian, factor, curvature, solved = problem(spec)
-    monkeypatch.setattr(module, "PARTS", parts)
+    monkeypatch.setattr(module, "SWEPT", parts)
     shaper, outputs = Shaper(damp(hessian, factor.damping), factor), damped(torch.diag(curvature.diagonal()))
     swept = shaper._sweep(weight, torch.eye(12), solved)
     plain = gptq(weight, factor, spec, grid=(solved.scales.float(), solved.zeros)).weight
     assert (swept.codes != plain.codes).float().mean() < 0.01
     inputs = inputs_of(hessian, factor).float()
     slopes = slopes_of(weight, inputs, plain)
-    polished, wanted = shaper._polish(outputs, plain, slopes)[0], improve(damp(inputs, 0.0), plain, slopes)[0]
+    polished, _, left = shaper._polish(outputs, plain, slopes, module._parts(12, parts))
+    assert left == module._parts(12, parts)  # rows that do nothing to each other are worse in no part
+    wanted, _ = improve(damp(inputs, 0.0), plain, slopes)
     same = (polished.codes == wanted.codes).all(1)  # scales that round the other way take codes with them
     assert int(same.sum()) >= 9
     torch.testing.assert_close(polished.scales[same], wanted.scales[same], rtol=2e-3, atol=0)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_a_row_that_is_polished_makes_all_rows_better(spec: QuantSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_that_is_polished_makes_all_rows_better(spec: QuantSpec) -> None:
     """The target that a row gets is the right one: what is best for it lessens the divergence of all, row by row."""
     weight, hessian, factor, curvature, solved = problem(spec)
     shaper, outputs = Shaper(damp(hessian, factor.damping), factor), damped(curvature)
     inputs = inputs_of(hessian, factor)
     before, slopes = divergence(weight, inputs, outputs, solved), slopes_of(weight, inputs.float(), solved)
     for row in range(12):
-        own = slice(row, row + 1)
-        monkeypatch.setattr(module, "_parts", lambda _, own=own: [own])  # the others are left as they are
-        solved, slopes = shaper._polish(outputs, solved, slopes)
+        solved, slopes, _ = shaper._polish(outputs, solved, slopes, [slice(row, row + 1)])  # the others stay
         after = divergence(weight, inputs, outputs, solved)
         assert after <= before * (1 + 1e-5)
         before = after
     expected = slopes_of(weight.double(), inputs, solved)
     torch.testing.assert_close(slopes.double(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_rows_that_spoil_each_other_are_parted_for_good(spec: QuantSpec) -> None:
+    weight, hessian, factor, _, solved = problem(spec)
+    shaper, outputs = Shaper(damp(hessian, factor.damping), factor), torch.full((12, 12), 0.99).fill_diagonal_(1.0)
+    inputs = inputs_of(hessian, factor)
+    before, slopes = divergence(weight, inputs, outputs, solved), slopes_of(weight, inputs.float(), solved)
+    found, slopes, parts = shaper._polish(outputs, solved, slopes, [slice(0, 12)])
+    assert len(parts) > 1 and [row for part in parts for row in range(12)[part]] == list(range(12))
+    after = divergence(weight, inputs, outputs, found)
+    assert after < before
+    again, _, finer = shaper._polish(outputs, found, slopes, parts)
+    assert {part.start for part in parts} <= {part.start for part in finer}
+    assert divergence(weight, inputs, outputs, again) <= after * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 12, 40])

@@ -122,16 +122,19 @@ def gptq(
         the order in which they were solved.
     """
     scales, zeros = search_grid(weight.float(), spec, factor.diagonal.float()) if grid is None else grid
-    codes, loss = _sweep(weight, factor, scales, zeros, spec, block_size)
+    codes, loss = sweep(weight, factor, scales, zeros, spec, block_size)
     ordered = weight[:, factor.order]
     norm = ((ordered @ factor.upper).square() * factor.pivots).sum(1)
     return Solution(QuantWeight(codes, scales.half(), zeros, spec), loss, norm)
 
 
-def _sweep(
-    weight: Tensor, factor: Factor, scales: Tensor, zeros: Tensor, spec: QuantSpec, block_size: int
+def sweep(
+    weight: Tensor, factor: Factor, scales: Tensor, zeros: Tensor, spec: QuantSpec, block_size: int = BLOCK_SIZE
 ) -> tuple[Tensor, Tensor]:
-    """Codes uint8 (out, in) and the loss of each row. Works on transposed, so contiguous, columns."""
+    """The codes alone of :func:`gptq`, uint8 (out_features, in_features), and the loss of each row.
+
+    Works on transposed, so contiguous, columns.
+    """
     groups = factor.order // spec.columns_per_group(len(factor.order))
     originals = weight.T[factor.order].contiguous()
     steps_t, zeros_t = scales.T.to(weight.dtype).contiguous(), zeros.T.to(weight.dtype).contiguous()

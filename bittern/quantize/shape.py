@@ -21,7 +21,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bittern.quantize.gptq import Factor, factorize, gptq
+from bittern.quantize.gptq import Factor, factorize, sweep
 from bittern.quantize.polish import ROUNDS as UNSHAPED
 from bittern.quantize.polish import Damped, descend, refit_scales, row_losses, slopes_of
 from bittern.weight import QuantWeight
@@ -32,10 +32,11 @@ DAMPING = 0.3
 FLOOR = 0.03
 """Of the mean curvature, for outputs that hardly matter: they are not there to make up for all others."""
 
-PARTS = 8
-"""Rows are solved in so many parts, one after the other; those of a part do not see each other's changes."""
+SWEPT, POLISHED = 16, 8
+"""Rows are solved, and polished, in so many parts, one after the other; those of a part do not see each other's
+changes."""
 
-ROUNDS = 3
+ROUNDS = 2
 """How often all rows are polished at most."""
 
 
@@ -77,8 +78,9 @@ class Shaper:
         found = swept, slopes_of(weight, self._hessian.whole, swept)
         if not _divergence(weight, outputs, *found) < 2 * before:
             found = best  # where outputs go together closely, a sweep in parts may miss
+        parts = _parts(len(weight), POLISHED)
         for _ in range(ROUNDS):
-            found = self._polish(outputs, *found)
+            *found, parts = self._polish(outputs, *found, parts)
             divergence = _divergence(weight, outputs, *found)
             if not divergence < least:
                 break
@@ -89,46 +91,59 @@ class Shaper:
     def _sweep(self, weight: Tensor, upper: Tensor, given: QuantWeight) -> QuantWeight:
         """New codes on the given grid: each part takes over the errors of those before, by V."""
         errors, codes = torch.empty_like(weight), []
-        for part in _parts(len(weight)):
-            wanted = weight[part] - upper[: part.start, part].T @ errors[: part.start]
-            grid = given.scales[part].float(), given.zeros[part]
-            solved = gptq(wanted, self._factor, given.spec, grid=grid).weight
-            errors[part] = solved.dequantize() - weight[part]
-            codes.append(solved.codes)
+        for part in _parts(len(weight), SWEPT):
+            wanted, own = weight[part] - upper[: part.start, part].T @ errors[: part.start], given.rows(part)
+            chosen, _ = sweep(wanted, self._factor, own.scales.float(), own.zeros, own.spec)
+            errors[part] = replace(own, codes=chosen).dequantize() - weight[part]
+            codes.append(chosen)
         return replace(given, codes=torch.cat(codes))
 
-    def _polish(self, outputs: Tensor, given: QuantWeight, slopes: Tensor) -> tuple[QuantWeight, Tensor]:
+    def _polish(
+        self, outputs: Tensor, given: QuantWeight, slopes: Tensor, parts: list[slice]
+    ) -> tuple[QuantWeight, Tensor, list[slice]]:
         """New codes and scales: each part for what the others, as they are by then, leave it.
 
         Of its target a part needs to know the slopes alone, ``G_i E H / G_ii``: from those of all rows no product with
         H is left but those of the polishing itself. A part that is worse for it, since its rows do not see each other's
         changes, is tried again in halves; one row cannot be worse.
+
+        Returns:
+            The matrix, its slopes, and the parts that it came to: what had to be halved would have to be again.
         """
         codes, scales, slopes = given.codes.clone(), given.scales.clone(), slopes.clone()
-        waiting = _parts(len(codes))[::-1]
+        waiting, done = parts[::-1], []
         while waiting:
             part = waiting.pop()
             own, pulled, together = given.rows(part), outputs[part] @ slopes, outputs[part, part]
             sizes = together.diagonal().unsqueeze(1)
             begun = pulled / sizes
             chosen, ended = descend(self._hessian, own, begun)
-            moved = ended - begun
-            begun = (pulled + together @ moved) / sizes  # by now, all that the part's rows do to each other with it
-            polished, ended = refit_scales(self._hessian, replace(own, codes=chosen), begun)
-            moved += ended - begun
-            change, slope = polished.dequantize() - own.dequantize(), 2 * pulled + together @ moved
-            if float((slope * change).sum(dtype=torch.float64)) <= 0:
+            moved, polished = ended - begun, replace(own, codes=chosen)
+            better = _gains(polished, own, 2 * pulled + together @ moved)
+            if better:
+                begun = (pulled + together @ moved) / sizes  # by now, all that the rows do to each other with it
+                polished, ended = refit_scales(self._hessian, polished, begun)
+                moved += ended - begun
+                better = _gains(polished, own, 2 * pulled + together @ moved)
+            if better:
                 codes[part], scales[part] = polished.codes, polished.scales
                 slopes[part] += moved
             elif part.stop - part.start > 1:
                 middle = (part.start + part.stop) // 2
                 waiting += [slice(middle, part.stop), slice(part.start, middle)]
-        return replace(given, codes=codes, scales=scales), slopes
+                continue
+            done.append(part)
+        return replace(given, codes=codes, scales=scales), slopes, done
 
 
 def _divergence(weight: Tensor, outputs: Tensor, quantized: QuantWeight, slopes: Tensor) -> float:
     """``tr(G E H E')``."""
     return float(((outputs @ slopes) * (quantized.dequantize() - weight)).sum(dtype=torch.float64))
+
+
+def _gains(found: QuantWeight, given: QuantWeight, slope: Tensor) -> bool:
+    """Whether a step from one to the other, along which the slope is this on average, does not go up."""
+    return float((slope * (found.dequantize() - given.dequantize())).sum(dtype=torch.float64)) <= 0
 
 
 def damped(curvature: Tensor) -> Tensor:
@@ -143,6 +158,6 @@ def damped(curvature: Tensor) -> Tensor:
     return found.div_(found.diagonal().mean())
 
 
-def _parts(rows: int) -> list[slice]:
-    size = -(-rows // PARTS)
+def _parts(rows: int, count: int) -> list[slice]:
+    size = -(-rows // count)
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
