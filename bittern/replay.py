@@ -7,7 +7,7 @@ forward prepares masks and position embeddings, and its blocks are asked to reco
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +91,24 @@ def sixteen_bits(device: torch.device, wanted: bool | None = None) -> AbstractCo
     """Products in bfloat16; unless it is said whether, where that is faster than fp32."""
     enabled = fast_in_sixteen_bits(device) if wanted is None else wanted
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+@contextmanager
+def rounded_once(block: nn.Module, wanted: bool = True) -> Iterator[None]:
+    """Have :func:`sixteen_bits` round a block's weights when it first meets them, not for every batch.
+
+    They must not change meanwhile: what was rounded is kept until the outermost of such contexts ends, and that of
+    tensors alone that may want gradients.
+    """
+    weights = [each for each in block.parameters() if each.is_floating_point()] if wanted else []
+    with torch.autocast(weights[0].device.type, enabled=False) if weights else nullcontext():
+        for each in weights:
+            each.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for each in weights:
+                each.requires_grad_(False)
 
 
 def fast_in_sixteen_bits(device: torch.device) -> bool:

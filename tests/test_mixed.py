@@ -151,7 +151,7 @@ def test_harm_is_the_formula_computed_on_the_whole_model(source: Path, monkeypat
     for index, ids in enumerate(windows):
         embedded = model.get_input_embeddings()(ids[None]).requires_grad_()
         logits = model(inputs_embeds=embedded, use_cache=False).logits
-        drawn = backward.root_of_fisher(logits.detach(), index)
+        drawn = backward.root_of_fisher(logits.detach(), torch.Generator().manual_seed(index))
         squares += torch.autograd.grad(logits, outputs.pop(), drawn)[0][0].double().square().sum(0)
     handle.remove()
     weight = model.get_parameter(f"{name}.weight").detach()

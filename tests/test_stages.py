@@ -19,7 +19,7 @@ from bittern.model import Matrix, blocks, get_weight, matrices, weight_map
 from bittern.quantize.drift import Drift
 from bittern.quantize.effort import pick_effort
 from bittern.quantize.stages import Stage, Walks, exact_stages, narrowed
-from bittern.replay import BlockCall, capture
+from bittern.replay import BlockCall, capture, sixteen_bits
 from tests import tiny
 
 IDS = torch.randint(4, 200, (6, 20), generator=torch.Generator().manual_seed(5))
@@ -48,12 +48,16 @@ def names(stage: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi3", "gpt2", "olmo2"])
-def test_every_matrix_gets_what_the_changed_ones_before_it_give(kind: str) -> None:
+@pytest.mark.parametrize("rough", [False, True])
+def test_every_matrix_gets_what_the_changed_ones_before_it_give(
+    kind: str, rough: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bittern.replay.fast_in_sixteen_bits", lambda _: True)
     model = tiny.random_model(kind)
     block = blocks(model)[1][0]
     found, hidden, calls = start(model)
     exact, before = [state.clone() for state in hidden[:1]], [state.clone() for state in hidden]
-    stages = exact_stages(model, block, found, exact, calls[:1])
+    stages = exact_stages(model, block, found, exact, calls[:1], rough)
     assert stages is not None and sorted(m.label for s in stages for m in s.matrices) == sorted(m.label for m in found)
     if kind == "llama":
         assert [names(s) for s in stages] == [
@@ -62,18 +66,18 @@ def test_every_matrix_gets_what_the_changed_ones_before_it_give(kind: str) -> No
             ["gate_proj", "up_proj"],
             ["down_proj"],
         ]
-    assert torch.equal(exact[0], calls[0].run(block, before[0]).detach())
     given: list[Tensor] = []
     handles = [
         model.get_submodule(stage.matrices[0].module).register_forward_pre_hook(lambda _, x: given.append(x[0].clone()))
         for stage in stages
     ]
-    calls[0].run(block, before[0])
+    with torch.no_grad(), sixteen_bits(before[0].device, rough):
+        assert torch.equal(exact[0], calls[0].run(block, before[0]))
     for handle in handles:
         handle.remove()
     assert all(torch.equal(stage.exact[0], narrowed(x)) for stage, x in zip(stages, given, strict=True))
     seen: list[list[Tensor]] = []
-    with Walks(model, block, stages, hidden, calls) as walks, torch.no_grad():
+    with Walks(model, block, stages, hidden, calls, rough) as walks, torch.no_grad():
         for stage in stages:
             seen.append([x.clone() for x in walks.inputs(stage)])
             for matrix in stage.matrices:
@@ -82,7 +86,7 @@ def test_every_matrix_gets_what_the_changed_ones_before_it_give(kind: str) -> No
     # The block has only changed weights now: run whole, it must give every matrix what it got on the way.
     for number, (state, call) in enumerate(zip(before, calls, strict=True)):
         whole = [state.clone()]
-        again = exact_stages(model, block, found, whole, [call])
+        again = exact_stages(model, block, found, whole, [call], rough)
         assert again is not None and torch.equal(whole[0], hidden[number])
         for stage, inputs in zip(again, seen, strict=True):
             assert torch.equal(stage.exact[0], narrowed(inputs[number]))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,13 +23,16 @@ from bittern.checkpoint import Checkpoint
 from bittern.model import Piece
 from bittern.processes import number_of
 from bittern.quantize.hessian import check_finite
-from bittern.replay import BlockCall, advance, capture_all, logits_after, sixteen_bits
+from bittern.replay import BlockCall, advance, capture_all, logits_after, rounded_once, sixteen_bits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 KEPT = torch.bfloat16
 """What hidden states are kept in."""
+
+LOGITS_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}
+"""Of logits that are made at once, in fp32: on a CPU what malloc has room for, not what is mapped and cleared anew."""
 
 
 @dataclass
@@ -98,17 +102,18 @@ def go_back(
     for position, block in enumerate(blocks):
         kept.append([state.to("cpu", KEPT, copy=True) for state in hidden])
         live.load_tensors(model, checkpoint, sources, inside[position], device=device)
-        with sixteen_bits(device):
+        with rounded_once(block), sixteen_bits(device):
             advance(block, hidden, [each[position] for each in calls])
         check_finite(f"{prefix}.{position}", hidden)
         live.drop_tensors(model, inside[position])
-    gradients, first = [], 0
-    for batch, state in zip(batches, hidden, strict=True):
-        ids = batch.to(device)
-        windows = [slice(index, index + 1) for index in range(len(ids))]  # logits are large
-        found = [_from_logits(model, blocks, ids[own], state[own], first + own.start) for own in windows]
-        gradients.append(torch.cat(found))
-        first += len(ids)
+    gradients, windows = [], count()
+    with rounded_once(model.get_output_embeddings() or nn.Module()):  # type: ignore[no-untyped-call]
+        for batch, state in zip(batches, hidden, strict=True):
+            found = [
+                _from_logits(model, blocks, ids, own, torch.Generator().manual_seed(number_of(next(windows))))
+                for ids, own in zip(torch.split(batch.to(device), 1), torch.split(state, 1), strict=True)
+            ]
+            gradients.append(torch.cat(found))
     hidden.clear()
     live.drop_tensors(model, outside)
     model.tie_weights()
@@ -119,25 +124,29 @@ def go_back(
         live.drop_tensors(model, inside[position])
 
 
-def _from_logits(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, hidden: Tensor, first: int) -> Tensor:
-    """A draw's gradient by the last block's output."""
-    hidden = hidden.detach().requires_grad_()
-    with torch.enable_grad(), sixteen_bits(hidden.device):
-        logits = logits_after(model, blocks, ids, hidden)
-    return torch.autograd.grad(logits, hidden, root_of_fisher(logits.detach(), first))[0]
+def _from_logits(
+    model: PreTrainedModel, blocks: nn.ModuleList, ids: Tensor, hidden: Tensor, draws: torch.Generator
+) -> Tensor:
+    """A draw's gradient by the last block's output, some positions after the other: logits are large."""
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    room = max(1, LOGITS_BYTES[hidden.device.type] // (4 * vocabulary))
+    gradients = []
+    for some, own in zip(torch.split(ids, room, 1), torch.split(hidden, room, 1), strict=True):
+        state = own.detach().requires_grad_()
+        with torch.enable_grad(), sixteen_bits(state.device):
+            logits = logits_after(model, blocks, some, state)
+        gradients.append(torch.autograd.grad(logits, state, root_of_fisher(logits.detach(), draws))[0])
+    return torch.cat(gradients, 1)
 
 
-def root_of_fisher(logits: Tensor, first: int) -> Tensor:
+def root_of_fisher(logits: Tensor, draws: torch.Generator) -> Tensor:
     """A random g at the logits with E[g g'] = diag(p) - p p' at every position, and 0 between positions.
 
     Args:
-        logits: (windows, positions, vocabulary).
-        first: how many windows this process has had before these.
+        logits: (..., positions, vocabulary).
+        draws: of this window, or these.
     """
-    gradient = logits.float().softmax(-1)
-    for window, p in enumerate(gradient):
-        draws = torch.Generator().manual_seed(number_of(first + window))
-        signs = [torch.randint(0, 2, (count,), generator=draws).mul_(2).sub_(1).to(p) for count in p.shape]
-        drawn = p.sqrt().mul_(signs[1]).mul_(signs[0].unsqueeze(1))
-        p.mul_(-drawn.sum(1, keepdim=True)).add_(drawn)
-    return gradient.to(logits.dtype)
+    p = logits.float().softmax(-1)
+    signs = [torch.randint(0, 2, (size,), generator=draws).mul_(2).sub_(1).to(p) for size in p.shape[-2:]]
+    drawn = p.sqrt().mul_(signs[1]).mul_(signs[0].unsqueeze(1))
+    return p.mul_(-drawn.sum(-1, keepdim=True)).add_(drawn).to(logits.dtype)

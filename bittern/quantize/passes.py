@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from bittern import model as live
+from bittern.quantize.backward import LOGITS_BYTES
 from bittern.quantize.job import Job
 from bittern.quantize.rehearsal import BlockCosts, Line
 from bittern.quantize.stopwatch import FP32
@@ -67,7 +68,7 @@ def _back_seconds(job: Job, blocks: Sequence[BlockCosts], windows: int, scale: f
 def _back_bytes(
     job: Job, blocks: Sequence[BlockCosts], windows: int, batch: int, positions: int, held: Sequence[float]
 ) -> float:
-    """States before all blocks in 16 bits; what is outside of the blocks with a window's logits, or a block at work.
+    """States before all blocks in 16 bits; what is outside of the blocks with some logits, or a block at work.
 
     Args:
         job, blocks: of the run.
@@ -82,7 +83,7 @@ def _back_bytes(
         return float(kept)
     prefix, state = f"{live.blocks(job.solver.model)[0]}.", job.solver.model.state_dict()
     outside = FP32 * sum(state[name].numel() for name in job.solver.sources if not name.startswith(prefix))
-    logits = 3 * FP32 * job.seqlen * config.vocab_size
+    logits = 3 * min(FP32 * job.seqlen * config.vocab_size, LOGITS_BYTES["cpu"])
     inside = [
         FP32 * job.parameters(position) + own + batch * job.seqlen * block.traced / positions
         for position, (block, own) in enumerate(zip(blocks, held, strict=True))

@@ -134,7 +134,7 @@ def predict(job: Job, size: int, started: float) -> Prediction:
         scale = job.seqlen / positions
         if job.exact_samples:
             width = own.model.config.get_text_config(decoder=True).hidden_size
-            own.hold(FP32 * samples * positions * width)
+            heap.for_holding(FP32 * samples * positions * width)
         asked = job.measured_samples > 0
         blocks = rehearse_blocks(own.model, own.sources, own.plan, own.device, samples, positions, own.effort, asked)
         if job.exact_samples:

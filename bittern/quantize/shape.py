@@ -80,7 +80,8 @@ class Shaper:
             found = best  # where outputs go together closely, a sweep in parts may miss
         parts = _parts(len(weight), POLISHED)
         for _ in range(ROUNDS):
-            *found, parts = self._polish(outputs, *found, parts)
+            polished, slopes, parts = self._polish(outputs, *found, parts)
+            found = polished, slopes
             divergence = _divergence(weight, outputs, *found)
             if not divergence < least:
                 break

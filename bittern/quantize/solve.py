@@ -36,7 +36,7 @@ from bittern.quantize.polish import damp, polish
 from bittern.quantize.shape import Shaper, rounds_before
 from bittern.quantize.stages import Stage, Walks, exact_stages
 from bittern.quantize.windows import OwnWindows, guiding_windows
-from bittern.replay import BlockCall, advance, capture_all, sixteen_bits
+from bittern.replay import BlockCall, advance, capture_all, rounded_once, sixteen_bits
 from bittern.weight import QuantSpec, QuantWeight, min_max_grid, naming, round_to_nearest
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Solver:
             heap.for_holding()
         hidden, calls = self._capture(prefix, blocks, batches) if batches else ([], [])
         if windows.exact:
-            self.hold(hidden[0].nbytes)
+            heap.for_holding(hidden[0].nbytes)
         exact = [state.clone() for state in hidden[: windows.exact]]
         balancer = Balancer(self.model, self.dtype)
         rough = self.plan.rough(self.device)
@@ -147,7 +147,7 @@ class Solver:
                 if work is not None:
                     work.save(position, solved, balanced.changed)
             if stages is None and position < missing[-1]:
-                with sixteen_bits(self.device, walked_rough):
+                with rounded_once(block, walked_rough), sixteen_bits(self.device, walked_rough):
                     advance(block, hidden, block_calls)
             check_finite(name, hidden)
             live.drop_tensors(self.model, inside)
@@ -231,23 +231,14 @@ class Solver:
         else:
             with Walks(self.model, block, stages, hidden, calls, self.plan.rough(self.device)) as walks:
                 for stage in stages:
-                    self._tidy()
+                    heap.trim()
                     inputs, drift = walks.gather(stage, learned, token_weights(sizes, stage.matrices))
-                    self._tidy()
+                    heap.trim()
                     heap.for_solving()
                     yield from self._solve_together(inputs, drift, entries, curvatures)
                     del inputs, drift
-                    self.hold(hidden[0].nbytes)
+                    heap.for_holding(hidden[0].nbytes)
                 walks.finish()
-
-    def hold(self, state: int) -> None:
-        """Walks hold tensors from here on; in fp32 most are as large as a batch's hidden states, of so many bytes."""
-        heap.for_holding(0 if self.plan.rough(self.device) else state)
-
-    def _tidy(self) -> None:
-        """Give freed memory back where walks hold fp32; of 16 bits, half as much, it costs more than it is worth."""
-        if not self.plan.rough(self.device):
-            heap.trim()
 
     def _restore(self, position: int, work: WorkFolder) -> None:
         """Put what was solved by an earlier process into the block, as :meth:`_solve_together` does."""

@@ -29,7 +29,7 @@ from bittern.quantize import heap
 from bittern.quantize.drift import Drift
 from bittern.quantize.hessian import Accumulator, Inputs, check_inputs
 from bittern.quantize.leftovers import Local, Reads, empty, storages
-from bittern.replay import BlockCall, sixteen_bits
+from bittern.replay import BlockCall, rounded_once, sixteen_bits
 
 INPUT = ""
 """The block's input, among the places where a residual stream is seen."""
@@ -38,7 +38,7 @@ _ADDED = 1e-2
 """What an output and what was added to the stream may differ by, as a share of the output: sums are rounded."""
 
 _TRIMMED = 16
-"""Batches after which the holes that walks in fp32 have left are given back: seldom enough to cost nothing."""
+"""Batches after which the holes that walks have left are given back: seldom enough to cost nothing."""
 
 _SMALL = 1e-6
 """Root mean square of a tensor below which fp16, whose smallest numbers lie 6e-8 apart, is too coarse for it."""
@@ -97,10 +97,11 @@ def exact_stages(
     if not hidden or any(matrix.expert is not None for matrix in matrices):
         return None
     stages: list[Stage] = []
-    for number, (state, call) in enumerate(zip(hidden, calls, strict=True)):
-        reads = None if number else Reads(state)
-        if not _walk_exact(model, block, matrices, stages, state, call, reads, rough, keep):
-            return None
+    with rounded_once(block, rough):
+        for number, (state, call) in enumerate(zip(hidden, calls, strict=True)):
+            reads = None if number else Reads(state)
+            if not _walk_exact(model, block, matrices, stages, state, call, reads, rough, keep):
+                return None
     called = [matrix for stage in stages for matrix in stage.matrices]
     return stages if sorted(m.label for m in called) == sorted(m.label for m in matrices) else None
 
@@ -294,7 +295,7 @@ class Walks:
         calls: Sequence[BlockCall],
         rough: bool = False,
     ) -> None:
-        self._model, self._hidden, self._rough = model, hidden, rough
+        self._model, self._block, self._hidden, self._rough = model, block, hidden, rough
         self._leaders = {stage.matrices[0] for stage in stages}
         self._hooks = reading(model, sorted(self._leaders, key=lambda m: m.label), self._stop)
         self._streams = _streams_seen(model, stages, hidden)
@@ -322,16 +323,18 @@ class Walks:
         Raises:
             BitternError: for a batch that comes by another way.
         """
-        for number, (state, walk) in enumerate(zip(self._hidden, self._walks, strict=True), 1):
-            if not self._rough and number % _TRIMMED == 0:
-                heap.trim()
-            # Entered and left on this side of the switch: what is solved in between is solved in fp32.
-            with torch.no_grad(), sixteen_bits(state.device, self._rough):
-                arrived = walk.switch()
-            if walk.dead or arrived[0] != stage.matrices[0]:
-                raise BitternError(f"{stage.matrices[0].label}: a calibration batch goes through its block without it")
-            empty(walk.gr_frame, stage.dead)
-            yield arrived[1]
+        with rounded_once(self._block, self._rough):
+            for number, (state, walk) in enumerate(zip(self._hidden, self._walks, strict=True), 1):
+                if number % _TRIMMED == 0:
+                    heap.trim()
+                # Entered and left on this side of the switch: what is solved in between is solved in fp32.
+                with torch.no_grad(), sixteen_bits(state.device, self._rough):
+                    arrived = walk.switch()
+                if walk.dead or arrived[0] != stage.matrices[0]:
+                    missed = stage.matrices[0].label
+                    raise BitternError(f"{missed}: a calibration batch goes through its block without it")
+                empty(walk.gr_frame, stage.dead)
+                yield arrived[1]
 
     def gather(self, stage: Stage, learned: int, weights: Tensor | None = None) -> tuple[Inputs, Drift]:
         """Walk each batch up to a stage: what its matrices read, and how far that is from full precision.
@@ -363,8 +366,8 @@ class Walks:
 
     def finish(self) -> None:
         """Walk each batch to the end of the block, and put the outputs in the place of the hidden states."""
-        for state, walk in zip(self._hidden, self._walks, strict=True):
-            with torch.no_grad():
+        with rounded_once(self._block, self._rough), torch.no_grad():
+            for state, walk in zip(self._hidden, self._walks, strict=True):
                 with sixteen_bits(state.device, self._rough):
                     output = walk.switch()
                 if state.shape == output.shape:
