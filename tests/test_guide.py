@@ -83,7 +83,7 @@ def fisher(source: Path, matrix: Matrix) -> Tensor:
 def test_sizes_are_the_fisher_information_on_average(
     source: Path, logits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backward, "LOGITS_BYTES", {"cpu": 4 * 64 * logits})  # of so many of the 5 positions at once
+    monkeypatch.setattr(backward, "LOGITS_AT_ONCE", {"cpu": logits})  # there are 5 positions
     draws = 600
     sizes = guide_of(source, [IDS.expand(draws, -1)]).sizes
     for matrix in list(sizes)[:: max(1, len(sizes) // 5)]:

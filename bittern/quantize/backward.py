@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 KEPT = torch.bfloat16
 """What hidden states are kept in."""
 
-LOGITS_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}
-"""Of logits that are made at once, in fp32: on a CPU what malloc has room for, not what is mapped and cleared anew."""
+LOGITS_AT_ONCE = {"cpu": 128, "cuda": 1024}
+"""Positions whose logits are made together: enough for a product that reads the whole head, and few enough that malloc
+keeps their room, where more would be mapped and cleared anew each time."""
 
 
 @dataclass
@@ -128,10 +129,8 @@ def _from_logits(
     model: PreTrainedModel, blocks: nn.ModuleList, ids: Tensor, hidden: Tensor, draws: torch.Generator
 ) -> Tensor:
     """A draw's gradient by the last block's output, some positions after the other: logits are large."""
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    room = max(1, LOGITS_BYTES[hidden.device.type] // (4 * vocabulary))
-    gradients = []
-    for some, own in zip(torch.split(ids, room, 1), torch.split(hidden, room, 1), strict=True):
+    most, gradients = LOGITS_AT_ONCE[hidden.device.type], []
+    for some, own in zip(torch.split(ids, most, 1), torch.split(hidden, most, 1), strict=True):
         state = own.detach().requires_grad_()
         with torch.enable_grad(), sixteen_bits(state.device):
             logits = logits_after(model, blocks, some, state)

@@ -30,7 +30,7 @@ from bittern.quantize.hessian import Accumulator
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TOKENS = 8192
+TOKENS = 4096
 """Calibration tokens that tell how outputs go together; where tokens are weighed, all of them do."""
 
 

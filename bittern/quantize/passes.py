@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from bittern import model as live
-from bittern.quantize.backward import LOGITS_BYTES
+from bittern.quantize.backward import LOGITS_AT_ONCE
 from bittern.quantize.job import Job
 from bittern.quantize.rehearsal import BlockCosts, Line
 from bittern.quantize.stopwatch import FP32
@@ -83,7 +83,7 @@ def _back_bytes(
         return float(kept)
     prefix, state = f"{live.blocks(job.solver.model)[0]}.", job.solver.model.state_dict()
     outside = FP32 * sum(state[name].numel() for name in job.solver.sources if not name.startswith(prefix))
-    logits = 3 * min(FP32 * job.seqlen * config.vocab_size, LOGITS_BYTES["cpu"])
+    logits = 3 * FP32 * min(job.seqlen, LOGITS_AT_ONCE["cpu"]) * config.vocab_size
     inside = [
         FP32 * job.parameters(position) + own + batch * job.seqlen * block.traced / positions
         for position, (block, own) in enumerate(zip(blocks, held, strict=True))
