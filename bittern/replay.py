@@ -98,7 +98,7 @@ def rounded_once(block: nn.Module, wanted: bool = True) -> Iterator[None]:
     """Have :func:`sixteen_bits` round a block's weights when it first meets them, not for every batch.
 
     They must not change meanwhile: what was rounded is kept until the outermost of such contexts ends, and that of
-    tensors alone that may want gradients.
+    tensors alone that may want gradients. So weights want gradients inside, and none afterwards.
     """
     weights = [each for each in block.parameters() if each.is_floating_point()] if wanted else []
     with torch.autocast(weights[0].device.type, enabled=False) if weights else nullcontext():

@@ -33,7 +33,7 @@ KEPT = torch.bfloat16
 
 LOGITS_AT_ONCE = {"cpu": 128, "cuda": 1024}
 """Positions whose logits are made together: enough for a product that reads the whole head, and few enough that malloc
-keeps their room, where more would be mapped and cleared anew each time."""
+keeps their room, where more would be mapped and cleared anew each time. On a GPU only the room counts."""
 
 
 @dataclass
@@ -142,8 +142,8 @@ def root_of_fisher(logits: Tensor, draws: torch.Generator) -> Tensor:
     """A random g at the logits with E[g g'] = diag(p) - p p' at every position, and 0 between positions.
 
     Args:
-        logits: (..., positions, vocabulary).
-        draws: of this window, or these.
+        logits: (..., positions, vocabulary), of one window: leading dimensions share their draws.
+        draws: of that window, in the order of its positions where they come in pieces.
     """
     p = logits.float().softmax(-1)
     signs = [torch.randint(0, 2, (size,), generator=draws).mul_(2).sub_(1).to(p) for size in p.shape[-2:]]
