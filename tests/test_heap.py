@@ -10,8 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
+import bittern
 from bittern.quantize import heap
+from bittern.quantize.stages import Walks
+from tests import tiny
 
 CODE = """
 import json, resource, torch
@@ -67,3 +71,34 @@ def test_pieces_are_all_rows_and_too_small_to_be_mapped(shape: tuple[int, ...]) 
     for piece in heap.pieces(x):
         piece.fill_(-1.0)
     assert bool((x == -1).all())  # they are views
+
+
+def test_what_solving_a_block_has_freed_goes_back_before_the_block_is_walked_to_its_end(
+    text: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind a block's last matrices there is no other stage that would begin with that."""
+    source = tiny.save(tiny.random_model(num_hidden_layers=2), tmp_path / "source", tokenizer)
+    order: list[str] = []
+    finish = Walks.finish
+
+    def noted(walks: Walks) -> None:
+        order.append("finish")
+        finish(walks)
+
+    monkeypatch.setattr(heap, "trim", lambda: order.append("trim"))
+    monkeypatch.setattr(Walks, "finish", noted)
+    bittern.quantize(
+        source,
+        tmp_path / "out",
+        bits=4,
+        group_size=32,
+        dataset=str(text),
+        nsamples=4,
+        seqlen=32,
+        on_prediction=lambda _: order.clear(),
+        on_progress=lambda event: order.append(event["layer"]),
+    )
+    ends = [position for position, what in enumerate(order) if what == "finish"]
+    assert len(ends) == 2
+    for end in ends:
+        assert order[end - 1] == "trim" and order[end - 2].endswith("down_proj")

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from bittern.quantize.plan import Plan, make_plan
 from bittern.quantize.preflight import Prediction
 from bittern.quantize.rehearsal import Line, rehearse_blocks, rehearse_solver
 from bittern.quantize.solve import Solver
-from bittern.quantize.stopwatch import Live, waited
+from bittern.quantize.stopwatch import Live, seconds, turns, waited
 from bittern.replay import capture
 from bittern.schema import problem
 from bittern.weight import QuantSpec
@@ -276,6 +277,49 @@ def test_other_programs_are_noticed() -> None:
     finally:
         os.sched_setaffinity(0, allowed)
     assert share > 0.2
+
+
+class Clocks:
+    """The two clocks that pieces are timed by, in a test's hands."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.wall = self.computed = 0.0
+        self.calls: list[str] = []
+        monkeypatch.setattr(time, "perf_counter", lambda: self.wall)
+        monkeypatch.setattr(time, "process_time", lambda: self.computed)
+
+    def piece(self, name: str, computes: float, waits: list[float]) -> Callable[[], None]:
+        """One that computes so long on all threads, and waits for each of these when it is called."""
+        left = list(waits)
+
+        def call() -> None:
+            self.calls.append(name)
+            self.wall += computes + left.pop(0)
+            self.computed += computes * torch.get_num_threads()
+
+        return call
+
+
+def test_a_moment_in_which_the_machine_stood_still_is_not_what_a_piece_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stop of six seconds in its first time once made a piece of a tenth of a second 48 times as long."""
+    clocks = Clocks(monkeypatch)
+    assert seconds(clocks.piece("short", 0.125, [6.0, 0.0, 0.5])) == 0.625
+    assert clocks.calls == ["short"] * 3
+
+
+def test_what_computes_for_long_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clocks = Clocks(monkeypatch)
+    assert seconds(clocks.piece("long", 1.5, [0.25])) == 1.75
+    assert turns([clocks.piece("a", 1.0, [0.0]), clocks.piece("b", 3.0, [0.0])]) == [1.0, 3.0]
+    assert clocks.calls == ["long", "a", "b"]
+
+
+def test_pieces_whose_difference_counts_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a slow moment of both is in both."""
+    clocks = Clocks(monkeypatch)
+    slow = [0.0, 0.25, 0.25]
+    assert turns([clocks.piece("one", 0.5, slow), clocks.piece("three", 0.75, slow)]) == [0.75, 1.0]
+    assert clocks.calls == ["one", "three"] * 3
 
 
 def test_a_time_that_others_disturbed_says_so() -> None:

@@ -31,9 +31,9 @@ from bittern.quantize.plan import Plan
 from bittern.quantize.polish import ROUNDS, Damped, damp, polish
 from bittern.quantize.sensitivity import output_errors
 from bittern.quantize.shape import Shaper, rounds_before
-from bittern.quantize.stages import Walks, exact_stages
-from bittern.quantize.stopwatch import Cost, Live, measured, seconds
-from bittern.replay import BlockCall, capture, sixteen_bits
+from bittern.quantize.stages import TRIMMED, Walks, exact_stages
+from bittern.quantize.stopwatch import Cost, Live, measured, seconds, turns
+from bittern.replay import BlockCall, capture, rounded_once, sixteen_bits
 from bittern.weight import BITS, QuantSpec, min_max_grid, round_to_nearest
 
 if TYPE_CHECKING:
@@ -45,8 +45,12 @@ WIDEST = 2048
 SHAPED = 1024
 """Rows and columns of a matrix that is shaped to find out what it takes."""
 
-BLOCK_FLOPS = 2.5e9
-"""Of a forward pass that is tried, about: some hundredths of a second on one core."""
+BLOCK_FLOPS = 8e9
+"""Of a forward pass that is tried, about: a tenth of a second on one core, of small models the batch of a run."""
+
+MANY, SOME = TRIMMED + 1, TRIMMED // 4 + 1
+"""Batches that are walked, without full precision and with it: more than one, for their difference is multiplied by all
+of a run, and so many that the memory which is given back meanwhile, and wanted again, is part of it."""
 
 _ROWS = (16, 512)
 _NUMBER = 0.02  # a weight's order of magnitude
@@ -193,7 +197,7 @@ def _rehearse_block(
         stages = exact_stages(model, block, matrices, [state.clone()], [call])
         if stages is not None:
             readers = [[place(matrix, name) for matrix in stage.matrices] for stage in stages]
-            with sixteen_bits(state.device, rough):
+            with rounded_once(block, rough), sixteen_bits(state.device, rough):
                 once = measured(advance)
             walk = _rehearse_walk(model, block, entries, state, call, effort, rough, once.seconds)
             gathering = gather() if sensitivities else Line(0.0, 0.0)
@@ -205,9 +209,8 @@ def _rehearse_block(
 def _rehearse_gathering(
     model: nn.Module, block: nn.Module, matrices: Sequence[Matrix], state: Tensor, call: BlockCall
 ) -> Line:
-    one, two = (
-        seconds(partial(collect, model, block, matrices, [state] * n, [call] * n), state.device) for n in (1, 2)
-    )
+    gathered = [partial(collect, model, block, matrices, [state] * n, [call] * n) for n in (1, 2)]
+    one, two = turns(gathered, state.device)
     each = max(two - one, 0.0) / len(state)
     return Line(max(one - each * len(state), 0.0), each)
 
@@ -265,9 +268,9 @@ def _rehearse_walk(
             walks.finish()
         return alive
 
-    few, many = 1, 3
-    one, more, both = (seconds(partial(walk, *n), state.device) for n in ((few, few), (many, few), (many, many)))
-    each, exact = (max((after - before) / (many - few), least) for before, after in ((one, more), (more, both)))
+    one, more, both = turns([partial(walk, *n) for n in ((1, 1), (MANY, 1), (SOME, SOME))], state.device)
+    each = max((more - one) / (MANY - 1), least)
+    exact = max((both - one) / (SOME - 1) - each, least)
     held = []
     for counts in ((1, 1), (2, 1), (2, 2)):
         with Live() as tensors:
@@ -276,7 +279,7 @@ def _rehearse_walk(
         [(y - x) / len(state) for x, y in zip(before, after, strict=True)] for before, after in pairwise(held)
     )
     return WalkCosts(
-        Line(max(one - few * (each + exact), 0.0), each / len(state)),
+        Line(max(one - each - exact, 0.0), each / len(state)),
         exact / len(state),
         _rehearse_balance(model, block, entries, state, call) if effort.balance else 0.0,
         waiting,
@@ -379,7 +382,7 @@ def _line(function: Callable[[Tensor], object], rows: int, columns: int, device:
     large = min(max(rows, 2), _ROWS[1])
     small = min(_ROWS[0], large // 2)
     weight = _random((large, columns), device)
-    one, other = (seconds(partial(function, weight[:n]), device) for n in (small, large))
+    one, other = turns([partial(function, weight[:n]) for n in (small, large)], device)
     each = max(other - one, 0.0) / (large - small)
     return Line(max(one - each * small, 0.0), each)
 

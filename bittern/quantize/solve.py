@@ -238,6 +238,7 @@ class Solver:
                     yield from self._solve_together(inputs, drift, entries, curvatures)
                     del inputs, drift
                     heap.for_holding(hidden[0].nbytes)
+                heap.trim()
                 walks.finish()
 
     def _restore(self, position: int, work: WorkFolder) -> None:

@@ -37,7 +37,7 @@ INPUT = ""
 _ADDED = 1e-2
 """What an output and what was added to the stream may differ by, as a share of the output: sums are rounded."""
 
-_TRIMMED = 16
+TRIMMED = 16
 """Batches after which the holes that walks have left are given back: seldom enough to cost nothing."""
 
 _SMALL = 1e-6
@@ -325,7 +325,7 @@ class Walks:
         """
         with rounded_once(self._block, self._rough):
             for number, (state, walk) in enumerate(zip(self._hidden, self._walks, strict=True), 1):
-                if number % _TRIMMED == 0:
+                if number % TRIMMED == 0:
                     heap.trim()
                 # Entered and left on this side of the switch: what is solved in between is solved in fp32.
                 with torch.no_grad(), sixteen_bits(state.device, self._rough):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from bittern.quantize.solve import Solver
 
 _ROUNDS = 3
-_LONG = 1.0  # seconds; what takes more is done once
+_LONG = 1.0  # seconds that all threads compute; what takes more is done once
 FP32 = 4
 """Bytes of a number."""
 
@@ -80,18 +81,30 @@ def measured(function: Callable[[], object], device: torch.device | None = None)
 
 
 def seconds(function: Callable[[], object], device: torch.device | None = None) -> float:
-    """How long a function takes: the least of three times, unless that is long.
+    """How long a function takes, see :func:`turns`."""
+    return turns([function], device)[0]
 
-    What others take from the machine comes and goes within a rehearsal, and is part of none of its pieces.
+
+def turns(functions: Sequence[Callable[[], object]], device: torch.device | None = None) -> list[float]:
+    """How long functions take: each the middle of three times, unless they compute for long.
+
+    They take turns, so that a slow moment of the machine is not a difference between them, and the middle is neither
+    such a moment nor the luckiest, of which a run of minutes has few. Virtual machines stop for seconds now and then:
+    what has only waited does not count as long, or its one time would be multiplied by all that the run does.
     """
-    took: list[float] = []
-    while not took or (took[0] < _LONG and len(took) < _ROUNDS):
-        began = time.perf_counter()
-        function()
-        if device is not None and device.type == "cuda":
-            torch.cuda.synchronize(device)
-        took.append(time.perf_counter() - began)
-    return min(took)
+    took: list[list[float]] = [[] for _ in functions]
+    threads = 1 if device is not None and device.type == "cuda" else torch.get_num_threads()
+    computed = time.process_time()
+    for _ in range(_ROUNDS):
+        for function, times in zip(functions, took, strict=True):
+            began = time.perf_counter()
+            function()
+            if device is not None and device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - began)
+        if len(took[0]) == 1 and (time.process_time() - computed) / threads >= _LONG * len(functions):
+            break
+    return [statistics.median(times) for times in took]
 
 
 def read_rate(solver: Solver) -> float:
