@@ -233,6 +233,15 @@ def test_what_waits_in_a_block_is_counted_stage_by_stage(source: Path, monkeypat
     assert walk.exact_waiting == [4 * 8 * each for each in exact]
 
 
+def test_rounded_weights_are_counted_once_not_for_every_sample(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bittern.replay.fast_in_sixteen_bits", lambda _: True)
+    with open_checkpoint(source) as checkpoint:
+        model, sources, plan = planned(checkpoint)
+        given = model, sources, plan, torch.device("cpu")
+        one, four = (rehearse_blocks(*given, samples, 8, pick_effort("fast"))[0].advance for samples in (1, 4))
+    assert one.bytes == pytest.approx(four.bytes, rel=0.05)
+
+
 def test_what_a_forward_pass_leaves_for_its_gradient_is_counted(source: Path) -> None:
     """Against what autograd says that it keeps."""
     with open_checkpoint(source) as checkpoint:

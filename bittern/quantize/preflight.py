@@ -270,7 +270,8 @@ def _block_bytes(
             for each, exact, moment, solve in waiting
         )
     codes = stored_bytes([job.solver.plan.blocks[position]])
-    return most + 2 * call * scale + FP32 * job.parameters(position) + codes
+    rounded = torch.bfloat16.itemsize if block.walk is not None and job.solver.plan.rough(job.solver.device) else 0
+    return most + 2 * call * scale + (FP32 + rounded) * job.parameters(position) + codes
 
 
 def _solving_bytes(

@@ -198,6 +198,7 @@ def _rehearse_block(
         if stages is not None:
             readers = [[place(matrix, name) for matrix in stage.matrices] for stage in stages]
             with rounded_once(block, rough), sixteen_bits(state.device, rough):
+                advance()  # rounds the weights, once for all samples
                 once = measured(advance)
             walk = _rehearse_walk(model, block, entries, state, call, effort, rough, once.seconds)
             gathering = gather() if sensitivities else Line(0.0, 0.0)
