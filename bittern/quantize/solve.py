@@ -230,15 +230,15 @@ class Solver:
                 yield from self._solve_together(waiting.pop(0), None, entries, curvatures)
         else:
             with Walks(self.model, block, stages, hidden, calls, self.plan.rough(self.device)) as walks:
+                heap.trim()
                 for stage in stages:
-                    heap.trim()
                     inputs, drift = walks.gather(stage, learned, token_weights(sizes, stage.matrices))
                     heap.trim()
                     heap.for_solving()
                     yield from self._solve_together(inputs, drift, entries, curvatures)
                     del inputs, drift
                     heap.for_holding(hidden[0].nbytes)
-                heap.trim()
+                    heap.trim()
                 walks.finish()
 
     def _restore(self, position: int, work: WorkFolder) -> None:

@@ -93,13 +93,14 @@ def turns(functions: Sequence[Callable[[], object]], device: torch.device | None
     what has only waited does not count as long, or its one time would be multiplied by all that the run does.
     """
     took: list[list[float]] = [[] for _ in functions]
-    threads = 1 if device is not None and device.type == "cuda" else torch.get_num_threads()
+    on_gpu = device is not None and device.type == "cuda"
+    threads = 1 if on_gpu else torch.get_num_threads()
     computed = time.process_time()
     for _ in range(_ROUNDS):
         for function, times in zip(functions, took, strict=True):
             began = time.perf_counter()
             function()
-            if device is not None and device.type == "cuda":
+            if on_gpu:
                 torch.cuda.synchronize(device)
             times.append(time.perf_counter() - began)
         if len(took[0]) == 1 and (time.process_time() - computed) / threads >= _LONG * len(functions):
